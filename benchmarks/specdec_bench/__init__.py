@@ -1,0 +1,1 @@
+"""Measurement of speed-up: harness, replay, tuner, report and gate."""

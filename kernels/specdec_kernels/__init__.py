@@ -1,0 +1,1 @@
+"""Fused Triton kernels and their torch references; imports nothing of specdec."""

@@ -1,0 +1,248 @@
+"""`augment`: makes one model's `generate` speculative, reversibly.
+
+It sets an instance attribute `model.generate` that calls the class's own `generate` with a decoding
+loop of ours. No class is patched, nothing is global, and a copied model drives itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import MethodType
+from typing import Any, TypeVar
+
+from specdec import hf_compat, tuning
+from specdec.capability import Capability, probe
+from specdec.config import SpecConfig
+from specdec.errors import ConfigError, UnsupportedModelError
+from specdec.hf_generate import SpeculativeDecode, warn_plain
+from specdec.registry import methods
+from specdec.stats import GenerationStats
+
+ModelT = TypeVar("ModelT")
+_ATTRIBUTE = "_specdec"
+
+
+@dataclass
+class Augmentation:
+    """What `augment` leaves on a model.
+
+    Attributes:
+        settings: Defaults of every call.
+        capability: The self-test's result.
+        memory: What drafters keep from call to call.
+        last_stats: Of the newest call.
+    """
+
+    settings: SpecConfig
+    capability: Capability
+    memory: dict[str, Any] = field(default_factory=dict)
+    last_stats: GenerationStats | None = None
+
+
+def augment(
+    model: ModelT, method: str | None = None, *, config: SpecConfig | None = None, **options: Any
+) -> ModelT:
+    """Makes `model.generate` speculative; same seed, same text.
+
+    Args:
+        model: A decoder-only Hugging Face model (a PEFT wrapper around one works too).
+        method: Drafting method; None chooses `lookahead` sizes, or `none`, by a cost probe of
+            about a second on this device.
+        config: Everything at once, instead of `method` and `options`.
+        **options: `budget`, `on_round` and `trace` of `SpecConfig`; all others go to the method.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: The object is not a decoder-only language model.
+        ConfigError: Unknown method or option, or a value out of range.
+    """
+    _check_model(model)
+    settings = config if config is not None else _settings(method, options)
+    if config is not None and (method is not None or options):
+        raise ConfigError("give either config= or a method with options, not both")
+    capability = probe(model)
+    if settings.method is None:
+        settings = _with_default_method(model, settings, capability)
+    methods.configure(settings.method or "none", settings.options)
+    restore(model)
+    setattr(model, _ATTRIBUTE, Augmentation(settings, capability))
+    model.generate = MethodType(generate, model)  # type: ignore[attr-defined]
+    return model
+
+
+def restore(model: ModelT) -> ModelT:
+    """Gives the model its own `generate` back; harmless when it was never augmented."""
+    for name in ("generate", _ATTRIBUTE):
+        if name in vars(model) and _ATTRIBUTE in vars(model):
+            delattr(model, name)
+    return model
+
+
+@contextmanager
+def augmented(
+    model: ModelT, method: str | None = None, *, config: SpecConfig | None = None, **options: Any
+) -> Iterator[ModelT]:
+    """`augment` for the length of a `with` block; an earlier augmentation comes back after it."""
+    before = vars(model).get(_ATTRIBUTE)
+    augment(model, method, config=config, **options)
+    try:
+        yield model
+    finally:
+        restore(model)
+        if before is not None:
+            setattr(model, _ATTRIBUTE, before)
+            model.generate = MethodType(generate, model)  # type: ignore[attr-defined]
+
+
+def last_stats(model: Any) -> GenerationStats:
+    """What the newest `generate` call of an augmented model measured.
+
+    Raises:
+        ConfigError: The model is not augmented, or has not generated yet.
+    """
+    stats = getattr(vars(model).get(_ATTRIBUTE), "last_stats", None)
+    if stats is None:
+        raise ConfigError("no statistics yet: call specdec.augment(model), then model.generate(...)")
+    return stats  # type: ignore[no-any-return]
+
+
+def capability(model: Any) -> Capability:
+    """How an augmented model is verified ("tree" or "plain"), and why."""
+    found = vars(model).get(_ATTRIBUTE)
+    if found is None:
+        raise ConfigError("the model is not augmented: call specdec.augment(model) first")
+    return found.capability  # type: ignore[no-any-return]
+
+
+def generate(self: Any, *args: Any, specdec: SpecConfig | bool | None = None, **kwargs: Any) -> Any:
+    """`generate` of an augmented model; takes what the model's own takes.
+
+    Args:
+        self: The model.
+        *args: As in `GenerationMixin.generate`.
+        specdec: False runs this call as plain `generate`; a `SpecConfig` replaces the defaults.
+        **kwargs: As in `GenerationMixin.generate`.
+    """
+    handle: Augmentation = vars(self)[_ATTRIBUTE]
+    plain = type(self).generate
+    if specdec is False:
+        return plain(self, *args, **kwargs)
+    settings = handle.settings
+    if isinstance(specdec, SpecConfig):
+        settings = specdec if specdec.method else _fill_in(specdec, settings)
+    kwargs = {**hf_compat.name_arguments(args), **kwargs}
+    reason = _why_plain(self, kwargs, handle.capability)
+    if reason is not None:
+        warn_plain(reason)
+        handle.last_stats = GenerationStats("none", mode="plain", mode_reason=reason)
+        return plain(self, **kwargs)
+    decode = SpeculativeDecode(
+        settings,
+        handle.memory,
+        streamer=kwargs.get("streamer"),
+        keeps_cache=kwargs.get("past_key_values") is not None,
+    )
+    _own_stop_strings(self, kwargs)
+    kwargs["custom_generate"] = decode
+    try:
+        return plain(self, **kwargs)
+    finally:
+        handle.last_stats = decode.stats
+
+
+def _check_model(model: Any) -> None:
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not callable(getattr(model, "generate", None)):
+        raise UnsupportedModelError(
+            f"{name} is not a Hugging Face model with a generate method; load one with "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model; specdec works on decoder-only models"
+        )
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{name} has no language-model head; load it with AutoModelForCausalLM"
+        )
+
+
+def _settings(method: str | None, options: Mapping[str, Any]) -> SpecConfig:
+    own = {name: options[name] for name in ("budget", "on_round", "trace") if name in options}
+    rest = {name: value for name, value in options.items() if name not in own}
+    if method is None and rest:
+        raise ConfigError(f"option {next(iter(rest))!r} needs a method, for example 'lookahead'")
+    return SpecConfig(method=method, options=rest, **own)
+
+
+def _with_default_method(model: Any, settings: SpecConfig, found: Capability) -> SpecConfig:
+    if found.mode == "plain":
+        return replace(settings, method="none")
+    choice = tuning.choose_lookahead(tuning.measure_cost(model))
+    return replace(settings, method=choice.method, options=choice.options)
+
+
+def _fill_in(config: SpecConfig, defaults: SpecConfig) -> SpecConfig:
+    """A per-call configuration without a method keeps the augmented one."""
+    return replace(
+        config, method=defaults.method, options={**defaults.options, **config.options}
+    )
+
+
+def _option(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
+    """A generation option by `generate`'s own precedence."""
+    config = kwargs.get("generation_config")
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    if getattr(config, name, None) is not None:
+        return getattr(config, name)
+    return getattr(model.generation_config, name, None)
+
+
+def _why_plain(model: Any, kwargs: Mapping[str, Any], found: Capability) -> str | None:
+    """Why a call must not reach our loop at all: its plain counterpart is not token by token."""
+    if found.mode == "plain":
+        return found.reason
+    for name in ("custom_generate", "assistant_model", "synced_gpus", "use_mtp"):
+        if kwargs.get(name):
+            return f"{name} was given"
+    beams = _option(model, kwargs, "num_beams")
+    if beams is not None and beams > 1:
+        return f"num_beams is {beams}"
+    guidance = _option(model, kwargs, "guidance_scale")
+    if guidance is not None and guidance != 1:
+        return f"guidance_scale is {guidance}: its processor calls the model itself"
+    for name in ("prompt_lookup_num_tokens", "penalty_alpha", "dola_layers", "token_healing",
+                 "constraints", "force_words_ids"):  # fmt: skip
+        if _option(model, kwargs, name):
+            return f"{name} is set"
+    if _option(model, kwargs, "use_cache") is False:
+        return "use_cache is False"
+    implementation = _option(model, kwargs, "cache_implementation")
+    if implementation not in (None, "dynamic", "hybrid"):
+        return f"cache_implementation is {implementation!r}"
+    return None
+
+
+def _own_stop_strings(model: Any, kwargs: dict[str, Any]) -> None:
+    """Builds the stop-string criterion here: `generate` drops the tokenizer before a callable."""
+    strings = _option(model, kwargs, "stop_strings")
+    tokenizer = kwargs.get("tokenizer")
+    if not strings or tokenizer is None:
+        return  # without a tokenizer, generate raises its own clear error
+    kwargs["stop_strings"] = None
+    config = kwargs.get("generation_config")
+    if config is not None and config.stop_strings is not None:
+        kwargs["generation_config"] = copy.deepcopy(config)
+        kwargs["generation_config"].stop_strings = None
+        if model.generation_config.stop_strings is None:
+            del kwargs["stop_strings"]
+    criteria = kwargs.get("stopping_criteria")
+    own = hf_compat.stop_string_criterion(strings, tokenizer)
+    kwargs["stopping_criteria"] = type(criteria or [])([*(criteria or []), own])

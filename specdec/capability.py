@@ -1,0 +1,142 @@
+"""The self-test that decides, per model, how it can be verified: "tree" or "plain", and why.
+
+There is no list of allowed architectures. A handful of tiny forwards on the model itself show
+whether a token tree in one forward gives the logits of its paths run one by one, before and after
+committing a branch, for rows of different length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.base import Needs, Shape
+from specdec.hf_compat import accepts_position_ids
+from specdec.target import HFTarget, Prompt
+from specdec.tree import TokenTree, TreeBatch
+from specdec.tree_cache import TreeCache
+
+Mode = Literal["tree", "plain"]
+
+_PROMPTS = (7, 5)  # tokens of the two rows: their lengths differ on purpose
+_PARENTS = [-1, 0, 1, 0, 3]  # a root with two branches of two nodes
+_BRANCHES = ([0, 1, 2], [0, 3, 4])
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """What the self-test found.
+
+    Attributes:
+        mode: "tree" when token trees are verified exactly, else "plain".
+        reason: One sentence for the user.
+        error: Largest logit difference relative to the largest logit, tree against paths.
+        noise: The same for a path run in two ways that are both right; the model's own rounding.
+    """
+
+    mode: Mode
+    reason: str
+    error: float = 0.0
+    noise: float = 0.0
+
+
+class NoDrafter:
+    """Stands in for a drafter during the self-test's prefill."""
+
+    needs = Needs()
+    host_needs = False
+    shape: Shape = "any"
+    source_names = ()
+    max_nodes = 0
+
+    def start(self, *_: Any) -> None: ...
+    def observe_prefill(self, *_: Any) -> None: ...
+    def propose(self, *_: Any) -> TreeBatch:
+        raise NotImplementedError
+
+    def observe(self, *_: Any) -> None: ...
+
+
+@torch.no_grad()
+def probe(model: Any) -> Capability:
+    """Runs the self-test; never raises for a model that merely cannot do it."""
+    if not accepts_position_ids(model):
+        return Capability("plain", "its forward takes no position_ids")
+    was_training = model.training
+    model.eval()
+    try:
+        error, noise = _measure(model)
+    except Exception as problem:  # noqa: BLE001 - any failure of a foreign model means "plain"
+        message = str(problem).strip().split("\n")[0][:160]
+        return Capability("plain", f"its self-test failed: {type(problem).__name__}: {message}")
+    finally:
+        model.train(was_training)
+    bound = max(1e-4, 4 * noise)
+    if not error <= bound:
+        return Capability(
+            "plain",
+            f"a token tree changes its logits by {error:.1e} of their size (rounding: {noise:.1e})",
+            error,
+            noise,
+        )
+    return Capability("tree", "its self-test verified a token tree", error, noise)
+
+
+def _measure(model: Any) -> tuple[float, float]:
+    """(tree error, rounding noise), both relative to the largest logit."""
+    device, vocab = model.device, model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(vocab, (n,), generator=generator).tolist() for n in _PROMPTS]
+    drafts = [torch.randint(vocab, (6,), generator=generator).tolist() for _ in _PROMPTS]
+    ids = torch.zeros(2, max(_PROMPTS), dtype=torch.long, device=device)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens, device=device)
+    cache = TreeCache(2, device, capacity=16)
+    target = HFTarget(model, Prompt(ids, None, list(_PROMPTS)), cache, last_position=32)
+    target.prefill(NoDrafter())
+    trees = TreeBatch.from_rows([TokenTree(d[:5], _PARENTS) for d in drafts], device)
+    logits = target.forward_tree(trees).logits
+    path = torch.tensor([_BRANCHES[1][1:]] * 2, device=device)
+    target.commit(path, [[3, 4], [3]], [True, True])
+    after = target.forward_tree(TreeBatch.roots(torch.tensor([d[5] for d in drafts], device=device)))
+    worst, noise, scale = 0.0, 0.0, 1e-6
+    for row, (tokens, draft) in enumerate(zip(rows, drafts, strict=True)):
+        kept = [3, 4] if row == 0 else [3]
+        final = [draft[0], *(draft[node] for node in kept), draft[5]]
+        checks = [([draft[n] for n in branch], logits[row, branch]) for branch in _BRANCHES]
+        checks.append((final, after.logits[row, :1]))
+        for continuation, got in checks:
+            whole = _full_logits(model, tokens + continuation)[-len(got) :]
+            stepwise = _cached_logits(model, tokens, continuation)[-len(got) :]
+            worst = max(worst, _difference(got, stepwise))
+            noise = max(noise, _difference(whole, stepwise))
+            scale = max(scale, float(stepwise.abs().max()))
+    return worst / scale, noise / scale
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
+
+
+def _full_logits(model: Any, tokens: list[int]) -> Tensor:
+    """[n, V] logits of one causal forward without a cache."""
+    ids = torch.tensor([tokens], device=model.device)
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits
+
+
+def _cached_logits(model: Any, prompt: list[int], continuation: list[int]) -> Tensor:
+    """[n, V] logits of the continuation, token by token over the model's own cache."""
+    output = model(input_ids=torch.tensor([prompt], device=model.device), use_cache=True)
+    rows = []
+    for token in continuation:
+        output = model(
+            input_ids=torch.tensor([[token]], device=model.device),
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
+        rows.append(output.logits[0, -1])
+    return torch.stack(rows)

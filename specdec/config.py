@@ -1,0 +1,38 @@
+"""What a user can set when augmenting a model, as one frozen value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specdec.errors import ConfigError
+from specdec.stats import RoundRecord
+
+
+@dataclass(frozen=True)
+class SpecConfig:
+    """How an augmented model speculates.
+
+    Attributes:
+        method: Drafting method, or None for the default: lookahead with sizes chosen by a cost
+            probe of about a second on this device (`specdec.tuning`).
+        options: Options of the method, by name.
+        budget: Nodes beyond the root that a round may verify; None for the method's own size.
+        on_round: Called with a `RoundRecord` after every round.
+        trace: File that gets one JSON line per round.
+    """
+
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    budget: int | None = None
+    on_round: Callable[[RoundRecord], None] | None = None
+    trace: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the ranges; raises `ConfigError`."""
+        if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 0):
+            raise ConfigError(f"budget must be an integer >= 0, got {self.budget!r}")
+        if self.trace is not None:
+            object.__setattr__(self, "trace", Path(self.trace))

@@ -1,0 +1,294 @@
+"""The contract between the loop and a drafter, and `RowDrafter`, which makes simple ones simple.
+
+A drafter can never change the text, only the speed (I5): whatever it proposes is verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from specdec.errors import DrafterError
+from specdec.tree import TokenTree, TreeBatch
+from specdec.verify import HostVerdict, Verdict
+
+Shape = Literal["tree", "chain", "any"]
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a drafter wants from the target; the loop computes just that, on the device.
+
+    Attributes:
+        taps: Layers whose output hidden states it reads, concatenated in this order.
+        node_picks: The target's greedy choice at every node.
+        node_topk: How many top candidates at every node.
+    """
+
+    taps: tuple[int, ...] = ()
+    node_picks: bool = False
+    node_topk: int = 0
+
+
+@dataclass(slots=True)
+class BatchState:
+    """Where the rows of a batch stand.
+
+    Attributes:
+        tokens: Per row, the known ids: prompt without padding, then the emitted tokens.
+        prompt_lengths: Per row, how many of them are prompt.
+        active: Which rows still generate.
+        pending: [B] int64, the emitted token that is not yet in the target's cache.
+        lengths: [B] int64, committed slots of the target's cache.
+        vocab_size: Ids at or above it must not be proposed.
+        max_new_tokens: Limit of the call, for sizing buffers.
+        memory: Survives from call to call on the same augmented model; empty at first.
+    """
+
+    tokens: list[list[int]]
+    prompt_lengths: list[int]
+    active: list[bool]
+    pending: Tensor
+    lengths: Tensor
+    vocab_size: int
+    max_new_tokens: int
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    def emitted(self, row: int) -> int:
+        """Tokens emitted so far in `row`."""
+        return len(self.tokens[row]) - self.prompt_lengths[row]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOutput:
+    """A target forward over a batch of trees, on the device.
+
+    Attributes:
+        logits: [B, T, V] in the model's dtype.
+        features: [B, T, F] concatenated tapped hidden states, or None.
+        hidden_states: Per layer [B, T, H], when the call returns them.
+    """
+
+    logits: Tensor
+    features: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    """A finished round, after the stop rules.
+
+    Attributes:
+        trees: What was proposed.
+        output: The target's answer.
+        verdict: Acceptance on the device, before the stop rules.
+        host: Acceptance on the host, cut by the stop rules; finished rows are empty.
+        node_picks: [B, T] target's greedy choices, if needed.
+        node_topk: [B, T, k] target's candidates, if needed.
+    """
+
+    trees: TreeBatch
+    output: TargetOutput
+    verdict: Verdict
+    host: HostVerdict
+    node_picks: Tensor | None = None
+    node_topk: Tensor | None = None
+
+
+class Drafter(Protocol):
+    """Proposes token trees for all rows of a batch.
+
+    Attributes:
+        needs: What it reads from the target.
+        host_needs: Whether node picks and top-k should also come in the round's host copy.
+        shape: Trees it proposes; a chain-mode target takes only chains.
+        source_names: Names of the values in `TreeBatch.sources`.
+        max_nodes: Nodes beyond the root it would like to have verified.
+    """
+
+    needs: Needs
+    host_needs: bool
+    shape: Shape
+    source_names: tuple[str, ...]
+    max_nodes: int
+
+    def start(self, state: BatchState) -> None:
+        """Begins a call: the prompt is known, the first token is pending."""
+        ...
+
+    def observe_prefill(
+        self, rows: Sequence[int], token_ids: Tensor, features: Tensor | None, offset: int
+    ) -> None:
+        """Sees one prefill chunk.
+
+        Args:
+            rows: Batch rows of the chunk.
+            token_ids: [rows, n] int64, right-padded.
+            features: [rows, n, F], or None without taps.
+            offset: Position of the chunk's first token; > 0 at first when a cache was adopted.
+        """
+        ...
+
+    def propose(self, state: BatchState, budget: int) -> TreeBatch:
+        """Trees with at most `budget` nodes below the root; 0 is allowed."""
+        ...
+
+    def observe(self, round_result: RoundResult) -> None:
+        """Learns from a finished round."""
+        ...
+
+
+class TargetModel(Protocol):
+    """A model behind a KV cache that token trees can be written into.
+
+    Attributes:
+        allowed_shape: Trees it can verify.
+        lengths: [B] int64 committed slots of each row.
+        prefill_forwards: Forwards that `prefill` ran.
+    """
+
+    allowed_shape: Shape
+    prefill_forwards: int
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64 committed slots of each row, on the device."""
+        ...
+
+    def prefill(self, drafter: Drafter) -> TargetOutput:
+        """Runs the prompt, in chunks; logits [B, 1, V] of each row's last token only."""
+        ...
+
+    def forward_tree(self, trees: TreeBatch) -> TargetOutput:
+        """One forward over all nodes; writes provisional cache slots."""
+        ...
+
+    def commit(
+        self, path: Tensor, accepted: Sequence[Sequence[int]], rows: Sequence[bool]
+    ) -> None:
+        """Keeps root and accepted nodes of the active rows (I1), drops the others."""
+        ...
+
+    def rollback(self) -> None:
+        """Drops provisional slots; the cache stands at the last commit (I7)."""
+        ...
+
+
+class BudgetPolicy(Protocol):
+    """Decides how many nodes a round may verify."""
+
+    def nodes(self, state: BatchState) -> int:
+        """Nodes beyond the root for the coming round; 0 means no speculation."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FixedBudget:
+    """The same number of nodes every round."""
+
+    size: int
+
+    def nodes(self, state: BatchState) -> int:
+        """`size`."""
+        return self.size
+
+
+@dataclass(frozen=True, slots=True)
+class RowRound:
+    """One row's finished round.
+
+    Attributes:
+        tree: What `propose_row` returned, cut to the budget.
+        path: Accepted nodes.
+        tokens: Emitted tokens; the last one is the next pending token.
+        picks: Target's greedy choice at every node, when `needs.node_picks`.
+        topk: Target's candidates at every node, when `needs.node_topk`.
+    """
+
+    tree: TokenTree
+    path: list[int]
+    tokens: list[int]
+    picks: list[int] | None
+    topk: list[list[int]] | None
+
+
+class RowDrafter:
+    """Base of drafters that think in one row of host integers.
+
+    Subclasses override `propose_row`, and `start_row` and `observe_row` where they keep state; this
+    class batches the trees and uploads them once.
+    """
+
+    needs: Needs = Needs()
+    host_needs: bool = True
+    shape: Shape = "any"
+    source_names: tuple[str, ...] = ("draft",)
+    max_nodes: int = 16
+    Config: ClassVar[type]
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = config
+        self._trees: list[TokenTree] = []
+        self._state: BatchState | None = None
+
+    def start_row(self, row: int, prompt: list[int]) -> None:
+        """Begins a row; `prompt` ends with the pending token."""
+
+    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
+        """The row's tree: `history[-1]` is its root, `budget` the nodes allowed below it."""
+        raise NotImplementedError
+
+    def observe_row(self, row: int, outcome: RowRound) -> None:
+        """Learns from the row's finished round."""
+
+    def start(self, state: BatchState) -> None:
+        """Begins a call for all rows."""
+        self._state = state
+        for row, tokens in enumerate(state.tokens):
+            self.start_row(row, tokens)
+
+    def observe_prefill(
+        self, rows: Sequence[int], token_ids: Tensor, features: Tensor | None, offset: int
+    ) -> None:
+        """Nothing: rows learn their prompt in `start_row`."""
+
+    def propose(self, state: BatchState, budget: int) -> TreeBatch:
+        """Builds the rows' trees and uploads them in one copy."""
+        self._trees = [
+            self._checked(self.propose_row(row, history, budget), history, budget, state)
+            if state.active[row]
+            else TokenTree([history[-1]], [-1])
+            for row, history in enumerate(state.tokens)
+        ]
+        if all(len(tree) == 1 for tree in self._trees):
+            return TreeBatch.roots(state.pending)
+        on_cpu = state.pending.device.type == "cpu"  # no kernels or graphs to keep shapes for
+        return TreeBatch.from_rows(self._trees, state.pending.device, bucket=not on_cpu)
+
+    def _checked(
+        self, tree: TokenTree, history: list[int], budget: int, state: BatchState
+    ) -> TokenTree:
+        if tree.tokens[0] != history[-1]:
+            raise DrafterError(
+                f"{type(self).__name__} proposed a tree rooted at token {tree.tokens[0]}, but the "
+                f"pending token is {history[-1]}; start the tree with history[-1]"
+            )
+        if max(tree.tokens) >= state.vocab_size or min(tree.tokens) < 0:
+            raise DrafterError(
+                f"{type(self).__name__} proposed token {max(tree.tokens)}; the target's vocabulary "
+                f"has {state.vocab_size} entries"
+            )
+        return tree.first(budget + 1)
+
+    def observe(self, round_result: RoundResult) -> None:
+        """Hands each active row its outcome."""
+        host = round_result.host
+        for row, tree in enumerate(self._trees):
+            if host.tokens[row]:
+                picks = host.node_picks[row] if host.node_picks is not None else None
+                topk = host.node_topk[row] if host.node_topk is not None else None
+                outcome = RowRound(tree, host.paths[row], host.tokens[row], picks, topk)
+                self.observe_row(row, outcome)

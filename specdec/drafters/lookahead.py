@@ -1,0 +1,184 @@
+"""Lookahead decoding (Fu et al., arXiv 2402.02057) as an ordinary token tree.
+
+The window of W columns and N - 1 levels is a comb: level 0 is a chain under the root, and every
+deeper level hangs below the one before it in its column. The n-gram guesses are a trie under the
+root. So one ancestor mask and one walk serve both, window nodes can be accepted too (Jacobi
+acceptance for free), and a fully accepted guess still gets its bonus token; the original does
+neither.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from specdec.drafters.base import BatchState, Needs, RowDrafter, RowRound
+from specdec.errors import ConfigError
+from specdec.sources.ngram_pool import NgramPool
+from specdec.tree import TokenTree, TreeBuilder
+
+_FROM_WINDOW, _FROM_TEXT, _WINDOW_NODE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class LookaheadConfig:
+    """Options of `lookahead`; the paper's presets for large models on an A100 are W/N/G = 15/5/15
+    (7B), 10/5/10 (13B) and 7/5/7 (33B).
+    """
+
+    window: int = 7
+    """Columns of the Jacobi window (W)."""
+    ngram: int = 5
+    """Tokens of an n-gram, key included (N)."""
+    guesses: int = 7
+    """n-grams verified a round (G)."""
+    pool_from_prompt: bool = True
+    """Also collect n-grams from the prompt and the accepted text."""
+    keep_pool: bool = False
+    """Keep the pool from call to call; text never depends on it, speed does."""
+    seed: int = 0
+    """Seed of the window's random start; independent of torch's generators."""
+
+    def __post_init__(self) -> None:
+        """Checks the ranges; raises `ConfigError`."""
+        if self.window < 0 or self.ngram < 2 or self.guesses < 0:
+            raise ConfigError(
+                "lookahead needs window >= 0, ngram >= 2 and guesses >= 0, got "
+                f"window={self.window}, ngram={self.ngram}, guesses={self.guesses}"
+            )
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of a full step below the root."""
+        return max((self.window + self.guesses) * (self.ngram - 1) - 1, 0)
+
+
+class JacobiWindow:
+    """The window of one row: N - 1 levels of guessed tokens, refined by one level every round.
+
+    Args:
+        width: Columns W.
+        ngram: N.
+        seed_text: Tokens the start is drawn from.
+        generator: Source of randomness.
+    """
+
+    def __init__(
+        self, width: int, ngram: int, seed_text: list[int], generator: random.Random
+    ) -> None:
+        self.width, self._levels_wanted = width, ngram - 1
+        self._seed_text, self._generator = seed_text, generator
+        # Level 0 starts longer, because each warm-up round drops one column.
+        self.levels = [self._random(width + ngram - 3)] if width else []
+        self._heads: list[int] = []
+
+    def _random(self, count: int) -> list[int]:
+        return [self._generator.choice(self._seed_text) for _ in range(max(count, 0))]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all levels are filled, so that a round yields n-grams."""
+        return len(self.levels) == self._levels_wanted
+
+    def node_count(self) -> int:
+        """Nodes that `grow` adds at most."""
+        return sum(map(len, self.levels))
+
+    def shrink(self, budget: int) -> None:
+        """Drops columns until at most `budget` nodes are left."""
+        while self.width and self.node_count() > budget:
+            self.width -= 1
+            self.levels = [level[:-1] for level in self.levels] if self.width else []
+
+    def grow(self, builder: TreeBuilder) -> None:
+        """Adds the comb under the root and remembers the nodes whose picks form the next level."""
+        above = [0]
+        for depth, level in enumerate(self.levels):
+            if depth == 0:
+                for token in level:
+                    above.append(builder.add(above[-1], token, _WINDOW_NODE))
+            else:
+                above = [
+                    builder.add(parent, token, _WINDOW_NODE)
+                    for parent, token in zip(above, level, strict=False)
+                ]
+        warming_up_level_0 = len(self.levels) == 1 and not self.is_full
+        self._heads = above[1:] if warming_up_level_0 else above
+
+    def advance(self, root: int, picks: list[int], pool: NgramPool) -> None:
+        """Takes the target's picks at the heads: a new level, and W n-grams once it is full."""
+        if not self.levels:
+            return
+        new = [picks[node] for node in self._heads]
+        if not self.is_full:
+            fresh = new if len(self.levels) == 1 else new[1:]
+            self.levels = [level[1:] for level in self.levels] + [fresh]
+            return
+        for column, token in enumerate(new):
+            key = root if column == 0 else self.levels[0][column - 1]
+            pool.add(key, [*(level[column] for level in self.levels[1:]), token], _FROM_WINDOW)
+        moved = [*self.levels[1:], new]
+        self.levels = [moved[0][1:], *moved[1:]]
+
+
+class Lookahead(RowDrafter):
+    """W, N, G lookahead decoding."""
+
+    Config = LookaheadConfig
+    needs = Needs(node_picks=True)
+    source_names = ("window n-gram", "text n-gram", "window node")
+
+    def __init__(self, config: LookaheadConfig) -> None:
+        super().__init__(config)
+        self._config = config
+        self.max_nodes = config.nodes
+        self._generator = random.Random(config.seed)
+        self._shared_pool: NgramPool | None = None
+        self._pools: dict[int, NgramPool] = {}
+        self._windows: dict[int, JacobiWindow] = {}
+        self._texts: dict[int, list[int]] = {}
+
+    def start(self, state: BatchState) -> None:
+        """Begins a call; a kept pool lives in the memory of the augmented model."""
+        if self._config.keep_pool:
+            self._shared_pool = state.memory.setdefault(
+                "lookahead.pool", NgramPool(self._config.guesses)
+            )
+        super().start(state)
+
+    def start_row(self, row: int, prompt: list[int]) -> None:
+        """Fills the pool from the prompt and draws the window's start from it."""
+        config = self._config
+        shared = self._shared_pool
+        self._pools[row] = NgramPool(config.guesses) if shared is None else shared
+        self._texts[row] = list(prompt)
+        self._windows[row] = self._new_window(row)
+        if config.pool_from_prompt:
+            self._pools[row].add_text(prompt, config.ngram, origin=_FROM_TEXT)
+
+    def _new_window(self, row: int) -> JacobiWindow:
+        config = self._config
+        return JacobiWindow(config.window, config.ngram, self._texts[row], self._generator)
+
+    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
+        """Guesses first, as a trie; then the window, shrunk to what the budget leaves."""
+        window = self._windows[row]
+        if window.width < self._config.window and budget >= self._config.nodes:
+            window = self._windows[row] = self._new_window(row)
+        window.shrink(budget)
+        builder = TreeBuilder(history[-1])
+        room = budget + 1 - window.node_count()
+        for gram, origin in self._pools[row].guesses(history[-1]):
+            builder.add_path(gram, origin, limit=room)
+        window.grow(builder)
+        return builder.build()
+
+    def observe_row(self, row: int, outcome: RowRound) -> None:
+        """Advances the window by one level and collects the new n-grams."""
+        pool, text = self._pools[row], self._texts[row]
+        if outcome.picks is not None:
+            self._windows[row].advance(outcome.tree.tokens[0], outcome.picks, pool)
+        text.extend(outcome.tokens)
+        if self._config.pool_from_prompt:
+            new_from = len(text) - len(outcome.tokens)
+            pool.add_text(text, self._config.ngram, start=new_from, origin=_FROM_TEXT)

@@ -1,0 +1,25 @@
+"""The loop without speculation: every round verifies the pending token alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specdec.drafters.base import BatchState, RowDrafter
+from specdec.tree import TreeBatch
+
+
+@dataclass(frozen=True)
+class NoneConfig:
+    """`none` has no options."""
+
+
+class NoDraft(RowDrafter):
+    """Proposes nothing; what it costs is what the loop costs."""
+
+    Config = NoneConfig
+    host_needs = False
+    max_nodes = 0
+
+    def propose(self, state: BatchState, budget: int) -> TreeBatch:
+        """Root-only trees, straight from the pending tokens."""
+        return TreeBatch.roots(state.pending)

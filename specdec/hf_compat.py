@@ -1,0 +1,262 @@
+"""Every private or version-dependent Hugging Face name that the library touches, in one place.
+
+Differences between transformers releases are detected by feature, never by version number.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import cache_utils
+from transformers.generation import GenerationMixin, logits_process, stopping_criteria
+
+from specdec.tree_cache import TreeCache
+
+_STATELESS_PROCESSORS = (
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "TopHLogitsWarper",
+    "MinPLogitsWarper",
+    "TypicalLogitsWarper",
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "SuppressTokensLogitsProcessor",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+)
+_ROWWISE_PROCESSORS = (
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "RepetitionPenaltyLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor",
+    "NoBadWordsLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
+    "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor",
+    "ExponentialDecayLengthPenalty",
+    "SuppressTokensAtBeginLogitsProcessor",
+)
+_ROWWISE_CRITERIA = (
+    "MaxLengthCriteria",
+    "MaxTimeCriteria",
+    "StopStringCriteria",
+    "EosTokenCriteria",
+)
+
+
+def _known(module: Any, names: Sequence[str]) -> set[type]:
+    return {getattr(module, name) for name in names if hasattr(module, name)}
+
+
+def all_stateless(processors: Sequence[object]) -> bool:
+    """Whether no processor looks at the prefix, so that all nodes can be processed at once."""
+    return all(type(p) in _known(logits_process, _STATELESS_PROCESSORS) for p in processors)
+
+
+def unknown_processors(processors: Sequence[object]) -> list[str]:
+    """Processors that may not be called row by row: they could hold state for the whole batch."""
+    known = _known(logits_process, _STATELESS_PROCESSORS + _ROWWISE_PROCESSORS)
+    return [type(p).__name__ for p in processors if type(p) not in known]
+
+
+def unknown_criteria(criteria: Sequence[object]) -> list[str]:
+    """Stopping criteria that may not be called row by row."""
+    known = _known(stopping_criteria, _ROWWISE_CRITERIA)
+    return [type(c).__name__ for c in criteria if type(c) not in known]
+
+
+def eos_token_ids(criterion: object) -> list[int] | None:
+    """The ids of an `EosTokenCriteria`, None for any other criterion."""
+    if type(criterion) is not stopping_criteria.EosTokenCriteria:
+        return None
+    return [int(token) for token in criterion.eos_token_id.flatten()]
+
+
+def is_max_length(criterion: object) -> bool:
+    """Whether this is the plain length limit."""
+    return type(criterion) is stopping_criteria.MaxLengthCriteria
+
+
+def stop_string_criterion(stop_strings: str | list[str], tokenizer: Any) -> Any:
+    """The criterion that `generate` builds for `stop_strings`."""
+    return stopping_criteria.StopStringCriteria(stop_strings=stop_strings, tokenizer=tokenizer)
+
+
+def pad_token_id(generation_config: Any) -> int | None:
+    """The prepared padding id of a call."""
+    pad = getattr(generation_config, "_pad_token_tensor", None)
+    return None if pad is None else int(pad)
+
+
+def prompt_length(generation_config: Any, attention_mask: Tensor | None, width: int, past: int) -> int:
+    """Tokens of the prompt, those already in the user's cache included.
+
+    `generate` accepts the full ids or only the new ones; the mask always spans all of them, and is
+    dropped when it is all ones, leaving its length behind.
+    """
+    if attention_mask is not None:
+        return attention_mask.shape[1]
+    recorded = getattr(generation_config, "_mask_length", None)
+    if recorded is not None and recorded >= 0:
+        return int(recorded)
+    return width if width > past else width + past
+
+
+def name_arguments(args: Sequence[Any]) -> dict[str, Any]:
+    """Positional arguments of `generate`, by name."""
+    names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
+    return dict(zip(names, args, strict=False))
+
+
+def plain_decode(model: Any, input_ids: Tensor, streamer: Any, **prepared: Any) -> Any:
+    """Hands a prepared call to the loop that `generate` would have used."""
+    if streamer is not None:
+        prepared["streamer"] = streamer
+    return type(model)._sample(model, input_ids, **prepared)
+
+
+def supports_logits_to_keep(model: Any) -> bool:
+    """Whether the forward can skip the language-model head at most positions."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def accepts_position_ids(model: Any) -> bool:
+    """Whether positions can be given to the forward."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+@dataclass(frozen=True, slots=True)
+class MaskKinds:
+    """Which attention masks a model's layers want.
+
+    Attributes:
+        kinds: Layer types, each with a mask of its own.
+        as_dict: Whether the forward takes a mask by layer type, or a single one.
+        window: Sliding window in tokens, if any layer slides.
+        chunk: Attention chunk in tokens, if any layer is chunked.
+    """
+
+    kinds: tuple[str, ...]
+    as_dict: bool
+    window: int | None
+    chunk: int | None
+
+    @classmethod
+    def of(cls, config: Any) -> MaskKinds:
+        """Reads them off a model config, by the rule of `create_masks_for_generate`."""
+        text = config.get_text_config()
+        window = getattr(text, "sliding_window", None)
+        chunk = getattr(text, "attention_chunk_size", None)
+        layer_types = getattr(text, "layer_types", None)
+        if layer_types is not None:
+            return cls(tuple(sorted(set(layer_types))), True, window, chunk)
+        if window is not None:
+            return cls(("sliding_attention",), False, window, chunk)
+        if chunk is not None:
+            return cls(("chunked_attention",), False, window, chunk)
+        return cls(("full_attention",), False, None, None)
+
+    def is_windowed(self, kind: str) -> bool:
+        """Whether layers of this type see only a part of the prefix."""
+        return (kind == "chunked_attention" and self.chunk is not None) or (
+            "sliding" in kind and self.window is not None
+        )
+
+    def within(self, kind: str, query: Tensor, key: Tensor) -> Tensor:
+        """Whether `key` positions are in the window of `query` positions, broadcast, bool."""
+        if kind == "chunked_attention" and self.chunk is not None:
+            return torch.div(query, self.chunk, rounding_mode="floor") == torch.div(
+                key, self.chunk, rounding_mode="floor"
+            )
+        assert self.window is not None  # is_windowed says so
+        return (query - key) < self.window
+
+
+@contextmanager
+def dense_attention(model: Any) -> Iterator[None]:
+    """Runs tree forwards on a backend that takes a dense mask.
+
+    Flash attention ignores a 4-D mask and treats tree positions as packed sequences: silently
+    wrong. Prefill keeps the user's backend.
+    """
+    chosen = model.config._attn_implementation
+    if chosen is None or not ("flash" in chosen or "flex" in chosen):
+        yield
+        return
+    model.config._attn_implementation = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = chosen
+
+
+def unsupported_cache(cache: object) -> str | None:
+    """Why a cache cannot be adopted into a `TreeCache`, or None when it can."""
+    if cache is None:
+        return "the call uses no KV cache"
+    if type(cache) is not cache_utils.DynamicCache:
+        return f"the call uses a {type(cache).__name__}"
+    if cache.offloading:
+        return "the call uses an offloaded cache"
+    for layer in cache.layers:
+        if type(layer) not in (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer):
+            return f"the cache holds a {type(layer).__name__}"
+    return None
+
+
+def adopt_cache(cache: Any, target: TreeCache, slots: Sequence[Tensor]) -> None:
+    """Copies a `DynamicCache` into `target`.
+
+    Args:
+        cache: The user's cache.
+        target: Empty tree cache with enough capacity.
+        slots: Per row, the cache slots that hold tokens (not padding), in order.
+    """
+    length = cache.get_seq_length()
+    for index, layer in enumerate(cache.layers):
+        if not layer.is_initialized or layer.keys.numel() == 0:
+            continue
+        offset = length - layer.keys.shape[2]  # a sliding layer holds only the newest slots
+        tree_layer = target.layer(index)
+        tree_layer.lazy_initialization(layer.keys, layer.values)
+        for row, kept in enumerate(slots):
+            held = kept.to(layer.keys.device)
+            there = (held >= offset).nonzero()[:, 0]
+            tree_layer.keys[row, :, there] = layer.keys[row, :, held[there] - offset]
+            tree_layer.values[row, :, there] = layer.values[row, :, held[there] - offset]
+    target.set_lengths([len(kept) for kept in slots])
+
+
+def write_back(source: TreeCache, cache: Any, slots: Sequence[Tensor], length: int) -> None:
+    """Fills a `DynamicCache` with the tree cache's tokens, laid out as plain `generate` would.
+
+    Args:
+        source: Tree cache after the call.
+        cache: The cache of the call; overwritten.
+        slots: Per row, the slot of each committed token in the padded layout.
+        length: Slots of the padded layout.
+    """
+    for index, tree_layer in enumerate(source.layers):
+        while len(cache.layers) <= index:
+            cache.layers.append(cache_utils.DynamicLayer())
+        layer = cache.layers[index]
+        if not tree_layer.is_initialized:
+            continue
+        layer.lazy_initialization(tree_layer.keys, tree_layer.values)
+        window = getattr(layer, "sliding_window", None)
+        for name in ("keys", "values"):
+            buffer = getattr(tree_layer, name)
+            padded = buffer.new_zeros(*buffer.shape[:2], length, buffer.shape[-1])
+            for row, kept in enumerate(slots):
+                padded[row, :, kept.to(buffer.device)] = buffer[row, :, : len(kept)]
+            kept_slots = length if window is None else min(length, window - 1)
+            setattr(layer, name, padded[:, :, length - kept_slots :].contiguous())
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = length

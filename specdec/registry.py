@@ -1,0 +1,78 @@
+"""Names of the drafting methods; a new one is one line here, imported only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from importlib import import_module
+from typing import Any
+
+from specdec.drafters.base import Drafter
+from specdec.errors import ConfigError
+
+_BUILT_IN: Mapping[str, str] = {
+    "none": "specdec.drafters.none:NoDraft",
+    "lookahead": "specdec.drafters.lookahead:Lookahead",
+    "prompt_lookup": "specdec.drafters.prompt_lookup:PromptLookup",
+}
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Configuration of a registered drafter that declares none."""
+
+
+class Registry:
+    """Maps a method name to a drafter class. The class takes its `Config` as only argument."""
+
+    def __init__(self, built_in: Mapping[str, str]) -> None:
+        self._entries: dict[str, str | Callable[[Any], Drafter]] = dict(built_in)
+
+    def names(self) -> list[str]:
+        """All method names."""
+        return list(self._entries)
+
+    def register(self, name: str, drafter: Callable[[Any], Drafter]) -> None:
+        """Adds a method; raises `ConfigError` when the name is taken by another class."""
+        if self._entries.get(name, drafter) is not drafter:
+            raise ConfigError(f"method {name!r} is already registered; choose another name")
+        self._entries[name] = drafter
+
+    def unregister(self, name: str) -> None:
+        """Removes a method that was registered at run time."""
+        if isinstance(self._entries.get(name), str):
+            raise ConfigError(f"method {name!r} is built in")
+        self._entries.pop(name, None)
+
+    def load(self, name: str) -> Callable[[Any], Drafter]:
+        """The drafter class of a method."""
+        entry = self._entries.get(name)
+        if entry is None:
+            raise ConfigError(f"unknown method {name!r}; choose one of {', '.join(self.names())}")
+        if isinstance(entry, str):
+            module, attribute = entry.split(":")
+            loaded: Callable[[Any], Drafter] = getattr(import_module(module), attribute)
+            return loaded
+        return entry
+
+    def configure(self, name: str, options: Mapping[str, Any]) -> Any:
+        """The method's validated configuration; raises `ConfigError` for unknown options."""
+        config_class = getattr(self.load(name), "Config", NoOptions)
+        known = [f.name for f in fields(config_class)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"method {name!r} has no option {unknown[0]!r}; it has "
+                f"{', '.join(known) if known else 'none'}"
+            )
+        return config_class(**options)
+
+    def create(self, name: str, config: Any) -> Drafter:
+        """A fresh drafter for one call."""
+        return self.load(name)(config)
+
+
+methods = Registry(_BUILT_IN)
+"""The methods that `augment`, the command line and the law suite know."""
+
+register_drafter = methods.register

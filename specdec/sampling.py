@@ -1,0 +1,217 @@
+"""Chooses the target's token at tree nodes, exactly as plain `generate` would choose it.
+
+`torch.multinomial(p, 1)` draws exponential noise e and returns argmax(p / e). So the token that
+plain sampling would emit as s-th is argmax(p / e_s), whatever the draft: with the noise of step s
+kept on a tape, greedy decoding and sampling become the same pick, and the same seed gives the same
+text. Knows nothing about drafts, caches or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specdec.tree import TreeBatch
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""`LogitsProcessorList`: (ids [N, S], scores [N, V]) -> scores [N, V]."""
+
+
+class PrefixIds:
+    """The ids that plain `generate` would show to processors and criteria, padding included.
+
+    One row grows independently of the others; writing a token twice is harmless.
+    """
+
+    def __init__(self, input_ids: Tensor, max_new_tokens: int) -> None:
+        batch, self.prompt_width = input_ids.shape
+        self._capacity = self.prompt_width + max_new_tokens
+        grown = min(self._capacity, self.prompt_width + 256)
+        self._ids = input_ids.new_zeros(batch, grown)
+        self._ids[:, : self.prompt_width] = input_ids
+
+    def write(self, row: int, index: int, token: int) -> None:
+        """Stores `token` as emitted token number `index` of `row`."""
+        position = self.prompt_width + index
+        if position >= self._ids.shape[1]:
+            room = max(position + 1, 2 * self._ids.shape[1])
+            extra = self._ids.new_zeros(self._ids.shape[0], room - self._ids.shape[1])
+            self._ids = torch.cat([self._ids, extra], dim=1)
+        self._ids[row, position] = token
+
+    def row(self, row: int, emitted: int) -> Tensor:
+        """[1, S] ids of `row` after `emitted` tokens."""
+        return self._ids[row : row + 1, : self.prompt_width + emitted]
+
+
+class NoiseTape:
+    """The exponential noise of plain sampling, step by step, kept until every row has used it.
+
+    Step s holds the [B, V] float32 draw that plain `generate` makes for emitted token s.
+    """
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self._batch, self._device = batch, device
+        self._draws: dict[int, Tensor] = {}
+        self._states: dict[int, Tensor] = {}  # generator state before each draw
+        self._drawn = 0
+
+    def _rng(self) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
+        if self._device.type == "cpu":
+            return torch.get_rng_state, torch.set_rng_state
+        module = torch.get_device_module(self._device)
+        return (
+            lambda: module.get_rng_state(self._device),
+            lambda state: module.set_rng_state(state, self._device),
+        )
+
+    def step(self, step: int, vocab_size: int) -> Tensor:
+        """[B, V] noise of emitted token `step`; draws as far as needed."""
+        get_state, _ = self._rng()
+        while self._drawn <= step:
+            self._states[self._drawn] = get_state()
+            draw = torch.empty(self._batch, vocab_size, dtype=torch.float32, device=self._device)
+            self._draws[self._drawn] = draw.exponential_(1)
+            self._drawn += 1
+        return self._draws[step]
+
+    def release(self, below: int) -> None:
+        """Forgets the draws before step `below`."""
+        for step in [s for s in self._draws if s < below]:
+            del self._draws[step], self._states[step]
+
+    def finish(self, steps: int) -> None:
+        """Leaves the generator where `steps` draws of plain `generate` would leave it."""
+        if steps < self._drawn:
+            self._rng()[1](self._states[steps])
+
+
+class WalkContext(Protocol):
+    """What picking along a path asks of its surroundings."""
+
+    active: list[bool]
+
+    def emitted(self, row: int) -> int:
+        """Tokens emitted so far in `row`."""
+        ...
+
+
+class StopCheck(Protocol):
+    """Says whether a row ends with the token it just emitted."""
+
+    def is_final(self, row: int, index: int, token: int) -> bool:
+        """Whether emitted token number `index` ends `row`; asked in order."""
+        ...
+
+
+class TokenPicker:
+    """Picks the target's token at every node, or along the path only.
+
+    Args:
+        processors: The call's logits processors, or None when there are none.
+        prefix: Ids shown to processors.
+        noise: Tape of the call when it samples, None for greedy decoding.
+        along_path: Pick lazily, node after node: needed when a processor depends on the prefix
+            (I6: it then sees exactly the emitted prefixes, once each), and cheaper where a node
+            costs more than a launch. Otherwise all nodes are picked at once on the device.
+    """
+
+    def __init__(
+        self,
+        processors: Processor | None,
+        prefix: PrefixIds,
+        noise: NoiseTape | None,
+        along_path: bool,
+    ) -> None:
+        self._processors, self._prefix, self._noise = processors, prefix, noise
+        self._along_path = along_path
+        self._everywhere: Tensor | None = None  # scores at all nodes of the last round, or
+        self._walked: dict[tuple[int, int], Tensor] = {}  # at those that the lazy walk visited
+
+    def picks(
+        self, trees: TreeBatch, logits: Tensor, state: WalkContext, stops: StopCheck
+    ) -> Tensor:
+        """[B, T] int64 picks; -1 at nodes that a lazy walk did not visit.
+
+        Args:
+            trees: Proposed trees.
+            logits: [B, T, V] target logits, any float dtype.
+            state: The rows' progress.
+            stops: Consulted by the lazy walk, which must not pick beyond a row's last token.
+        """
+        if self._along_path:
+            return self._pick_along_paths(trees, logits, state, stops)
+        return self._pick_everywhere(trees, logits, state)
+
+    def scores(self, row: int, node: int) -> Tensor:
+        """[V] processed scores at a node of the last round, as `output_scores` reports them."""
+        return self._walked[row, node] if self._everywhere is None else self._everywhere[row, node]
+
+    def walked_scores(self, row: int) -> list[Tensor]:
+        """Processed scores [V] along the row's lazy walk of the last round, in order."""
+        return [scores for (walked, _), scores in self._walked.items() if walked == row]
+
+    def _pick_everywhere(self, trees: TreeBatch, logits: Tensor, state: WalkContext) -> Tensor:
+        scores = logits.float()
+        if self._processors is not None:
+            batch, size, vocab = scores.shape
+            no_ids = torch.empty(batch * size, 0, dtype=torch.long, device=scores.device)
+            flat = self._processors(no_ids, scores.reshape(batch * size, vocab))
+            scores = flat.view(batch, size, vocab)
+        self._everywhere = scores
+        if self._noise is None:
+            return scores.argmax(-1)
+        levels = trees.max_depth + 1
+        noise = [  # each row stands at its own step
+            [self._noise.step(state.emitted(row) + level, scores.shape[-1])[row]
+             for level in range(levels)] if state.active[row]
+            else [torch.ones_like(scores[row, 0])] * levels
+            for row in range(len(scores))
+        ]  # fmt: skip
+        tape = torch.stack([torch.stack(levels) for levels in noise])
+        index = trees.depths()[:, :, None].expand_as(scores)
+        return (scores.softmax(-1) / tape.gather(1, index)).argmax(-1)
+
+    def _pick_along_paths(
+        self, trees: TreeBatch, logits: Tensor, state: WalkContext, stops: StopCheck
+    ) -> Tensor:
+        picks = [[-1] * trees.size for _ in state.active]
+        self._walked = {}
+        rows = trees.to_rows() if trees.size > 1 else None
+        for row, active in enumerate(state.active):
+            node: int | None = 0
+            index = state.emitted(row)
+            while active and node is not None:
+                token = self._pick(row, index, node, logits[row, node])
+                picks[row][node] = token
+                if stops.is_final(row, index, token):
+                    break
+                node = rows[row].child(node, token) if rows is not None else None
+                index += 1
+        return torch.tensor(picks, device=logits.device)
+
+    def _pick(self, row: int, index: int, node: int, logits: Tensor) -> int:
+        scores = logits[None].to(copy=True, dtype=torch.float32)
+        if self._processors is not None:
+            scores = self._processors(self._prefix.row(row, index), scores)
+        self._walked[row, node] = scores[0]
+        if self._noise is None:
+            token = int(scores.argmax(-1))
+        else:
+            noise = self._noise.step(index, scores.shape[-1])[row]
+            token = int((scores.softmax(-1)[0] / noise).argmax(-1))
+        self._prefix.write(row, index, token)
+        return token
+
+    def release(self, emitted: Sequence[int]) -> None:
+        """Drops noise that every row has used."""
+        if self._noise is not None and emitted:
+            self._noise.release(min(emitted))
+
+    def finish(self, steps: int) -> None:
+        """Sets the generator where plain `generate` leaves it after `steps` steps."""
+        if self._noise is not None:
+            self._noise.finish(steps)

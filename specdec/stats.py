@@ -1,0 +1,95 @@
+"""What a call measured: one `RoundRecord` per target forward, summed up in `GenerationStats`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from specdec.tree import TokenTree
+from specdec.verify import HostVerdict
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """One round of one call, as `on_round` callbacks and the JSONL trace see it.
+
+    Attributes:
+        index: Number of the round, from 1; the prefill is round 0 and emits one token a row.
+        nodes: Tree size T of the forward, padding included.
+        tokens: Emitted tokens of each row (empty for finished rows).
+        paths: Accepted nodes of each row.
+        trees: Proposed trees; only filled when somebody looks.
+        seconds: Host seconds by stage (draft, forward, verify, commit, observe).
+    """
+
+    index: int
+    nodes: int
+    tokens: list[list[int]]
+    paths: list[list[int]]
+    seconds: dict[str, float]
+    trees: list[TokenTree] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON types."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class GenerationStats:
+    """Totals of one `generate` call.
+
+    Attributes:
+        method: Drafter that ran.
+        mode: "tree", or "plain" when the call ran as plain `generate`.
+        mode_reason: Why this mode.
+        new_tokens: Emitted tokens over all rows, after the stop rules.
+        rounds: Target forwards over trees, prefill not counted.
+        prefill_forwards: Target forwards over the prompt.
+        histogram: Emitted tokens of a row in a round -> how often, prefill not counted.
+        tokens_by_source: How many emitted tokens each source of the drafter won; "target" counts
+            the bonus and correction tokens that the target itself added.
+        drafted_nodes: Nodes proposed below the root, over active rows.
+        seconds: Host seconds by stage; on a GPU the device may still be busy when a stage ends.
+    """
+
+    method: str
+    mode: str = "tree"
+    mode_reason: str = ""
+    new_tokens: int = 0
+    rounds: int = 0
+    prefill_forwards: int = 0
+    histogram: Counter[int] = field(default_factory=Counter)
+    tokens_by_source: Counter[str] = field(default_factory=Counter)
+    drafted_nodes: int = 0
+    seconds: Counter[str] = field(default_factory=Counter)
+    device_to_host_copies: int = 0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tau: emitted tokens per row and round, bonus and correction included."""
+        emitting = sum(self.histogram.values())
+        return sum(n * times for n, times in self.histogram.items()) / max(emitting, 1)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """New tokens over target forwards, prefill included: what a peer's step count gives."""
+        return self.new_tokens / max(self.rounds + self.prefill_forwards, 1)
+
+    def add_round(
+        self, record: RoundRecord, verdict: HostVerdict, source_names: Sequence[str]
+    ) -> None:
+        """Counts one round, after the stop rules; names are those of the drafter's sources."""
+        self.rounds += 1
+        for row, tokens in enumerate(verdict.tokens):
+            if not tokens:
+                continue
+            self.new_tokens += len(tokens)
+            self.histogram[len(tokens)] += 1
+            self.drafted_nodes += verdict.drafted[row]
+            drafted = verdict.sources[row] if verdict.sources else [0] * len(verdict.paths[row])
+            for source in drafted[: len(tokens)]:
+                self.tokens_by_source[source_names[source]] += 1
+            self.tokens_by_source["target"] += len(tokens) - min(len(drafted), len(tokens))
+        self.seconds.update(record.seconds)

@@ -1,0 +1,198 @@
+"""HFTarget: a Hugging Face model behind a `TreeCache`, and the only caller of the model.
+
+One forward verifies a whole batch of token trees: explicit positions (row length + depth) and a
+4-D additive mask, or one mask by layer type, with sliding and chunked windows taken by position.
+No modelling code is copied or patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.base import Drafter, Shape, TargetOutput
+from specdec.hf_compat import MaskKinds, dense_attention, supports_logits_to_keep
+from specdec.tree import TreeBatch
+from specdec.tree_cache import TreeCache
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The part of the prompt that is not in the cache yet, rows packed to the left.
+
+    Attributes:
+        token_ids: [B, n] int64, right-padded; None when only embeddings were given.
+        embeds: [B, n, H] input embeddings that replace the ids, or None.
+        counts: New tokens of each row, each at least 1.
+    """
+
+    token_ids: Tensor | None
+    embeds: Tensor | None
+    counts: list[int]
+
+    def chunk(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Columns `start:stop` as the model's input argument."""
+        if self.embeds is not None:
+            return {"inputs_embeds": self.embeds[:, start:stop]}
+        assert self.token_ids is not None
+        return {"input_ids": self.token_ids[:, start:stop]}
+
+
+class HFTarget:
+    """Implements `TargetModel` for a Hugging Face causal language model.
+
+    Args:
+        model: Any decoder-only model whose self-test chose tree mode.
+        prompt: What `prefill` will run.
+        cache: Empty, or holding an adopted prefix.
+        last_position: Highest position of the call. Nodes beyond it can never be emitted, so
+            their position is clamped instead of overrunning a learned position table.
+        taps: Layers whose output hidden states the drafter reads.
+        hidden_states: Return all layers' hidden states.
+        prefill_chunk: Tokens a prefill forward, or None for all at once.
+    """
+
+    allowed_shape: Shape = "any"
+
+    def __init__(
+        self,
+        model: Any,
+        prompt: Prompt,
+        cache: TreeCache,
+        last_position: int,
+        taps: tuple[int, ...] = (),
+        hidden_states: bool = False,
+        prefill_chunk: int | None = None,
+    ) -> None:
+        self.model, self.prompt, self.cache = model, prompt, cache
+        self.last_position = last_position
+        self.prefill_forwards = 0
+        self._prefill_chunk = prefill_chunk
+        self._taps, self._all_hidden = taps, hidden_states
+        self._kinds = MaskKinds.of(model.config)
+        self._keeps_logits = supports_logits_to_keep(model)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64 committed slots of each row."""
+        return self.cache.lengths
+
+    def prefill(self, drafter: Drafter) -> TargetOutput:
+        """Runs the prompt and returns logits [B, 1, V] of each row's last token."""
+        counts, cache = self.prompt.counts, self.cache
+        width, start_lengths = max(counts), list(cache.host_lengths)
+        step = self._prefill_chunk or width
+        logits: list[Tensor | None] = [None] * len(counts)
+        hidden: list[tuple[Tensor, ...]] = []
+        for start in range(0, width, step):
+            stop = min(start + step, width)
+            ends = sorted({count - 1 - start for count in counts if start < count <= stop})
+            output = self._prefill_chunk_forward(start, stop, ends)
+            self.prefill_forwards += 1
+            for row, count in enumerate(counts):
+                if start < count <= stop:
+                    kept = ends.index(count - 1 - start) if self._keeps_logits else count - 1 - start
+                    logits[row] = output.logits[row, kept]
+            if output.hidden_states is not None:
+                hidden.append(output.hidden_states)
+            if self.prompt.token_ids is not None:
+                ids = self.prompt.token_ids[:, start:stop]
+                rows = range(len(counts))
+                drafter.observe_prefill(rows, ids, output.features, max(start_lengths) + start)
+            cache.set_lengths([length + stop for length in start_lengths])
+        cache.set_lengths([n + count for n, count in zip(start_lengths, counts, strict=True)])
+        last = torch.stack([row for row in logits if row is not None])[:, None]
+        whole = tuple(torch.cat(layer, 1) for layer in zip(*hidden, strict=True)) if hidden else None
+        return TargetOutput(last, hidden_states=whole)
+
+    def _prefill_chunk_forward(self, start: int, stop: int, ends: list[int]) -> TargetOutput:
+        batch, width = len(self.prompt.counts), stop - start
+        self.cache.reserve(width)
+        device = self.cache.lengths.device
+        positions = self.cache.lengths[:, None] + torch.arange(width, device=device)
+        masks = None  # rows of one length: Hugging Face builds the causal mask itself
+        if self.cache.uniform_length is None:
+            chain = torch.arange(-1, width - 1, dtype=torch.int32, device=device)
+            trees = TreeBatch(
+                tokens=positions,
+                parents=chain.expand(batch, -1),
+                sizes=torch.full((batch,), width, dtype=torch.int32, device=device),
+                max_depth=width - 1,
+            )
+            masks = self._masks(trees, positions)
+        keep: dict[str, Any] = {}
+        if self._keeps_logits:
+            keep["logits_to_keep"] = torch.tensor(ends or [0], device=device)
+        return self._forward(
+            **self.prompt.chunk(start, stop), position_ids=positions, attention_mask=masks, **keep
+        )
+
+    def forward_tree(self, trees: TreeBatch) -> TargetOutput:
+        """One forward over all nodes of all rows; their cache slots stay provisional."""
+        self.cache.reserve(trees.size)
+        if trees.size == 1 and self.cache.uniform_length is not None:
+            positions, masks = self.cache.lengths[:, None], None
+            return self._forward(
+                input_ids=trees.tokens, position_ids=positions, attention_mask=masks
+            )
+        positions = self.cache.lengths[:, None] + trees.depths()
+        masks = self._masks(trees, positions)
+        with dense_attention(self.model):
+            return self._forward(
+                input_ids=trees.tokens,
+                position_ids=positions.clamp(max=self.last_position),
+                attention_mask=masks,
+            )
+
+    def _forward(self, **inputs: Any) -> TargetOutput:
+        if self._all_hidden:
+            inputs["output_hidden_states"] = True
+        elif self._taps:
+            inputs["output_hidden_states"] = list(self._taps)
+        output = self.model(
+            **inputs, past_key_values=self.cache, use_cache=True, return_dict=True
+        )
+        features = None
+        if self._taps:
+            features = torch.cat([output.hidden_states[layer + 1] for layer in self._taps], -1)
+        hidden = tuple(output.hidden_states) if self._all_hidden else None
+        return TargetOutput(output.logits, features, hidden)
+
+    def _masks(self, trees: TreeBatch, positions: Tensor) -> Tensor | dict[str, Tensor]:
+        """Additive float masks [B, 1, T, K]: float, because some families add what they are given."""
+        cache, device = self.cache, positions.device
+        width = trees.size
+        slots = torch.arange(cache.visible(width), device=device)
+        written = cache.slots(width, device)
+        seen = (slots < cache.lengths[:, None])[:, None, :].expand(-1, width, -1)
+        index = written[:, None, :].expand(-1, width, -1)
+        seen = seen.scatter(2, index, trees.ancestor_mask())
+        masks = {}
+        for kind in self._kinds.kinds:
+            visible = seen
+            if self._kinds.is_windowed(kind):
+                key = slots.expand(len(written), -1).scatter(1, written, positions)
+                visible = seen & self._kinds.within(kind, positions[:, :, None], key[:, None, :])
+            dtype = self._mask_dtype(device)
+            floor = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
+            masks[kind] = torch.where(visible, torch.zeros_like(floor), floor)[:, None]
+        return masks if self._kinds.as_dict else masks[self._kinds.kinds[0]]
+
+    def _mask_dtype(self, device: torch.device) -> torch.dtype:
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    def commit(
+        self, path: Tensor, accepted: Sequence[Sequence[int]], rows: Sequence[bool]
+    ) -> None:
+        """Keeps root and accepted nodes: afterwards the cache holds all but the pending token (I1)."""
+        self.cache.commit(path, accepted, rows)
+
+    def rollback(self) -> None:
+        """Nothing to undo: provisional slots lie beyond the committed lengths (I7)."""

@@ -1,0 +1,240 @@
+"""Token trees: what every drafter proposes and every target verifies.
+
+A tree holds draft tokens below the *pending* token (node 0, emitted but not yet in the target's
+cache). `TokenTree` is one row on the host; `TreeBatch` is all rows of a batch on the device. The
+idea of verifying a tree in one forward is SpecInfer's (arXiv 2305.09781).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.errors import DrafterError
+
+_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+
+
+def bucket_size(nodes: int) -> int:
+    """Smallest padded tree size that holds `nodes`: few sizes keep kernels and graphs reusable."""
+    for size in _BUCKETS:
+        if nodes <= size:
+            return size
+    return -(-nodes // 32) * 32
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTree:
+    """One row's tree, as plain host integers.
+
+    Attributes:
+        tokens: Token of each node; node 0 is the pending token.
+        parents: Parent of each node; `parents[0] == -1` and `parents[i] < i`.
+        scores: Log-probability of the path to each node by its drafter, if it has one.
+        sources: Index into the drafter's `source_names` for each node, for statistics.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    scores: list[float] | None = None
+    sources: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the shape of the tree; raises `DrafterError`."""
+        parents = self.parents
+        if not parents or len(self.tokens) != len(parents) or parents[0] != -1:
+            raise DrafterError(
+                f"a token tree needs a root with parent -1 and one parent per token, got "
+                f"{len(self.tokens)} tokens and parents {parents[:8]}"
+            )
+        for node in range(1, len(parents)):
+            if not 0 <= parents[node] < node:
+                raise DrafterError(
+                    f"node {node} has parent {parents[node]}; a parent must come before its child"
+                )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def chain(cls, root: int, tokens: Sequence[int]) -> TokenTree:
+        """The tree with a single path: `root`, then `tokens` one below the other."""
+        return cls([root, *tokens], list(range(-1, len(tokens))))
+
+    @classmethod
+    def merge(cls, root: int, paths: Iterable[Sequence[int]]) -> TokenTree:
+        """The trie of `paths` under `root`: shared prefixes become one node."""
+        builder = TreeBuilder(root)
+        for path in paths:
+            builder.add_path(path)
+        return builder.build()
+
+    def depths(self) -> list[int]:
+        """Distance of each node from the root."""
+        depths = [0] * len(self)
+        for node in range(1, len(self)):
+            depths[node] = depths[self.parents[node]] + 1
+        return depths
+
+    def child(self, node: int, token: int) -> int | None:
+        """The first child of `node` that carries `token`, or None."""
+        for candidate in range(node + 1, len(self)):
+            if self.parents[candidate] == node and self.tokens[candidate] == token:
+                return candidate
+        return None
+
+    def first(self, nodes: int) -> TokenTree:
+        """The tree of the first `nodes` nodes: parents come first, so a prefix is a tree."""
+        if nodes >= len(self):
+            return self
+        cut = slice(0, max(nodes, 1))
+        return TokenTree(
+            self.tokens[cut],
+            self.parents[cut],
+            self.scores[cut] if self.scores is not None else None,
+            self.sources[cut] if self.sources is not None else None,
+        )
+
+
+class TreeBuilder:
+    """Grows a `TokenTree` node by node; equal children of one parent become one node."""
+
+    def __init__(self, root: int) -> None:
+        self.tokens, self.parents, self.sources = [root], [-1], [0]
+        self._children: dict[tuple[int, int], int] = {}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, parent: int, token: int, source: int = 0) -> int:
+        """Node index of `token` below `parent`, made if it is not there yet."""
+        node = self._children.get((parent, token))
+        if node is None:
+            node = len(self.tokens)
+            self._children[parent, token] = node
+            self.tokens.append(token)
+            self.parents.append(parent)
+            self.sources.append(source)
+        return node
+
+    def add_path(self, path: Sequence[int], source: int = 0, limit: int | None = None) -> None:
+        """Adds `path` under the root, stopping when the tree has `limit` nodes."""
+        node = 0
+        for token in path:
+            if limit is not None and len(self) >= limit and (node, token) not in self._children:
+                return
+            node = self.add(node, token, source)
+
+    def build(self) -> TokenTree:
+        """The finished tree."""
+        return TokenTree(self.tokens, self.parents, sources=self.sources)
+
+
+@dataclass(frozen=True, slots=True)
+class TreeBatch:
+    """The trees of all rows on the target's device, padded to one size T.
+
+    Padding nodes hang below the root and never take part in acceptance.
+
+    Attributes:
+        tokens: [B, T] int64.
+        parents: [B, T] int32; -1 at node 0.
+        sizes: [B] int32, live nodes of each row.
+        max_depth: Host-side upper bound on the depth of any node, so that no one has to ask the
+            device for it.
+        scores: [B, T] float32 log-probability of the path by its drafter, or None.
+        sources: [B, T] int8, who proposed the node, or None.
+        draft_law: [B, T, V] law that sampled drafts were drawn from, or None.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    sizes: Tensor
+    max_depth: int
+    scores: Tensor | None = None
+    sources: Tensor | None = None
+    draft_law: Tensor | None = None
+    _ancestors: list[Tensor] = field(default_factory=list, compare=False, repr=False)
+
+    @property
+    def size(self) -> int:
+        """Padded number of nodes T."""
+        return self.tokens.shape[1]
+
+    @classmethod
+    def roots(cls, pending: Tensor) -> TreeBatch:
+        """Trees of one node each, from the pending tokens [B]: a round without speculation."""
+        tokens = pending[:, None]
+        parents = torch.full_like(tokens, -1, dtype=torch.int32)
+        return cls(tokens, parents, torch.ones_like(pending, dtype=torch.int32), 0)
+
+    @classmethod
+    def from_rows(
+        cls, rows: Sequence[TokenTree], device: torch.device, bucket: bool = True
+    ) -> TreeBatch:
+        """Uploads host trees in one copy, padded to a common (bucketed) size."""
+        longest = max(map(len, rows))
+        size = bucket_size(longest) if bucket else longest
+        packed = np.zeros((len(rows), 3, size), dtype=np.int64)
+        packed[:, 1, 0] = -1
+        for index, row in enumerate(rows):
+            packed[index, 0, : len(row)] = row.tokens
+            packed[index, 1, : len(row)] = row.parents
+            packed[index, 2, : len(row)] = row.sources or 0
+        sizes = torch.tensor([len(row) for row in rows], dtype=torch.int32, device=device)
+        upload = torch.from_numpy(packed).to(device)
+        scores = None
+        if all(row.scores is not None for row in rows):
+            padded = [[*(row.scores or ()), *[0.0] * (size - len(row))] for row in rows]
+            scores = torch.tensor(padded, dtype=torch.float32, device=device)
+        return cls(
+            tokens=upload[:, 0],
+            parents=upload[:, 1].to(torch.int32),
+            sizes=sizes,
+            max_depth=max(max(row.depths()) for row in rows),
+            scores=scores,
+            sources=upload[:, 2].to(torch.int8) if any(row.sources for row in rows) else None,
+        )
+
+    def to_rows(self) -> list[TokenTree]:
+        """Host copies of the live trees. Costs device-to-host copies: for traces and tests."""
+        sizes, tokens = self.sizes.tolist(), self.tokens.tolist()
+        parents = self.parents.tolist()
+        return [
+            TokenTree(tokens[row][:n], parents[row][:n]) for row, n in enumerate(sizes)
+        ]
+
+    def ancestor_mask(self) -> Tensor:
+        """[B, T, T] bool; entry (i, j) says whether j is i or one of its ancestors.
+
+        Computed on the device by pointer doubling, in log2(depth) steps, once per batch of trees.
+        """
+        if not self._ancestors:
+            batch, size = self.tokens.shape
+            mask = torch.eye(size, dtype=torch.bool, device=self.tokens.device)
+            mask = mask.expand(batch, size, size)
+            jump = self.parents.long()
+            reached = 1  # `mask` covers this many levels, counting the node itself
+            while reached <= self.max_depth:
+                index = jump.clamp(min=0)
+                above = mask.gather(1, index[:, :, None].expand_as(mask))
+                mask = mask | (above & (jump >= 0)[:, :, None])
+                jump = torch.where(jump >= 0, jump.gather(1, index), jump)
+                reached *= 2
+            self._ancestors.append(mask)
+        return self._ancestors[0]
+
+    def depths(self) -> Tensor:
+        """[B, T] int64 distance of each node from the root."""
+        if self.size == 1:
+            return torch.zeros_like(self.tokens)
+        return self.ancestor_mask().sum(-1) - 1
+
+    def live(self) -> Tensor:
+        """[B, T] bool, False at padding nodes."""
+        nodes = torch.arange(self.size, device=self.tokens.device)
+        return nodes < self.sizes[:, None]
