@@ -165,18 +165,27 @@ class MaskKinds:
 
     def is_windowed(self, kind: str) -> bool:
         """Whether layers of this type see only a part of the prefix."""
-        return (kind == "chunked_attention" and self.chunk is not None) or (
-            "sliding" in kind and self.window is not None
-        )
+        return self._span(kind) is not None
+
+    def reaches(self, kind: str, length: int) -> bool:
+        """Whether the window of this layer type hides anything in a text of `length` tokens."""
+        span = self._span(kind)
+        return span is not None and length > span
+
+    def _span(self, kind: str) -> int | None:
+        if kind == "chunked_attention":
+            return self.chunk
+        return self.window if "sliding" in kind else None
 
     def within(self, kind: str, query: Tensor, key: Tensor) -> Tensor:
-        """Whether `key` positions are in the window of `query` positions, broadcast, bool."""
-        if kind == "chunked_attention" and self.chunk is not None:
-            return torch.div(query, self.chunk, rounding_mode="floor") == torch.div(
-                key, self.chunk, rounding_mode="floor"
-            )
-        assert self.window is not None  # is_windowed says so
-        return (query - key) < self.window
+        """Whether `key` positions are in the window of `query` positions; bool, broadcast."""
+        span = self._span(kind)
+        if span is None:
+            return torch.ones_like(query + key, dtype=torch.bool)
+        if kind == "chunked_attention":
+            whole = torch.div(query, span, rounding_mode="floor")
+            return whole == torch.div(key, span, rounding_mode="floor")
+        return (query - key) < span
 
 
 @contextmanager

@@ -115,7 +115,7 @@ class HFTarget:
         device = self.cache.lengths.device
         positions = self.cache.lengths[:, None] + torch.arange(width, device=device)
         masks = None  # rows of one length: Hugging Face builds the causal mask itself
-        if self.cache.uniform_length is None:
+        if self.cache.start is None:
             chain = torch.arange(-1, width - 1, dtype=torch.int32, device=device)
             trees = TreeBatch(
                 tokens=positions,
@@ -134,11 +134,9 @@ class HFTarget:
     def forward_tree(self, trees: TreeBatch) -> TargetOutput:
         """One forward over all nodes of all rows; their cache slots stay provisional."""
         self.cache.reserve(trees.size)
-        if trees.size == 1 and self.cache.uniform_length is not None:
-            positions, masks = self.cache.lengths[:, None], None
-            return self._forward(
-                input_ids=trees.tokens, position_ids=positions, attention_mask=masks
-            )
+        if trees.size == 1 and self.cache.start is not None:
+            positions = self.cache.lengths[:, None]
+            return self._forward(input_ids=trees.tokens, position_ids=positions, attention_mask=None)
         positions = self.cache.lengths[:, None] + trees.depths()
         masks = self._masks(trees, positions)
         with dense_attention(self.model):
@@ -164,23 +162,42 @@ class HFTarget:
 
     def _masks(self, trees: TreeBatch, positions: Tensor) -> Tensor | dict[str, Tensor]:
         """Additive float masks [B, 1, T, K]: float, because some families add what they are given."""
-        cache, device = self.cache, positions.device
-        width = trees.size
-        slots = torch.arange(cache.visible(width), device=device)
-        written = cache.slots(width, device)
-        seen = (slots < cache.lengths[:, None])[:, None, :].expand(-1, width, -1)
-        index = written[:, None, :].expand(-1, width, -1)
-        seen = seen.scatter(2, index, trees.ancestor_mask())
+        dtype = self._mask_dtype(positions.device)
+        floor = torch.finfo(dtype).min
+        seen: Tensor | None = None
         masks = {}
         for kind in self._kinds.kinds:
-            visible = seen
-            if self._kinds.is_windowed(kind):
-                key = slots.expand(len(written), -1).scatter(1, written, positions)
-                visible = seen & self._kinds.within(kind, positions[:, :, None], key[:, None, :])
-            dtype = self._mask_dtype(device)
-            floor = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
-            masks[kind] = torch.where(visible, torch.zeros_like(floor), floor)[:, None]
+            if self.cache.start is not None and not self._kinds.reaches(kind, self.cache.stop):
+                masks[kind] = self._tail_mask(trees, dtype, floor)
+                continue
+            seen = self._seen(trees) if seen is None else seen
+            visible = seen & self._window(kind, positions)
+            masks[kind] = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, floor)[:, None]
         return masks if self._kinds.as_dict else masks[self._kinds.kinds[0]]
+
+    def _tail_mask(self, trees: TreeBatch, dtype: torch.dtype, floor: float) -> Tensor:
+        """The mask of rows of one length, no window in reach: only tree against tree matters."""
+        ancestors = trees.ancestor_mask()
+        batch, width, _ = ancestors.shape
+        mask = torch.zeros(batch, 1, width, self.cache.stop, dtype=dtype, device=ancestors.device)
+        mask[:, 0, :, -width:].masked_fill_(~ancestors, floor)
+        return mask
+
+    def _seen(self, trees: TreeBatch) -> Tensor:
+        """[B, T, K] bool: committed slots of the row, and the node's ancestors."""
+        cache, width = self.cache, trees.size
+        written = cache.slots(width, cache.lengths.device)
+        slots = torch.arange(cache.stop, device=cache.lengths.device)
+        seen = (slots < cache.lengths[:, None])[:, None, :].expand(-1, width, -1)
+        return seen.scatter(2, written[:, None, :].expand(-1, width, -1), trees.ancestor_mask())
+
+    def _window(self, kind: str, positions: Tensor) -> Tensor:
+        """[B, T, K] bool: slots whose position lies in the layer type's window."""
+        cache = self.cache
+        written = cache.slots(positions.shape[1], positions.device)
+        keys = torch.arange(cache.stop, device=positions.device).expand(len(written), -1)
+        keys = keys.scatter(1, written, positions)
+        return self._kinds.within(kind, positions[:, :, None], keys[:, None, :])
 
     def _mask_dtype(self, device: torch.device) -> torch.dtype:
         if torch.is_autocast_enabled(device.type):

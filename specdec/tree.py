@@ -158,7 +158,7 @@ class TreeBatch:
     scores: Tensor | None = None
     sources: Tensor | None = None
     draft_law: Tensor | None = None
-    _ancestors: list[Tensor] = field(default_factory=list, compare=False, repr=False)
+    _derived: list[Tensor] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -179,12 +179,9 @@ class TreeBatch:
         """Uploads host trees in one copy, padded to a common (bucketed) size."""
         longest = max(map(len, rows))
         size = bucket_size(longest) if bucket else longest
-        packed = np.zeros((len(rows), 3, size), dtype=np.int64)
-        packed[:, 1, 0] = -1
+        packed = np.zeros((len(rows), 4 + size, size), dtype=np.int64)
         for index, row in enumerate(rows):
-            packed[index, 0, : len(row)] = row.tokens
-            packed[index, 1, : len(row)] = row.parents
-            packed[index, 2, : len(row)] = row.sources or 0
+            _pack(row, packed[index])
         sizes = torch.tensor([len(row) for row in rows], dtype=torch.int32, device=device)
         upload = torch.from_numpy(packed).to(device)
         scores = None
@@ -195,9 +192,10 @@ class TreeBatch:
             tokens=upload[:, 0],
             parents=upload[:, 1].to(torch.int32),
             sizes=sizes,
-            max_depth=max(max(row.depths()) for row in rows),
+            max_depth=int(packed[:, 3].max()),
             scores=scores,
             sources=upload[:, 2].to(torch.int8) if any(row.sources for row in rows) else None,
+            _derived=[upload[:, 4:] > 0, upload[:, 3]],
         )
 
     def to_rows(self) -> list[TokenTree]:
@@ -211,30 +209,46 @@ class TreeBatch:
     def ancestor_mask(self) -> Tensor:
         """[B, T, T] bool; entry (i, j) says whether j is i or one of its ancestors.
 
-        Computed on the device by pointer doubling, in log2(depth) steps, once per batch of trees.
+        Uploaded with host-built trees; computed once, on the device, for the others.
         """
-        if not self._ancestors:
-            batch, size = self.tokens.shape
-            mask = torch.eye(size, dtype=torch.bool, device=self.tokens.device)
-            mask = mask.expand(batch, size, size)
-            jump = self.parents.long()
-            reached = 1  # `mask` covers this many levels, counting the node itself
-            while reached <= self.max_depth:
-                index = jump.clamp(min=0)
-                above = mask.gather(1, index[:, :, None].expand_as(mask))
-                mask = mask | (above & (jump >= 0)[:, :, None])
-                jump = torch.where(jump >= 0, jump.gather(1, index), jump)
-                reached *= 2
-            self._ancestors.append(mask)
-        return self._ancestors[0]
+        if not self._derived:
+            mask = self._doubled_ancestors()
+            self._derived.extend([mask, mask.sum(-1) - 1])
+        return self._derived[0]
 
     def depths(self) -> Tensor:
         """[B, T] int64 distance of each node from the root."""
-        if self.size == 1:
-            return torch.zeros_like(self.tokens)
-        return self.ancestor_mask().sum(-1) - 1
+        self.ancestor_mask()
+        return self._derived[1]
+
+    def _doubled_ancestors(self) -> Tensor:
+        """Pointer doubling: log2(depth) steps, no host loop over nodes."""
+        batch, size = self.tokens.shape
+        mask = torch.eye(size, dtype=torch.bool, device=self.tokens.device)
+        mask = mask.expand(batch, size, size)
+        jump = self.parents.long()
+        reached = 1  # `mask` covers this many levels, counting the node itself
+        while reached <= self.max_depth:
+            index = jump.clamp(min=0)
+            above = mask.gather(1, index[:, :, None].expand_as(mask))
+            mask = mask | (above & (jump >= 0)[:, :, None])
+            jump = torch.where(jump >= 0, jump.gather(1, index), jump)
+            reached *= 2
+        return mask
 
     def live(self) -> Tensor:
         """[B, T] bool, False at padding nodes."""
         nodes = torch.arange(self.size, device=self.tokens.device)
         return nodes < self.sizes[:, None]
+
+
+def _pack(row: TokenTree, into: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:
+    """Writes one tree as [4 + T, T]: tokens, parents, sources, depths, then its ancestor mask."""
+    count, size = len(row), into.shape[1]
+    into[0, :count], into[1, :count], into[2, :count] = row.tokens, row.parents, row.sources or 0
+    into[3, 1:], into[3, :count] = 1, row.depths()
+    into[4:, 0] = 1  # everyone sees the root; padding nodes hang below it
+    for node in range(1, size):
+        if node < count:
+            into[4 + node] = into[4 + row.parents[node]]
+        into[4 + node, node] = 1

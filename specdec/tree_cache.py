@@ -42,24 +42,25 @@ class TreeLayer(CacheLayerMixin):
         """Writes T new slots of every row in place and returns views of the visible slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._grow()
-        start, width = self._cache.uniform_length, key_states.shape[-2]
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            if start is not None:
-                buffer[:, :, start : start + width] = states
-            else:
-                slots = self._cache.slots(width, buffer.device)[:, None, :, None]
-                buffer.scatter_(2, slots.expand(-1, buffer.shape[1], -1, buffer.shape[-1]), states)
-        visible = self._cache.visible(width)
-        return self.keys[:, :, :visible], self.values[:, :, :visible]
+        cache, keys, values = self._cache, self.keys, self.values
+        if keys.shape[2] < cache.capacity:
+            keys, values = self._grow()
+        if cache.start is not None:
+            keys[:, :, cache.start : cache.stop] = key_states
+            values[:, :, cache.start : cache.stop] = value_states
+        else:
+            slots = cache.slots(key_states.shape[-2], keys.device)[:, None, :, None]
+            keys.scatter_(2, slots.expand(key_states.shape), key_states)
+            values.scatter_(2, slots.expand(value_states.shape), value_states)
+        return keys[:, :, : cache.stop], values[:, :, : cache.stop]
 
-    def _grow(self) -> None:
-        missing = self._cache.capacity - self.keys.shape[2]
-        if missing > 0:
-            for name in ("keys", "values"):
-                old = getattr(self, name)
-                extra = old.new_zeros(*old.shape[:2], missing, old.shape[-1])
-                setattr(self, name, torch.cat([old, extra], dim=2))
+    def _grow(self) -> tuple[Tensor, Tensor]:
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            room = self._cache.capacity - old.shape[2]
+            extra = old.new_zeros(*old.shape[:2], room, old.shape[-1])
+            setattr(self, name, torch.cat([old, extra], dim=2))
+        return self.keys, self.values
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copies slots `source` [B, P] to slots `target` [B, P], row by row."""
@@ -74,7 +75,7 @@ class TreeLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Width of the visible slots and their offset, for masks that Hugging Face builds."""
-        return self._cache.visible(query_length), 0
+        return self._cache.stop, 0
 
     def get_seq_length(self) -> int:
         """Committed slots of the longest row."""
@@ -99,6 +100,9 @@ class TreeCache(Cache):
     Attributes:
         lengths: [B] int64 committed slots, on the device.
         host_lengths: The same numbers on the host.
+        start: First slot that the coming forward writes, when it is the same in all rows of a live
+            view; else None, and the slots come from `lengths`.
+        stop: Number of slots that the coming forward may look at.
     """
 
     def __init__(
@@ -108,6 +112,8 @@ class TreeCache(Cache):
         self.capacity, self.view = capacity, view
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.host_lengths = [0] * batch
+        self.start: int | None = 0
+        self.stop = 0
         self._slots: dict[torch.device, Tensor] = {}
 
     def layer(self, index: int) -> TreeLayer:
@@ -116,23 +122,15 @@ class TreeCache(Cache):
             self.layers.append(TreeLayer(self))
         return self.layers[index]
 
-    @property
-    def uniform_length(self) -> int | None:
-        """The common length of all rows, or None when they differ or shapes must stay fixed."""
-        first = self.host_lengths[0]
-        same = self.view == "live" and all(length == first for length in self.host_lengths)
-        return first if same else None
-
     def reserve(self, width: int) -> None:
-        """Makes room for `width` more slots in every row, before the layers are written."""
-        needed = max(self.host_lengths) + width
-        while self.capacity < needed:
+        """Prepares a forward over `width` nodes: makes room, and settles where they are written."""
+        longest = max(self.host_lengths)
+        while self.capacity < longest + width:
             self.capacity *= 2
+        live = self.view == "live"
+        self.start = longest if live and min(self.host_lengths) == longest else None
+        self.stop = longest + width if live else self.capacity
         self._slots.clear()
-
-    def visible(self, width: int) -> int:
-        """Slots that a forward over `width` nodes may look at."""
-        return self.capacity if self.view == "capacity" else max(self.host_lengths) + width
 
     def slots(self, width: int, device: torch.device) -> Tensor:
         """[B, width] slots that the next forward writes; computed once a forward and device."""

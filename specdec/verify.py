@@ -73,6 +73,12 @@ class Verdict:
             node_topk: [B, T, k] int64.
             counter: Told about the copy.
         """
+        if counter is not None:
+            counter.copies += 1
+        extras = (node_picks, node_topk)
+        if trees.size == 1 and all(extra is None for extra in extras):
+            tokens, rows = self.tokens.tolist(), len(self.tokens)
+            return HostVerdict([[] for _ in range(rows)], tokens, drafted=[0] * rows)
         parts = [self.length[:, None], trees.sizes[:, None], self.path, self.tokens]
         if trees.sources is not None:
             parts.append(trees.sources.gather(1, self.path.long().clamp(min=0)))
@@ -81,23 +87,21 @@ class Verdict:
         if node_topk is not None:
             parts.append(node_topk.flatten(1))
         packed = torch.cat([part.long() for part in parts], dim=1)
-        if counter is not None:
-            counter.copies += 1
-        rows = [_Reader(row) for row in packed.tolist()]
-        lengths, sizes = [row.take(1)[0] for row in rows], [row.take(1)[0] for row in rows]
+        readers = [_Reader(row) for row in packed.tolist()]
+        lengths, sizes = [r.take(1)[0] for r in readers], [r.take(1)[0] for r in readers]
         depth, nodes = self.path.shape[1], trees.size
-        paths = [row.take(depth)[:n] for row, n in zip(rows, lengths, strict=True)]
-        tokens = [row.take(depth + 1)[: n + 1] for row, n in zip(rows, lengths, strict=True)]
+        paths = [r.take(depth)[:n] for r, n in zip(readers, lengths, strict=True)]
+        tokens = [r.take(depth + 1)[: n + 1] for r, n in zip(readers, lengths, strict=True)]
         sources: list[list[int]] = []
         if trees.sources is not None:
-            sources = [row.take(depth)[:n] for row, n in zip(rows, lengths, strict=True)]
+            sources = [r.take(depth)[:n] for r, n in zip(readers, lengths, strict=True)]
         return HostVerdict(
             paths=paths,
             tokens=tokens,
             sources=sources,
             drafted=[size - 1 for size in sizes],
-            node_picks=[row.take(nodes) for row in rows] if node_picks is not None else None,
-            node_topk=[[row.take(node_topk.shape[2]) for _ in range(nodes)] for row in rows]
+            node_picks=[r.take(nodes) for r in readers] if node_picks is not None else None,
+            node_topk=[[r.take(node_topk.shape[2]) for _ in range(nodes)] for r in readers]
             if node_topk is not None
             else None,
         )
