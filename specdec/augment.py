@@ -65,7 +65,7 @@ def augment(
     settings = config if config is not None else _settings(method, options)
     if config is not None and (method is not None or options):
         raise ConfigError("give either config= or a method with options, not both")
-    capability = probe(model)
+    capability = probe(hf_compat.unwrap(model))
     if settings.method is None:
         settings = _with_default_method(model, settings, capability)
     methods.configure(settings.method or "none", settings.options)
@@ -107,7 +107,9 @@ def last_stats(model: Any) -> GenerationStats:
     """
     stats = getattr(vars(model).get(_ATTRIBUTE), "last_stats", None)
     if stats is None:
-        raise ConfigError("no statistics yet: call specdec.augment(model), then model.generate(...)")
+        raise ConfigError(
+            "no statistics yet: call specdec.augment(model), then model.generate(...)"
+        )
     return stats  # type: ignore[no-any-return]
 
 
@@ -130,11 +132,9 @@ def generate(self: Any, *args: Any, specdec: SpecConfig | bool | None = None, **
     """
     handle: Augmentation = vars(self)[_ATTRIBUTE]
     plain = type(self).generate
-    if specdec is False:
+    if specdec is False or _serves_another_loop(kwargs):
         return plain(self, *args, **kwargs)
-    settings = handle.settings
-    if isinstance(specdec, SpecConfig):
-        settings = specdec if specdec.method else _fill_in(specdec, settings)
+    settings = _call_settings(specdec, handle.settings)
     kwargs = {**hf_compat.name_arguments(args), **kwargs}
     reason = _why_plain(self, kwargs, handle.capability)
     if reason is not None:
@@ -157,6 +157,10 @@ def generate(self: Any, *args: Any, specdec: SpecConfig | bool | None = None, **
 
 def _check_model(model: Any) -> None:
     name = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError(
+            f"{name} is what torch.compile returns; augment the model first, then compile it"
+        )
     config = getattr(model, "config", None)
     if config is None or not callable(getattr(model, "generate", None)):
         raise UnsupportedModelError(
@@ -184,15 +188,29 @@ def _settings(method: str | None, options: Mapping[str, Any]) -> SpecConfig:
 def _with_default_method(model: Any, settings: SpecConfig, found: Capability) -> SpecConfig:
     if found.mode == "plain":
         return replace(settings, method="none")
-    choice = tuning.choose_lookahead(tuning.measure_cost(model))
+    choice = tuning.choose_lookahead(tuning.measure_cost(hf_compat.unwrap(model)))
     return replace(settings, method=choice.method, options=choice.options)
+
+
+def _serves_another_loop(kwargs: Mapping[str, Any]) -> bool:
+    """Whether an augmented wrapper around this model, or assisted generation, makes the call."""
+    config = kwargs.get("generation_config")
+    return isinstance(kwargs.get("custom_generate"), SpeculativeDecode) or bool(
+        getattr(config, "is_assistant", False)
+    )
+
+
+def _call_settings(given: SpecConfig | bool | None, defaults: SpecConfig) -> SpecConfig:
+    if given is None or given is True:
+        return defaults
+    if not isinstance(given, SpecConfig):
+        raise ConfigError(f"specdec= takes False or a SpecConfig, got {given!r}")
+    return given if given.method else _fill_in(given, defaults)
 
 
 def _fill_in(config: SpecConfig, defaults: SpecConfig) -> SpecConfig:
     """A per-call configuration without a method keeps the augmented one."""
-    return replace(
-        config, method=defaults.method, options={**defaults.options, **config.options}
-    )
+    return replace(config, method=defaults.method, options={**defaults.options, **config.options})
 
 
 def _option(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
@@ -209,7 +227,7 @@ def _why_plain(model: Any, kwargs: Mapping[str, Any], found: Capability) -> str 
     """Why a call must not reach our loop at all: its plain counterpart is not token by token."""
     if found.mode == "plain":
         return found.reason
-    for name in ("custom_generate", "assistant_model", "synced_gpus", "use_mtp"):
+    for name in ("custom_generate", "assistant_model", "synced_gpus"):
         if kwargs.get(name):
             return f"{name} was given"
     beams = _option(model, kwargs, "num_beams")
@@ -218,8 +236,8 @@ def _why_plain(model: Any, kwargs: Mapping[str, Any], found: Capability) -> str 
     guidance = _option(model, kwargs, "guidance_scale")
     if guidance is not None and guidance != 1:
         return f"guidance_scale is {guidance}: its processor calls the model itself"
-    for name in ("prompt_lookup_num_tokens", "penalty_alpha", "dola_layers", "token_healing",
-                 "constraints", "force_words_ids"):  # fmt: skip
+    for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "penalty_alpha",
+                 "dola_layers", "token_healing", "constraints", "force_words_ids"):  # fmt: skip
         if _option(model, kwargs, name):
             return f"{name} is set"
     if _option(model, kwargs, "use_cache") is False:

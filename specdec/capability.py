@@ -7,14 +7,16 @@ committing a branch, for rows of different length.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import Needs, Shape
-from specdec.hf_compat import accepts_position_ids
+from specdec.drafters.base import RowDrafter
+from specdec.hf_compat import accepts_position_ids, input_device
 from specdec.target import HFTarget, Prompt
 from specdec.tree import TokenTree, TreeBatch
 from specdec.tree_cache import TreeCache
@@ -43,21 +45,20 @@ class Capability:
     noise: float = 0.0
 
 
-class NoDrafter:
-    """Stands in for a drafter during the self-test's prefill."""
+class NoDrafter(RowDrafter):
+    """Stands in for a drafter where only the target runs."""
 
-    needs = Needs()
-    host_needs = False
-    shape: Shape = "any"
-    source_names = ()
-    max_nodes = 0
 
-    def start(self, *_: Any) -> None: ...
-    def observe_prefill(self, *_: Any) -> None: ...
-    def propose(self, *_: Any) -> TreeBatch:
-        raise NotImplementedError
-
-    def observe(self, *_: Any) -> None: ...
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Runs a block in eval mode; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
 
 
 @torch.no_grad()
@@ -65,16 +66,15 @@ def probe(model: Any) -> Capability:
     """Runs the self-test; never raises for a model that merely cannot do it."""
     if not accepts_position_ids(model):
         return Capability("plain", "its forward takes no position_ids")
-    was_training = model.training
-    model.eval()
     try:
-        error, noise = _measure(model)
+        with evaluating(model):
+            error, noise = _measure(model)
     except Exception as problem:  # noqa: BLE001 - any failure of a foreign model means "plain"
         message = str(problem).strip().split("\n")[0][:160]
         return Capability("plain", f"its self-test failed: {type(problem).__name__}: {message}")
-    finally:
-        model.train(was_training)
-    bound = max(1e-4, 4 * noise)
+    # Rounding may happen to agree in this small sample, so a few steps of the dtype always pass;
+    # a wrong mask or position changes logits by a tenth of their size and more.
+    bound = max(1e-4, 4 * noise, 4 * torch.finfo(model.dtype).eps)
     if not error <= bound:
         return Capability(
             "plain",
@@ -87,7 +87,7 @@ def probe(model: Any) -> Capability:
 
 def _measure(model: Any) -> tuple[float, float]:
     """(tree error, rounding noise), both relative to the largest logit."""
-    device, vocab = model.device, model.config.get_text_config().vocab_size
+    device, vocab = input_device(model), model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocab, (n,), generator=generator).tolist() for n in _PROMPTS]
     drafts = [torch.randint(vocab, (6,), generator=generator).tolist() for _ in _PROMPTS]
@@ -101,7 +101,9 @@ def _measure(model: Any) -> tuple[float, float]:
     logits = target.forward_tree(trees).logits
     path = torch.tensor([_BRANCHES[1][1:]] * 2, device=device)
     target.commit(path, [[3, 4], [3]], [True, True])
-    after = target.forward_tree(TreeBatch.roots(torch.tensor([d[5] for d in drafts], device=device)))
+    after = target.forward_tree(
+        TreeBatch.roots(torch.tensor([d[5] for d in drafts], device=device))
+    )
     worst, noise, scale = 0.0, 0.0, 1e-6
     for row, (tokens, draft) in enumerate(zip(rows, drafts, strict=True)):
         kept = [3, 4] if row == 0 else [3]
@@ -123,18 +125,18 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 def _full_logits(model: Any, tokens: list[int]) -> Tensor:
     """[n, V] logits of one causal forward without a cache."""
-    ids = torch.tensor([tokens], device=model.device)
+    ids = torch.tensor([tokens], device=input_device(model))
     logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
     return logits
 
 
 def _cached_logits(model: Any, prompt: list[int], continuation: list[int]) -> Tensor:
     """[n, V] logits of the continuation, token by token over the model's own cache."""
-    output = model(input_ids=torch.tensor([prompt], device=model.device), use_cache=True)
+    output = model(input_ids=torch.tensor([prompt], device=input_device(model)), use_cache=True)
     rows = []
     for token in continuation:
         output = model(
-            input_ids=torch.tensor([[token]], device=model.device),
+            input_ids=torch.tensor([[token]], device=input_device(model)),
             past_key_values=output.past_key_values,
             use_cache=True,
         )

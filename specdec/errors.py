@@ -1,4 +1,4 @@
-"""What the library raises and warns with. Every message says what was wrong, the value, and what to do."""
+"""What the library raises and warns with: what was wrong, the value, and what to do."""
 
 
 class SpecdecError(ValueError):

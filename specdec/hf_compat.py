@@ -5,6 +5,7 @@ Differences between transformers releases are detected by feature, never by vers
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,11 @@ _ROWWISE_CRITERIA = (
     "StopStringCriteria",
     "EosTokenCriteria",
 )
+_ADOPTABLE_LAYERS = (
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "DummyLayer",  # holds nothing: the layer reads the keys and values of another one
+)
 
 
 def _known(module: Any, names: Sequence[str]) -> set[type]:
@@ -66,13 +72,31 @@ def unknown_processors(processors: Sequence[object]) -> list[str]:
     return [type(p).__name__ for p in processors if type(p) not in known]
 
 
+def processors_by_row(processors: Sequence[object], batch: int) -> list[Any]:
+    """The processors as each row of a batch needs them when it is processed alone.
+
+    The repetition penalty holds the padding length of every row, and refuses another batch size.
+    """
+    rows = []
+    for row in range(batch):
+        own = logits_process.LogitsProcessorList()
+        for processor in processors:
+            ignored = getattr(processor, "prompt_ignore_length", None)
+            if batch > 1 and isinstance(ignored, Tensor):
+                processor = copy.copy(processor)
+                processor.prompt_ignore_length = ignored[row : row + 1]  # type: ignore[attr-defined]
+            own.append(processor)
+        rows.append(own)
+    return rows
+
+
 def unknown_criteria(criteria: Sequence[object]) -> list[str]:
     """Stopping criteria that may not be called row by row."""
     known = _known(stopping_criteria, _ROWWISE_CRITERIA)
     return [type(c).__name__ for c in criteria if type(c) not in known]
 
 
-def eos_token_ids(criterion: object) -> list[int] | None:
+def eos_token_ids(criterion: Any) -> list[int] | None:
     """The ids of an `EosTokenCriteria`, None for any other criterion."""
     if type(criterion) is not stopping_criteria.EosTokenCriteria:
         return None
@@ -95,7 +119,9 @@ def pad_token_id(generation_config: Any) -> int | None:
     return None if pad is None else int(pad)
 
 
-def prompt_length(generation_config: Any, attention_mask: Tensor | None, width: int, past: int) -> int:
+def prompt_length(
+    generation_config: Any, attention_mask: Tensor | None, width: int, past: int
+) -> int:
     """Tokens of the prompt, those already in the user's cache included.
 
     `generate` accepts the full ids or only the new ones; the mask always spans all of them, and is
@@ -120,6 +146,27 @@ def plain_decode(model: Any, input_ids: Tensor, streamer: Any, **prepared: Any) 
     if streamer is not None:
         prepared["streamer"] = streamer
     return type(model)._sample(model, input_ids, **prepared)
+
+
+def unwrap(model: Any) -> Any:
+    """The Hugging Face model inside a PEFT wrapper, or the model itself."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
+def input_device(model: Any) -> torch.device:
+    """Where ids go in; `model.device` is "meta" when accelerate offloaded the embeddings."""
+    if model.device.type != "meta":
+        return torch.device(model.device)
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    places = [getattr(hook, "execution_device", None) for hook in hooks]
+    return torch.device(next((place for place in places if place is not None), "cpu"))
+
+
+def prepares_inputs_itself(model: Any) -> bool:
+    """Whether somebody replaced how inputs are made: PEFT adds a learned prompt that way."""
+    used = getattr(model.prepare_inputs_for_generation, "__func__", None)
+    return used is not type(model).prepare_inputs_for_generation
 
 
 def supports_logits_to_keep(model: Any) -> bool:
@@ -199,14 +246,16 @@ def dense_attention(model: Any) -> Iterator[None]:
     if chosen is None or not ("flash" in chosen or "flex" in chosen):
         yield
         return
-    model.config._attn_implementation = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    model.config._attn_implementation = (
+        "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    )
     try:
         yield
     finally:
         model.config._attn_implementation = chosen
 
 
-def unsupported_cache(cache: object) -> str | None:
+def unsupported_cache(cache: Any) -> str | None:
     """Why a cache cannot be adopted into a `TreeCache`, or None when it can."""
     if cache is None:
         return "the call uses no KV cache"
@@ -215,7 +264,7 @@ def unsupported_cache(cache: object) -> str | None:
     if cache.offloading:
         return "the call uses an offloaded cache"
     for layer in cache.layers:
-        if type(layer) not in (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer):
+        if type(layer) not in _known(cache_utils, _ADOPTABLE_LAYERS):
             return f"the cache holds a {type(layer).__name__}"
     return None
 
@@ -230,7 +279,7 @@ def adopt_cache(cache: Any, target: TreeCache, slots: Sequence[Tensor]) -> None:
     """
     length = cache.get_seq_length()
     for index, layer in enumerate(cache.layers):
-        if not layer.is_initialized or layer.keys.numel() == 0:
+        if not layer.is_initialized or layer.keys is None or layer.keys.numel() == 0:
             continue
         offset = length - layer.keys.shape[2]  # a sliding layer holds only the newest slots
         tree_layer = target.layer(index)
@@ -246,23 +295,30 @@ def adopt_cache(cache: Any, target: TreeCache, slots: Sequence[Tensor]) -> None:
 def write_back(source: TreeCache, cache: Any, slots: Sequence[Tensor], length: int) -> None:
     """Fills a `DynamicCache` with the tree cache's tokens, laid out as plain `generate` would.
 
+    Slots that were there and hold no token (masked out) keep what they held.
+
     Args:
         source: Tree cache after the call.
         cache: The cache of the call; overwritten.
         slots: Per row, the slot of each committed token in the padded layout.
         length: Slots of the padded layout.
     """
+    past = cache.get_seq_length()
     for index, tree_layer in enumerate(source.layers):
         while len(cache.layers) <= index:
             cache.layers.append(cache_utils.DynamicLayer())
         layer = cache.layers[index]
         if not tree_layer.is_initialized:
             continue
+        held = layer.keys.shape[2] if layer.is_initialized and layer.keys.numel() else 0
+        old = {"keys": layer.keys, "values": layer.values}
         layer.lazy_initialization(tree_layer.keys, tree_layer.values)
         window = getattr(layer, "sliding_window", None)
         for name in ("keys", "values"):
             buffer = getattr(tree_layer, name)
             padded = buffer.new_zeros(*buffer.shape[:2], length, buffer.shape[-1])
+            if held:
+                padded[:, :, past - held : past] = old[name]
             for row, kept in enumerate(slots):
                 padded[row, :, kept.to(buffer.device)] = buffer[row, :, : len(kept)]
             kept_slots = length if window is None else min(length, window - 1)

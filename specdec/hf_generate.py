@@ -33,12 +33,14 @@ from specdec.sampling import NoiseTape, PrefixIds, TokenPicker
 from specdec.stats import GenerationStats
 from specdec.stop_rules import HostStopRules
 from specdec.target import HFTarget, Prompt
+from specdec.tree import TokenTree, TreeBatch
 from specdec.tree_cache import TreeCache
 
 _KNOWN_MODEL_KWARGS = frozenset({
     "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
     "inputs_embeds", "output_hidden_states", "output_attentions", "return_dict",
 })  # fmt: skip
+_PADDING_CHUNK = 64  # tokens a forward when ended rows are run over their padding
 
 
 def warn_plain(reason: str) -> None:
@@ -61,7 +63,7 @@ class SpeculativeDecode:
         settings: How to speculate.
         memory: What drafters keep from call to call.
         streamer: The call's streamer.
-        keeps_cache: Whether somebody will look at the KV cache afterwards.
+        keeps_cache: Whether the KV cache is the user's own.
         stats: Filled in by the call.
     """
 
@@ -82,7 +84,13 @@ class SpeculativeDecode:
     ) -> Any:
         """Decodes a prepared call; returns what plain `generate` would return."""
         prepared = Prepared(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, kwargs
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            kwargs,
+            self.keeps_cache,
         )
         method = self.settings.method or "none"
         self.stats = GenerationStats(method, mode_reason="its self-test verified a token tree")
@@ -138,7 +146,11 @@ class SpeculativeDecode:
         speculative_generate(target, drafter, call)
         if self.streamer is not None:
             self.streamer.end()
-        return prepared.result(state, target.cache, recorder, self.keeps_cache)
+        returns_cache = self.keeps_cache or bool(prepared.generation_config.return_dict_in_generate)
+        if returns_cache:
+            prepared.pad_ended_rows(state, target)
+            prepared.write_back(state, target.cache)
+        return prepared.result(state, recorder)
 
 
 @dataclass
@@ -152,6 +164,7 @@ class Prepared:
         criteria: Stopping criteria.
         generation_config: Merged configuration.
         kwargs: Remaining model keyword arguments.
+        keeps_cache: Whether the KV cache is the user's own.
     """
 
     model: Any
@@ -160,6 +173,7 @@ class Prepared:
     criteria: Any
     generation_config: Any
     kwargs: Mapping[str, Any]
+    keeps_cache: bool = False
 
     def __post_init__(self) -> None:
         """Works out the layout of the prompt."""
@@ -191,6 +205,8 @@ class Prepared:
         ]
         if unknown:
             return f"the model input {unknown[0]!r} is not one that a token tree can carry"
+        if hf_compat.prepares_inputs_itself(self.model):
+            return "its input preparation was replaced, as PEFT does to add a learned prompt"
         if self.kwargs.get("output_attentions"):
             return "output_attentions was asked for"
         reason = hf_compat.unsupported_cache(self.cache)
@@ -210,6 +226,9 @@ class Prepared:
         if bool((mask[:, -1] == 0).any()):
             return "the batch is padded on the right"
         holes = bool((mask[:, 1:] < mask[:, :-1]).any())
+        new = mask[:, self.past :]
+        if self.keeps_cache and bool((new[:, 1:] < new[:, :-1]).any()):
+            return "its attention mask has holes where the user's cache wants every token"
         windowed = hf_compat.MaskKinds.of(self.model.config)
         if holes and any(map(windowed.is_windowed, windowed.kinds)):
             return "its attention mask has holes and the model has attention windows"
@@ -245,9 +264,11 @@ class Prepared:
 
     def layout(self) -> PromptLayout:
         """Where the prompt's new tokens sit in the padded batch."""
+        width, chunk = self.total - self.past, self.generation_config.prefill_chunk_size
         return PromptLayout(
-            width=self.total - self.past,
+            width=width,
             columns=[row[row >= self.past] - self.past for row in self.slots()],
+            first=(width - 1) // chunk * chunk if chunk else 0,
         )
 
     def wanted_outputs(self) -> WantedOutputs:
@@ -270,7 +291,7 @@ class Prepared:
                 [int(slot) - skipped for slot in row if slot >= skipped] for row in self.slots()
             ]
             rows = [[row[i] for i in index] for row, index in zip(ids, kept, strict=True)]
-        device = self.model.device
+        device = self.input_ids.device
         last = [row[-1] if row else 0 for row in rows]
         return BatchState(
             tokens=[list(row) for row in rows],
@@ -285,7 +306,7 @@ class Prepared:
 
     def target(self, taps: tuple[int, ...]) -> HFTarget:
         """The model with an empty or adopted cache and the rest of the prompt."""
-        device, slots = self.model.device, self.slots()
+        device, slots = self.input_ids.device, self.slots()
         old = [row[row < self.past] for row in slots]
         new = [row[row >= self.past] for row in slots]
         cache = TreeCache(self.batch, device, self.total + self.max_new_tokens + 64)
@@ -324,26 +345,46 @@ class Prepared:
             prefix,
             NoiseTape(self.batch, device) if config.do_sample else None,
             along_path=lazy,
+            row_processors=hf_compat.processors_by_row(self.processors, self.batch),
         )
 
-    def result(
-        self, state: BatchState, cache: TreeCache, recorder: Recorder, keeps_cache: bool
-    ) -> Any:
-        """What plain `generate` returns; writes the tokens back into the call's cache."""
-        emitted = [row[start:] for row, start in zip(state.tokens, state.prompt_lengths, strict=True)]
-        steps = max(map(len, emitted))
-        pad = 0 if self.pad_id is None else self.pad_id
-        tail = [row + [pad] * (steps - len(row)) for row in emitted]
-        sequences = torch.cat([self.input_ids, torch.tensor(tail).to(self.input_ids)], dim=1)
-        returns_dict = self.generation_config.return_dict_in_generate
-        if keeps_cache or returns_dict:
-            slots = [
-                torch.cat([row, torch.arange(self.total, self.total + len(tokens) - 1)])
-                for row, tokens in zip(self.slots(), emitted, strict=True)
-            ]
-            hf_compat.write_back(cache, self.cache, slots, self.total + steps - 1)
-        if not returns_dict:
+    def padded_tails(self, state: BatchState) -> list[list[int]]:
+        """Emitted ids by row, ended rows padded as plain `generate` pads them."""
+        lengths = state.prompt_lengths
+        emitted = [row[start:] for row, start in zip(state.tokens, lengths, strict=True)]
+        steps, pad = max(map(len, emitted)), 0 if self.pad_id is None else self.pad_id
+        return [row + [pad] * (steps - len(row)) for row in emitted]
+
+    def pad_ended_rows(self, state: BatchState, target: HFTarget) -> None:
+        """Runs ended rows over their padding, as plain `generate` does: the cache stays.
+
+        A later turn attends to these slots when its mask does not hide them.
+        """
+        tails = self.padded_tails(state)
+        missing = [tail[state.emitted(row) - 1 : -1] for row, tail in enumerate(tails)]
+        while any(missing):
+            now = [tokens[:_PADDING_CHUNK] for tokens in missing]
+            missing = [tokens[_PADDING_CHUNK:] for tokens in missing]
+            trees = [TokenTree.chain(tokens[0], tokens[1:]) if tokens else TokenTree([0], [-1])
+                     for tokens in now]  # fmt: skip
+            batch = TreeBatch.from_rows(trees, target.lengths.device)
+            target.forward_tree(batch)
+            kept = [list(range(1, len(tokens))) for tokens in now]
+            target.commit(batch.parents[:, :0], kept, [bool(tokens) for tokens in now])
+
+    def write_back(self, state: BatchState, cache: TreeCache) -> None:
+        """Puts the call's tokens into the cache that plain `generate` would have filled."""
+        length = self.total + max(map(state.emitted, range(self.batch))) - 1
+        new = torch.arange(self.total, length)
+        slots = [torch.cat([row, new]) for row in self.slots()]
+        hf_compat.write_back(cache, self.cache, slots, length)
+
+    def result(self, state: BatchState, recorder: Recorder) -> Any:
+        """What plain `generate` returns."""
+        tails = torch.tensor(self.padded_tails(state)).to(self.input_ids)
+        sequences = torch.cat([self.input_ids, tails], dim=1)
+        if not self.generation_config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(
-            sequences=sequences, past_key_values=self.cache, **recorder.outputs(steps)
+            sequences=sequences, past_key_values=self.cache, **recorder.outputs(tails.shape[1])
         )

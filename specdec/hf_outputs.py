@@ -34,10 +34,13 @@ class PromptLayout:
     Attributes:
         width: Columns of the part of the prompt that was prefilled.
         columns: Per row, the column of each of its tokens.
+        first: First column whose hidden states plain `generate` returns: of a chunked prefill it
+            keeps the last chunk.
     """
 
     width: int
     columns: list[Tensor]
+    first: int = 0
 
 
 class Recorder:
@@ -64,18 +67,18 @@ class Recorder:
         return tuple(score[None] for score in [*self._scores[row], *recent])
 
     def __call__(self, result: RoundResult, record: RoundRecord) -> None:
-        """Keeps what the emitted tokens' nodes produced."""
+        """Keeps what the emitted tokens' nodes produced; copies, so that the round is let go."""
         hidden = result.output.hidden_states or ()
         if record.index == 0:
             self._prompt_hidden = hidden
         for row, tokens in enumerate(result.host.tokens):
             for node in [0, *result.host.paths[row]][: len(tokens)]:
                 if self.wanted.scores:
-                    self._scores[row].append(self._picker.scores(row, node))
+                    self._scores[row].append(self._picker.scores(row, node).clone())
                 if self.wanted.logits:
-                    self._logits[row].append(result.output.logits[row, node].float())
+                    self._logits[row].append(_copied_float(result.output.logits[row, node]))
                 if self.wanted.hidden_states and record.index > 0:
-                    self._hidden[row].append(tuple(layer[row, node] for layer in hidden))
+                    self._hidden[row].append(tuple(layer[row, node].clone() for layer in hidden))
 
     def outputs(self, steps: int) -> dict[str, Any]:
         """The fields of the output object that were asked for, `steps` entries each."""
@@ -94,13 +97,17 @@ class Recorder:
             padded = layer.new_zeros(len(layer), self._layout.width, layer.shape[-1])
             for row, columns in enumerate(self._layout.columns):
                 padded[row, columns.to(layer.device)] = layer[row, : len(columns)]
-            prompt.append(padded)
+            prompt.append(padded[:, self._layout.first :].clone())
         layers = [
             _by_step([[node[index] for node in row] for row in self._hidden], steps - 1)
             for index in range(len(prompt))
         ]
         later = [tuple(layer[step][:, None] for layer in layers) for step in range(steps - 1)]
         return (tuple(prompt), *later)
+
+
+def _copied_float(logits: Tensor) -> Tensor:
+    return logits.to(copy=True, dtype=torch.float32)
 
 
 def _by_step(rows: list[list[Tensor]], steps: int) -> tuple[Tensor, ...]:

@@ -114,7 +114,8 @@ def _settle(
         target.commit(verdict.path, host.paths, was_active)
     for row, tokens in enumerate(host.tokens):
         state.tokens[row].extend(tokens)
-    state.pending = verdict.tokens.gather(1, verdict.length[:, None])[:, 0]
+    # Rows that have ended may hold -1; they still take part in the forward, so give them a token.
+    state.pending = verdict.tokens.gather(1, verdict.length[:, None])[:, 0].clamp(min=0)
     state.lengths = target.lengths
     clock.lap("commit")
     result = RoundResult(trees, output, verdict, host, node_picks, node_topk)
@@ -170,5 +171,3 @@ class _Clock:
         now = perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now
-
-

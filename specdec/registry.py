@@ -65,7 +65,10 @@ class Registry:
                 f"method {name!r} has no option {unknown[0]!r}; it has "
                 f"{', '.join(known) if known else 'none'}"
             )
-        return config_class(**options)
+        try:
+            return config_class(**options)
+        except TypeError as problem:  # a required option is missing
+            raise ConfigError(f"method {name!r}: {problem}") from problem
 
     def create(self, name: str, config: Any) -> Drafter:
         """A fresh drafter for one call."""

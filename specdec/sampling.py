@@ -117,6 +117,7 @@ class TokenPicker:
         along_path: Pick lazily, node after node: needed when a processor depends on the prefix
             (I6: it then sees exactly the emitted prefixes, once each), and cheaper where a node
             costs more than a launch. Otherwise all nodes are picked at once on the device.
+        row_processors: The processors of each row, for the lazy walk; None when the same serve all.
     """
 
     def __init__(
@@ -125,8 +126,10 @@ class TokenPicker:
         prefix: PrefixIds,
         noise: NoiseTape | None,
         along_path: bool,
+        row_processors: Sequence[Processor] | None = None,
     ) -> None:
         self._processors, self._prefix, self._noise = processors, prefix, noise
+        self._row_processors = row_processors
         self._along_path = along_path
         self._everywhere: Tensor | None = None  # scores at all nodes of the last round, or
         self._walked: dict[tuple[int, int], Tensor] = {}  # at those that the lazy walk visited
@@ -195,8 +198,9 @@ class TokenPicker:
 
     def _pick(self, row: int, index: int, node: int, logits: Tensor) -> int:
         scores = logits[None].to(copy=True, dtype=torch.float32)
-        if self._processors is not None:
-            scores = self._processors(self._prefix.row(row, index), scores)
+        process = self._row_processors[row] if self._row_processors else self._processors
+        if process is not None:
+            scores = process(self._prefix.row(row, index), scores)
         self._walked[row, node] = scores[0]
         if self._noise is None:
             token = int(scores.argmax(-1))

@@ -8,6 +8,7 @@ No modelling code is copied or patched.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,8 @@ class Prompt:
         """Columns `start:stop` as the model's input argument."""
         if self.embeds is not None:
             return {"inputs_embeds": self.embeds[:, start:stop]}
-        assert self.token_ids is not None
+        if self.token_ids is None:
+            raise ValueError("a prompt needs token_ids or embeds")
         return {"input_ids": self.token_ids[:, start:stop]}
 
 
@@ -95,7 +97,9 @@ class HFTarget:
             self.prefill_forwards += 1
             for row, count in enumerate(counts):
                 if start < count <= stop:
-                    kept = ends.index(count - 1 - start) if self._keeps_logits else count - 1 - start
+                    kept = (
+                        ends.index(count - 1 - start) if self._keeps_logits else count - 1 - start
+                    )
                     logits[row] = output.logits[row, kept]
             if output.hidden_states is not None:
                 hidden.append(output.hidden_states)
@@ -106,7 +110,9 @@ class HFTarget:
             cache.set_lengths([length + stop for length in start_lengths])
         cache.set_lengths([n + count for n, count in zip(start_lengths, counts, strict=True)])
         last = torch.stack([row for row in logits if row is not None])[:, None]
-        whole = tuple(torch.cat(layer, 1) for layer in zip(*hidden, strict=True)) if hidden else None
+        whole = (
+            tuple(torch.cat(layer, 1) for layer in zip(*hidden, strict=True)) if hidden else None
+        )
         return TargetOutput(last, hidden_states=whole)
 
     def _prefill_chunk_forward(self, start: int, stop: int, ends: list[int]) -> TargetOutput:
@@ -136,24 +142,27 @@ class HFTarget:
         self.cache.reserve(trees.size)
         if trees.size == 1 and self.cache.start is not None:
             positions = self.cache.lengths[:, None]
-            return self._forward(input_ids=trees.tokens, position_ids=positions, attention_mask=None)
+            return self._forward(
+                input_ids=trees.tokens, position_ids=positions, attention_mask=None
+            )
         positions = self.cache.lengths[:, None] + trees.depths()
         masks = self._masks(trees, positions)
-        with dense_attention(self.model):
-            return self._forward(
-                input_ids=trees.tokens,
-                position_ids=positions.clamp(max=self.last_position),
-                attention_mask=masks,
-            )
+        return self._forward(
+            input_ids=trees.tokens,
+            position_ids=positions.clamp(max=self.last_position),
+            attention_mask=masks,
+        )
 
     def _forward(self, **inputs: Any) -> TargetOutput:
         if self._all_hidden:
             inputs["output_hidden_states"] = True
         elif self._taps:
-            inputs["output_hidden_states"] = list(self._taps)
-        output = self.model(
-            **inputs, past_key_values=self.cache, use_cache=True, return_dict=True
-        )
+            inputs["output_hidden_states"] = [layer + 1 for layer in self._taps]  # 0: embeddings
+        masked = inputs["attention_mask"] is not None
+        with dense_attention(self.model) if masked else nullcontext():
+            output = self.model(
+                **inputs, past_key_values=self.cache, use_cache=True, return_dict=True
+            )
         features = None
         if self._taps:
             features = torch.cat([output.hidden_states[layer + 1] for layer in self._taps], -1)
@@ -161,7 +170,7 @@ class HFTarget:
         return TargetOutput(output.logits, features, hidden)
 
     def _masks(self, trees: TreeBatch, positions: Tensor) -> Tensor | dict[str, Tensor]:
-        """Additive float masks [B, 1, T, K]: float, because some families add what they are given."""
+        """Additive masks [B, 1, T, K]: float, because some families add what they are given."""
         dtype = self._mask_dtype(positions.device)
         floor = torch.finfo(dtype).min
         seen: Tensor | None = None
@@ -172,7 +181,9 @@ class HFTarget:
                 continue
             seen = self._seen(trees) if seen is None else seen
             visible = seen & self._window(kind, positions)
-            masks[kind] = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, floor)[:, None]
+            masks[kind] = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, floor)[
+                :, None
+            ]
         return masks if self._kinds.as_dict else masks[self._kinds.kinds[0]]
 
     def _tail_mask(self, trees: TreeBatch, dtype: torch.dtype, floor: float) -> Tensor:
@@ -205,10 +216,8 @@ class HFTarget:
         dtype: torch.dtype = self.model.dtype
         return dtype
 
-    def commit(
-        self, path: Tensor, accepted: Sequence[Sequence[int]], rows: Sequence[bool]
-    ) -> None:
-        """Keeps root and accepted nodes: afterwards the cache holds all but the pending token (I1)."""
+    def commit(self, path: Tensor, accepted: Sequence[Sequence[int]], rows: Sequence[bool]) -> None:
+        """Keeps root and accepted nodes: then the cache holds all but the pending token (I1)."""
         self.cache.commit(path, accepted, rows)
 
     def rollback(self) -> None:

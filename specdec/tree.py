@@ -121,13 +121,19 @@ class TreeBuilder:
             self.sources.append(source)
         return node
 
-    def add_path(self, path: Sequence[int], source: int = 0, limit: int | None = None) -> None:
-        """Adds `path` under the root, stopping when the tree has `limit` nodes."""
-        node = 0
+    def add_path(
+        self, path: Sequence[int], source: int = 0, limit: int | None = None, start: int = 0
+    ) -> int | None:
+        """Adds `path` below node `start`; returns its last node.
+
+        Stops, and returns None, where a new node would make the tree larger than `limit`.
+        """
+        node = start
         for token in path:
             if limit is not None and len(self) >= limit and (node, token) not in self._children:
-                return
+                return None
             node = self.add(node, token, source)
+        return node
 
     def build(self) -> TokenTree:
         """The finished tree."""
@@ -202,9 +208,7 @@ class TreeBatch:
         """Host copies of the live trees. Costs device-to-host copies: for traces and tests."""
         sizes, tokens = self.sizes.tolist(), self.tokens.tolist()
         parents = self.parents.tolist()
-        return [
-            TokenTree(tokens[row][:n], parents[row][:n]) for row, n in enumerate(sizes)
-        ]
+        return [TokenTree(tokens[row][:n], parents[row][:n]) for row, n in enumerate(sizes)]
 
     def ancestor_mask(self) -> Tensor:
         """[B, T, T] bool; entry (i, j) says whether j is i or one of its ancestors.

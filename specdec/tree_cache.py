@@ -19,7 +19,7 @@ View = Literal["live", "capacity"]
 
 
 class TreeLayer(CacheLayerMixin):
-    """Keys and values of one layer, [B, heads, capacity, dim]; heads and dims may differ by layer."""
+    """Keys and values of one layer, [B, heads, capacity, dim]; sizes may differ by layer."""
 
     is_sliding = False
     is_compileable = False
@@ -120,7 +120,8 @@ class TreeCache(Cache):
         """The layer of this index, made if the model has not written it yet."""
         while len(self.layers) <= index:
             self.layers.append(TreeLayer(self))
-        return self.layers[index]
+        layer: TreeLayer = self.layers[index]
+        return layer
 
     def reserve(self, width: int) -> None:
         """Prepares a forward over `width` nodes: makes room, and settles where they are written."""
@@ -158,10 +159,12 @@ class TreeCache(Cache):
             for layer in self.layers:
                 if layer.is_initialized:
                     layer.move(base + node, base + order)
-        self.set_lengths([
-            length + (1 + len(nodes) if active else 0)
-            for length, nodes, active in zip(self.host_lengths, accepted, rows, strict=True)
-        ])
+        self.set_lengths(
+            [
+                length + (1 + len(nodes) if active else 0)
+                for length, nodes, active in zip(self.host_lengths, accepted, rows, strict=True)
+            ]
+        )
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """Declares how many slots of each row are committed."""

@@ -24,7 +24,20 @@ _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 _PREFIX = 64
 _MIN_GAIN = 1.05  # predicted speed-up below which speculation is not worth its variance
 
-LOOKAHEAD_PRIORS: Mapping[tuple[int, int, int], float] = {}
+LOOKAHEAD_PRIORS: Mapping[tuple[int, int, int], float] = {
+    (1, 2, 1): 1.25,
+    (1, 3, 1): 1.39,
+    (2, 3, 2): 1.55,
+    (3, 3, 3): 1.69,
+    (2, 4, 2): 1.74,
+    (3, 4, 3): 1.83,
+    (5, 4, 5): 2.07,
+    (7, 5, 7): 2.21,
+    (10, 5, 10): 2.47,
+    (15, 5, 15): 2.55,
+}
+"""Tokens per forward by (window, ngram, guesses), measured with a 260K-parameter story model on the
+prompts of benchmarks/stories.py: fluent prose that repeats itself little, so a cautious guess."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,10 +71,12 @@ class Progress:
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE tokenizer trained on `texts`; round-trips any string."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -169,7 +171,7 @@ def held_out_loss(model: LlamaForCausalLM, documents: list[Tensor], context: int
     """Mean cross-entropy in nats per token over the held-out documents."""
     packed = torch.cat(documents)[: 96 * context]
     blocks = packed[: len(packed) // context * context].view(-1, context)
-    losses = [model(input_ids=block, labels=block).loss.item() for block in blocks.split(4)]
+    losses = [float(model(input_ids=b, labels=b).loss) for b in blocks.split(4)]
     return sum(losses) / len(losses)
 
 

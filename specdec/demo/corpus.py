@@ -40,9 +40,9 @@ def _source_files(held_out: bool) -> Iterator[Path]:
         skipped = any(
             part in _SKIPPED_FOLDERS or part.startswith("config-") for part in relative.parts
         )
-        if not skipped and path.stat().st_size <= _MAX_FILE_BYTES:
-            if is_held_out(relative) == held_out:
-                yield path
+        readable = not skipped and path.stat().st_size <= _MAX_FILE_BYTES
+        if readable and is_held_out(relative) == held_out:
+            yield path
 
 
 def read_sources(held_out: bool = False) -> list[str]:

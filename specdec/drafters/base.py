@@ -166,9 +166,7 @@ class TargetModel(Protocol):
         """One forward over all nodes; writes provisional cache slots."""
         ...
 
-    def commit(
-        self, path: Tensor, accepted: Sequence[Sequence[int]], rows: Sequence[bool]
-    ) -> None:
+    def commit(self, path: Tensor, accepted: Sequence[Sequence[int]], rows: Sequence[bool]) -> None:
         """Keeps root and accepted nodes of the active rows (I1), drops the others."""
         ...
 

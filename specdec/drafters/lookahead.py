@@ -5,11 +5,15 @@ deeper level hangs below the one before it in its column. The n-gram guesses are
 root. So one ancestor mask and one walk serve both, window nodes can be accepted too (Jacobi
 acceptance for free), and a fully accepted guess still gets its bonus token; the original does
 neither.
+
+Merged guesses leave nodes of the G (N - 1) allotment unused. They are spent on what the pool says
+comes after a guess, and the pool learns from every verified node, rejected ones included.
 """
 
 from __future__ import annotations
 
 import random
+from collections import deque
 from dataclasses import dataclass
 
 from specdec.drafters.base import BatchState, Needs, RowDrafter, RowRound
@@ -34,6 +38,10 @@ class LookaheadConfig:
     """n-grams verified a round (G)."""
     pool_from_prompt: bool = True
     """Also collect n-grams from the prompt and the accepted text."""
+    extend_guesses: bool = True
+    """Continue guesses from the pool with the nodes that merging saved."""
+    harvest: bool = True
+    """Also collect the target's choice at every verified node, and the tails of n-grams."""
     keep_pool: bool = False
     """Keep the pool from call to call; text never depends on it, speed does."""
     seed: int = 0
@@ -116,7 +124,8 @@ class JacobiWindow:
             return
         for column, token in enumerate(new):
             key = root if column == 0 else self.levels[0][column - 1]
-            pool.add(key, [*(level[column] for level in self.levels[1:]), token], _FROM_WINDOW)
+            gram = [*(level[column] for level in self.levels[1:]), token]
+            pool.add_with_tails(key, gram, _FROM_WINDOW)
         moved = [*self.levels[1:], new]
         self.levels = [moved[0][1:], *moved[1:]]
 
@@ -167,17 +176,32 @@ class Lookahead(RowDrafter):
             window = self._windows[row] = self._new_window(row)
         window.shrink(budget)
         builder = TreeBuilder(history[-1])
-        room = budget + 1 - window.node_count()
-        for gram, origin in self._pools[row].guesses(history[-1]):
-            builder.add_path(gram, origin, limit=room)
+        self._add_guesses(builder, self._pools[row], budget + 1 - window.node_count())
         window.grow(builder)
         return builder.build()
 
+    def _add_guesses(self, builder: TreeBuilder, pool: NgramPool, room: int) -> None:
+        """Breadth first: all guesses below the root, then those below where they ended."""
+        deepest = (2 if self._config.extend_guesses else 1) * (self._config.ngram - 1)
+        open_ends = deque([(0, builder.tokens[0], 0)])
+        while open_ends:
+            start, key, depth = open_ends.popleft()
+            for gram, origin in pool.guesses(key):
+                if depth + len(gram) > deepest:
+                    continue
+                end = builder.add_path(gram, origin, limit=room, start=start)
+                if end is None:
+                    return
+                open_ends.append((end, gram[-1], depth + len(gram)))
+
     def observe_row(self, row: int, outcome: RowRound) -> None:
         """Advances the window by one level and collects the new n-grams."""
-        pool, text = self._pools[row], self._texts[row]
+        pool, text, tree = self._pools[row], self._texts[row], outcome.tree
         if outcome.picks is not None:
-            self._windows[row].advance(outcome.tree.tokens[0], outcome.picks, pool)
+            if self._config.harvest:
+                for token, pick in zip(tree.tokens, outcome.picks, strict=False):
+                    pool.add(token, (pick,), _FROM_WINDOW)
+            self._windows[row].advance(tree.tokens[0], outcome.picks, pool)
         text.extend(outcome.tokens)
         if self._config.pool_from_prompt:
             new_from = len(text) - len(outcome.tokens)

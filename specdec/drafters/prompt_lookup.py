@@ -22,7 +22,9 @@ class PromptLookupConfig:
     min_ngram: int = 1
     """Shortest suffix that is looked up."""
     num_draft_tokens: int = 10
-    """Tokens copied after a match."""
+    """Most tokens copied after a match."""
+    tokens_per_match: int = 3
+    """Tokens copied per matched token: a longer match is trusted further."""
 
     def __post_init__(self) -> None:
         """Checks the ranges; raises `ConfigError`."""
@@ -31,9 +33,10 @@ class PromptLookupConfig:
                 f"prompt_lookup needs 1 <= min_ngram <= max_ngram, got min_ngram="
                 f"{self.min_ngram}, max_ngram={self.max_ngram}"
             )
-        if self.num_draft_tokens < 1:
+        if self.num_draft_tokens < 1 or self.tokens_per_match < 1:
             raise ConfigError(
-                f"prompt_lookup needs num_draft_tokens >= 1, got {self.num_draft_tokens}"
+                "prompt_lookup needs num_draft_tokens >= 1 and tokens_per_match >= 1, got "
+                f"{self.num_draft_tokens} and {self.tokens_per_match}"
             )
 
 
@@ -56,8 +59,9 @@ class PromptLookup(RowDrafter):
 
     def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
         """The continuation of the match as a chain."""
-        count = min(budget, self._config.num_draft_tokens)
-        paths = self._index[row].paths(count)
+        index = self._index[row]
+        trusted = self._config.tokens_per_match * index.match()[1]
+        paths = index.paths(min(budget, self._config.num_draft_tokens, trusted))
         return TokenTree.chain(history[-1], paths[0][0] if paths else [])
 
     def observe_row(self, row: int, outcome: RowRound) -> None:

@@ -28,6 +28,12 @@ class NgramPool:
         if len(entries) > self._guesses:
             del entries[next(iter(entries))]
 
+    def add_with_tails(self, key: int, followers: Sequence[int], origin: int = 0) -> None:
+        """Stores an n-gram and every shorter one that it ends with, down to two tokens."""
+        self.add(key, followers, origin)
+        for start in range(len(followers) - 1):
+            self.add(followers[start], followers[start + 1 :], origin)
+
     def add_text(self, text: Sequence[int], ngram: int, start: int = 0, origin: int = 0) -> None:
         """Stores every n-gram of `text` whose last token is at `start` or later."""
         for end in range(max(start, ngram - 1), len(text)):

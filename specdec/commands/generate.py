@@ -1,0 +1,248 @@
+"""`specdec generate`: continues a prompt or chats, streaming, with any method."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+
+from specdec.augment import augment, last_stats
+from specdec.commands.loading import (
+    check_model,
+    context_length,
+    load_model,
+    load_tokenizer,
+    method_options,
+)
+from specdec.config import SpecConfig
+from specdec.errors import ConfigError, SpecdecError
+from specdec.options import GenerateOptions
+from specdec.stats import GenerationStats
+from specdec.terminal import bar, facts, say
+
+_DEFAULT_NEW_TOKENS = 128
+_DEFAULT_SEED = 0
+
+
+def run_generate(options: GenerateOptions) -> int:
+    """Runs the command."""
+    _check(options)
+    text = None if options.chat else _prompt_text(options)
+    chosen = method_options(options.method, options.option)
+    config = SpecConfig(method=options.method, options=chosen, budget=options.budget)
+    check_model(options.model)
+    tokenizer = load_tokenizer(options.model)
+    if options.chat and not tokenizer.chat_template:
+        raise ConfigError(
+            f"--chat needs a tokenizer with a chat template, and that of "
+            f"{options.model or 'the bundled toy'!r} has none; use --prompt"
+        )
+    model = load_model(options.model, options.dtype, options.device)
+    session = Session(model, tokenizer, options)
+    ids = None if text is None else session.encode(text)
+    if ids is not None:
+        session.room_for(ids.shape[1])  # before the default method's probe takes its second
+    augment(model, config=config)
+    if ids is None:
+        return _chat(session)
+    session.answer(ids)
+    return 0
+
+
+class Session:
+    """A model with the generation settings of this run.
+
+    Args:
+        model: To be augmented before it answers.
+        tokenizer: Its tokenizer.
+        options: Of the command.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, options: GenerateOptions) -> None:
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self._sampling: dict[str, Any] = {"do_sample": options.sample}
+        for name in ("temperature", "top_p", "top_k"):
+            if getattr(options, name) is not None:
+                self._sampling[name] = getattr(options, name)
+        torch.manual_seed(_DEFAULT_SEED if options.seed is None else options.seed)
+
+    def encode(self, text: str) -> Tensor:
+        """[1, S] ids of a text to continue."""
+        ids: Tensor = self.tokenizer(text, return_tensors="pt").input_ids
+        return ids.long()  # without a token, the tokenizer gives floats
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> Tensor:
+        """[1, S] ids of a conversation, up to where the model is to speak."""
+        encoded = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        ids: Tensor = encoded["input_ids"]
+        return ids
+
+    def answer(self, ids: Tensor) -> str:
+        """Generates and streams to standard output; returns the new text."""
+        limit = self.room_for(ids.shape[1])
+        ids = ids.to(self.model.device)
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        begin = time.perf_counter()
+        try:
+            output = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=limit,
+                streamer=streamer,
+                **self._sampling,
+            )
+        except ValueError as problem:  # what generate says of its arguments and the model's own
+            raise SpecdecError(str(problem)) from problem
+        new = output[0, ids.shape[1] :].tolist()
+        if self.options.stats:
+            seconds = time.perf_counter() - begin
+            print_stats(last_stats(self.model), len(new), seconds)
+        text: str = self.tokenizer.decode(new, skip_special_tokens=True)
+        return text
+
+    def room_for(self, width: int) -> int:
+        """New tokens that are wanted and fit after a prompt of `width` tokens."""
+        context, wanted = context_length(self.model), self.options.max_new_tokens
+        if width == 0:
+            raise SpecdecError("the prompt is empty: it has no tokens; give some text to continue")
+        if context is None:
+            return wanted or _DEFAULT_NEW_TOKENS
+        room = context - width
+        if room < 1:
+            raise SpecdecError(
+                f"the prompt is too long: it has {width:,} tokens, and the model's context is "
+                f"{context:,}; shorten it"
+            )
+        if wanted is not None and wanted > room:
+            raise ConfigError(
+                f"--max-new-tokens must be at most {room:,}, got {wanted:,}: the model's context "
+                f"is {context:,} tokens and the prompt has {width:,}"
+            )
+        return wanted or min(_DEFAULT_NEW_TOKENS, room)
+
+
+def _check(options: GenerateOptions) -> None:
+    given = [
+        flag
+        for flag, is_given in (
+            ("--prompt", options.prompt is not None),
+            ("--file", options.file is not None),
+            ("--chat", options.chat),
+        )
+        if is_given
+    ]
+    if len(given) != 1:
+        got = " and ".join(given) or "none of them"
+        raise ConfigError(f"give one of --prompt, --file and --chat, got {got}")
+    limits = (
+        ("--max-new-tokens", options.max_new_tokens, 1),
+        ("--budget", options.budget, 0),
+        ("--top-k", options.top_k, 0),
+        ("--seed", options.seed, 0),
+    )
+    for flag, value, least in limits:
+        if value is not None and value < least:
+            raise ConfigError(f"{flag} must be at least {least}, got {value}")
+    _check_sampling(options)
+
+
+def _check_sampling(options: GenerateOptions) -> None:
+    temperature, top_p = options.temperature, options.top_p
+    if temperature is not None and not 0 < temperature < float("inf"):
+        raise ConfigError(
+            f"--temperature must be above 0, got {temperature}; leave out --sample for greedy"
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"--top-p must be above 0 and at most 1, got {top_p}")
+    for name in ("temperature", "top_p", "top_k", "seed"):
+        if getattr(options, name) is not None and not options.sample:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} needs --sample: without it the likeliest token is taken")
+
+
+def _prompt_text(options: GenerateOptions) -> str:
+    if options.prompt is not None:
+        if not options.prompt:
+            raise ConfigError("--prompt is empty; give some text to continue")
+        return options.prompt
+    path = options.file or Path("-")
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except OSError as problem:
+        raise ConfigError(f"cannot read --file {path}: {problem.strerror or problem}") from problem
+    except UnicodeDecodeError as problem:
+        raise ConfigError(f"--file {path} is not UTF-8 text: {problem.reason}") from problem
+    if not text:
+        raise ConfigError(f"--file {path} is empty; give some text to continue")
+    return text
+
+
+def _chat(session: Session) -> int:
+    """Reads a line, answers, until the input ends."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        say("Ctrl-D ends the chat, Ctrl-C stops at once.", sys.stderr)
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            text = input("> " if is_terminal else "").strip()
+        except EOFError:
+            return 0
+        if not text:
+            continue
+        messages.append({"role": "user", "content": text})
+        answer = session.answer(session.encode_chat(messages))
+        messages.append({"role": "assistant", "content": answer})
+
+
+def print_stats(stats: GenerationStats, tokens: int, seconds: float) -> None:
+    """What a call did, to standard error.
+
+    Args:
+        stats: Of the call.
+        tokens: Its new tokens; a call that ran as plain `generate` does not count them.
+        seconds: Its duration.
+    """
+    stream = sys.stderr
+    lines = [
+        ("method", stats.method),
+        ("mode", f"{stats.mode}: {stats.mode_reason}"),
+        ("new tokens", f"{tokens:,} in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s"),
+    ]
+    if stats.rounds:
+        forwards = f"{stats.rounds:,} rounds and {stats.prefill_forwards:,} over the prompt"
+        lines += [
+            ("forwards", forwards),
+            ("acceptance length", f"{stats.acceptance_length:.2f} tokens a round"),
+            ("drafted", f"{stats.drafted_nodes:,} nodes"),
+        ]
+    say("", stream)
+    say("\n".join(facts(lines)), stream)
+    if stats.rounds:
+        _print_counts(stats)
+
+
+def _print_counts(stats: GenerationStats) -> None:
+    stream, rounds = sys.stderr, sum(stats.histogram.values())
+    most = max(stats.histogram.values())
+    say("tokens a round", stream)
+    for length in range(1, max(stats.histogram) + 1):
+        times = stats.histogram[length]
+        drawn = bar(times / most, stream)
+        say(f"  {length:>3}  {times:>6,}  {100 * times / rounds:>3.0f} %  {drawn}".rstrip(), stream)
+    say("tokens by source", stream)
+    width = max(map(len, stats.tokens_by_source))
+    for source, count in stats.tokens_by_source.most_common():
+        say(f"  {source.ljust(width)}  {count:>6,}", stream)
+    total = sum(stats.seconds.values())
+    say("seconds by stage", stream)
+    width = max(map(len, stats.seconds))
+    for stage, seconds in stats.seconds.most_common():
+        say(f"  {stage.ljust(width)}  {seconds:>7.3f}  {100 * seconds / total:>3.0f} %", stream)

@@ -1,0 +1,182 @@
+"""The shape of the code base: import direction, size limits, forbidden names, public API."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE_ROOTS = ("specdec", "kernels", "draft_training", "integrations", "benchmarks")
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
+
+# A module may import from its own layer and from those before it.
+LAYERS = (
+    {"errors", "tree", "config", "stats", "sources", "verify", "options", "terminal"},
+    {"sampling", "tree_cache", "hf_compat"},
+    {"target", "capability", "rejection", "exactness", "drafters.base", "registry", "stop_rules"},
+    {"loop"},
+    {"drafters", "heads", "tuning"},
+    {"augment", "hf_generate", "hf_outputs"},
+    {"demo", "commands"},
+    {"cli"},
+)
+WITHOUT_TRANSFORMERS = ("loop", "verify", "tree", "sampling", "stop_rules", "stats", "registry")
+WITHOUT_TORCH = ("sources", "errors")
+FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load"}
+
+
+def library_files() -> list[Path]:
+    """Every library source file."""
+    return sorted(p for root in PACKAGE_ROOTS for p in (ROOT / root).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    """Name below `specdec`, for example "drafters.base"; empty for the package itself."""
+    parts = path.relative_to(ROOT / "specdec").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def layer_of(module: str) -> int:
+    """Layer of a module by its longest listed prefix."""
+    while module:
+        for index, layer in enumerate(LAYERS):
+            if module in layer:
+                return index
+        module = module.rpartition(".")[0]
+    return len(LAYERS)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules that a file imports, at any depth."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def specdec_imports(path: Path) -> set[str]:
+    """Modules of the core that a file imports."""
+    found = set()
+    for name in imports(path):
+        module = name.removeprefix("specdec.")
+        known = (ROOT / "specdec" / (module.replace(".", "/") + ".py")).exists()
+        if name.startswith("specdec.") and (known or module in {"demo", "sources", "drafters"}):
+            found.add(module)
+    return found
+
+
+CORE = [p for p in sorted((ROOT / "specdec").rglob("*.py")) if module_name(p)]
+
+
+@pytest.mark.parametrize("path", CORE, ids=module_name)
+def test_imports_go_one_way(path: Path) -> None:
+    own = layer_of(module_name(path))
+    above = {name for name in specdec_imports(path) if layer_of(name) > own}
+    assert not above, f"{module_name(path)} imports {above} from a later layer"
+
+
+def test_no_import_cycles() -> None:
+    graph = {module_name(path): specdec_imports(path) for path in CORE}
+
+    def reach(start: str) -> set[str]:
+        seen, queue = set(), [start]
+        while queue:
+            for target in graph.get(queue.pop(), ()):
+                if target not in seen:
+                    seen.add(target)
+                    queue.append(target)
+        return seen
+
+    assert [name for name in graph if name in reach(name)] == []
+
+
+def test_drafters_never_import_each_other() -> None:
+    for path in (ROOT / "specdec" / "drafters").glob("*.py"):
+        others = {n for n in specdec_imports(path) if n.startswith("drafters.")}
+        assert others <= {"drafters.base"}, path
+
+
+@pytest.mark.parametrize("module", WITHOUT_TRANSFORMERS)
+def test_core_does_not_know_transformers(module: str) -> None:
+    path = ROOT / "specdec" / f"{module}.py"
+    assert not [name for name in imports(path) if name.split(".")[0] == "transformers"]
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_sources_do_not_know_torch(module: str) -> None:
+    target = ROOT / "specdec" / module
+    files = target.rglob("*.py") if target.is_dir() else [target.with_suffix(".py")]
+    for path in files:
+        assert not [name for name in imports(path) if name.split(".")[0] == "torch"], path
+
+
+def test_kernels_know_nothing_of_us() -> None:
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not [name for name in imports(path) if name.split(".")[0] == "specdec"], path
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """All functions of a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("path", library_files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_size_limits(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= MAX_FILE_LINES
+    for function in functions(ast.parse(text)):
+        assert function.end_lineno is not None
+        lines = function.end_lineno - function.lineno + 1
+        parameters = [*function.args.args, *function.args.kwonlyargs]
+        counted = [a for a in parameters if a.arg not in ("self", "cls")]
+        assert lines <= MAX_FUNCTION_LINES, f"{function.name} has {lines} lines"
+        assert len(counted) <= MAX_PARAMETERS, f"{function.name} has {len(counted)} parameters"
+
+
+@pytest.mark.parametrize("path", library_files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_forbidden_calls(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not {"pickle", "dill", "shelve"} & {name.split(".")[0] for name in imports(path)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, ast.unparse(node)
+            for keyword in node.keywords:
+                switched_on = getattr(keyword.value, "value", None) is True
+                assert not (keyword.arg in {"trust_remote_code", "shell"} and switched_on)
+
+
+def test_public_api_is_small() -> None:
+    import specdec
+
+    assert len(specdec.__all__) <= 14
+    assert all(hasattr(specdec, name) for name in specdec.__all__)
+
+
+def test_side_folders_are_not_packages() -> None:
+    for folder in (
+        "kernels",
+        "draft_training",
+        "integrations",
+        "benchmarks",
+        "tests",
+        "tests/kernels",
+    ):
+        assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_import_opens_no_connection_and_needs_no_triton() -> None:
+    program = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise RuntimeError('network')\n"
+        "socket.socket.connect = refuse\n"
+        "sys.modules['triton'] = None\n"
+        "import specdec, specdec.cli\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -1,0 +1,385 @@
+"""The commands `generate` and `doctor`, the frozen list of options, and bad input."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, T5Config
+
+from specdec import cli, register_drafter
+from specdec.commands import generate as generate_command
+from specdec.commands.loading import method_options
+from specdec.drafters.base import RowDrafter
+from specdec.errors import ConfigError
+from specdec.options import DemoOptions, DoctorOptions, GenerateOptions
+from specdec.registry import methods
+from specdec.stats import GenerationStats
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[..., SimpleNamespace]
+
+FROZEN_OPTIONS = {
+    "demo": {
+        "max_new_tokens": 96, "prompts": 6, "repetitions": 3, "sample": False, "seed": 0,
+        "dtype": "float32", "device": "cpu", "threads": 1, "no_colour": False,
+    },
+    "generate": {
+        "model": None, "prompt": None, "file": None, "chat": False, "max_new_tokens": None,
+        "sample": False, "temperature": None, "top_p": None, "top_k": None, "seed": None,
+        "dtype": "auto", "device": "auto", "method": None, "budget": None, "option": (),
+        "stats": False,
+    },
+    "doctor": {"model": None, "dtype": "auto", "device": "auto"},
+}  # fmt: skip
+"""Subcommand -> option -> default."""
+
+
+@pytest.mark.parametrize("command", FROZEN_OPTIONS)
+def test_options_are_frozen(command: str, run: Run) -> None:
+    """Adding, renaming or dropping an option is a decision: change the list above with it."""
+    options = {"demo": DemoOptions, "generate": GenerateOptions, "doctor": DoctorOptions}[command]
+    assert {f.name: f.default for f in fields(options)} == FROZEN_OPTIONS[command]
+    shown = run(command, "--help")
+    assert shown.code == 0
+    flags = {"--" + name.replace("_", "-") for name in FROZEN_OPTIONS[command]} | {"--help"}
+    assert set(re.findall(r"--[a-z][a-z-]*", shown.out)) == flags
+
+
+def test_commands_are_frozen(run: Run) -> None:
+    shown = run("--help")
+    assert shown.code == 0
+    assert "{" + ",".join(FROZEN_OPTIONS) + "}" in shown.out
+
+
+def test_errors_are_one_line_without_unicode_too(run: Run) -> None:
+    """tyro draws its frames with other characters where the terminal's encoding is not UTF-8."""
+    for box in (
+        "╭─ Value error ─────╮\n│ Error parsing --x: is │\n│ bad. │\n│ ───── │\n│ More │\n╰──╯\n",
+        " Value error \n ----- \n  Error parsing --x: is \n  bad. \n  -----\n  More \n",
+    ):
+        assert cli._one_line(box, ["demo"]) == "--x: is bad (see specdec demo --help)"
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").out == f"specdec {cli_version()}\n"
+
+
+def cli_version() -> str:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Modules that parsing imports may not import torch or transformers themselves."""
+    for name in ("cli", "options", "errors", "terminal", "demo/__init__"):
+        tree = ast.parse((ROOT / "specdec" / f"{name}.py").read_text())
+        imported = {alias.name for node in tree.body if isinstance(node, ast.Import)
+                    for alias in node.names}  # fmt: skip
+        imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+        assert not {i for i in imported if i.split(".")[0] in ("torch", "transformers")}, name
+
+
+def plain_text(folder: Path, prompt: str, tokens: int, **sampling: object) -> str:
+    """What the model's own `generate` continues with."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    torch.manual_seed(7)
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **sampling
+    )
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("method", ["none", "prompt_lookup", "lookahead"])
+def test_generate_streams_the_models_own_text(method: str, model_folder: Path, run: Run) -> None:
+    made = run(
+        "generate", "--model", model_folder, "--prompt", "abcabcab", "--max-new-tokens", 24,
+        "--method", method, "--dtype", "float32",
+    )  # fmt: skip
+    assert made.code == 0
+    assert made.out.rstrip("\n") == plain_text(model_folder, "abcabcab", 24, do_sample=False)
+    assert made.err == ""
+
+
+def test_generate_samples_the_same_text_from_the_same_seed(model_folder: Path, run: Run) -> None:
+    made = run(
+        "generate", "--model", model_folder, "--prompt", "abcabcab", "--max-new-tokens", 24,
+        "--method", "lookahead", "--option", "window=3", "--option", "ngram=3",
+        "--dtype", "float32", "--sample", "--temperature", 0.7, "--top-k", 20, "--top-p", 0.9,
+        "--seed", 7,
+    )  # fmt: skip
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9}
+    assert made.out.rstrip("\n") == plain_text(model_folder, "abcabcab", 24, **sampling)
+
+
+def test_generate_chooses_a_method_itself(model_folder: Path, run: Run) -> None:
+    made = run("generate", "--model", model_folder, "--prompt", "abc", "--max-new-tokens", 4)
+    assert made.code == 0
+
+
+def test_generate_reads_a_file_and_standard_input(
+    model_folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text("abcabcab")
+    common = ("generate", "--model", model_folder, "--method", "none", "--max-new-tokens", 8)
+    from_file = run(*common, "--file", path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abcabcab"))
+    from_stdin = run(*common, "--file", "-")
+    assert from_file.out == from_stdin.out == run(*common, "--prompt", "abcabcab").out
+
+
+def test_default_length_fits_the_context(model_folder: Path, run: Run) -> None:
+    made = run("generate", "--model", model_folder, "--method", "none", "--prompt", "a" * 180)
+    assert made.code == 0
+
+
+def test_stats_go_to_standard_error(model_folder: Path, run: Run) -> None:
+    made = run(
+        "generate", "--model", model_folder, "--prompt", "abcabcab", "--max-new-tokens", 24,
+        "--method", "prompt_lookup", "--stats",
+    )  # fmt: skip
+    assert "tree: its self-test verified a token tree" in made.err
+    for wanted in ("24 in ", "rounds and 1 over the prompt", "acceptance length", "tokens a round",
+                   "tokens by source", "seconds by stage", "forward"):  # fmt: skip
+        assert wanted in made.err
+    assert "acceptance" not in made.out
+
+
+def test_stats_of_a_plain_call(capsys: pytest.CaptureFixture[str]) -> None:
+    stats = GenerationStats("none", mode="plain", mode_reason="num_beams is 2")
+    generate_command.print_stats(stats, 10, 0.5)
+    errors = capsys.readouterr().err
+    assert "plain: num_beams is 2" in errors
+    assert "10 in 0.50 s, 20.0 tokens/s" in errors
+
+
+def test_chat(chat_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[dict[str, str]]] = []
+    encode = generate_command.Session.encode_chat
+
+    def spy(session: generate_command.Session, messages: list[dict[str, str]]) -> torch.Tensor:
+        asked.append(list(messages))
+        return encode(session, messages)
+
+    monkeypatch.setattr(generate_command.Session, "encode_chat", spy)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nagain\n"))
+    made = run(
+        "generate", "--model", chat_folder, "--chat", "--method", "none", "--max-new-tokens", 5
+    )
+    assert made.code == 0
+    assert [m["role"] for m in asked[-1]] == ["user", "assistant", "user"]
+    assert [m["content"] for m in asked[-1][::2]] == ["hello", "again"]
+    assert asked[-1][1]["content"] in made.out
+
+
+def test_doctor(run: Run) -> None:
+    shown = run("doctor")
+    assert shown.code == 0
+    for wanted in ("python", "torch", "transformers", "triton", "accelerate", "cpu", "bfloat16",
+                   *methods.names()):  # fmt: skip
+        assert wanted in shown.out
+
+
+def test_doctor_tests_a_model(model_folder: Path, run: Run) -> None:
+    shown = run("doctor", "--model", model_folder, "--dtype", "float32")
+    assert shown.code == 0
+    for wanted in ("LlamaForCausalLM", "192 tokens", "tree: ", "rounding", "default method here",
+                   "1.00x"):  # fmt: skip
+        assert wanted in shown.out
+
+
+def test_option_values_take_the_types_of_the_method() -> None:
+    @dataclass(frozen=True)
+    class Config:
+        draft: str
+        size: int | None = None
+        share: float = 0.5
+        greedy: bool = True
+        name: str = "x"
+
+    class Typed(RowDrafter):
+        pass
+
+    Typed.Config = Config
+    register_drafter("typed", Typed)
+    try:
+        pairs = ("draft=x/y", "size=3", "share=0.25", "greedy=no", "name=7")
+        wanted = {"draft": "x/y", "size": 3, "share": 0.25, "greedy": False, "name": "7"}
+        assert method_options("typed", pairs) == wanted
+        assert method_options("typed", ("draft=x", "size=none"))["size"] is None
+        with pytest.raises(ConfigError, match="needs --option draft="):
+            method_options("typed", pairs[1:])
+        for pair in ("size=x", "share=x", "greedy=x", "other=1", "size"):
+            with pytest.raises(ConfigError):
+                method_options("typed", ("draft=x", pair))
+    finally:
+        methods.unregister("typed")
+
+
+def write_config(folder: Path, config: dict[str, object]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bad_folders(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders that hold no decoder-only language model."""
+    root = tmp_path_factory.mktemp("bad")
+    bert = BertConfig(architectures=["BertForMaskedLM"]).to_dict()
+    t5 = T5Config(architectures=["T5ForConditionalGeneration"]).to_dict()
+    own_code = {"model_type": "mine", "auto_map": {"AutoConfig": "x.C"}}
+    folders = {
+        "BERT": write_config(root / "bert", bert),
+        "T5": write_config(root / "t5", t5),
+        "OWN_CODE": write_config(root / "own_code", own_code),
+        "UNKNOWN": write_config(root / "unknown", {"model_type": "no_such_type"}),
+        "EMPTY": root / "empty",
+    }
+    (root / "own_code" / "x.py").write_text("raise SystemExit('this code must never run')")
+    folders["EMPTY"].mkdir()
+    folders["BAD_JSON"] = write_config(root / "bad_json", {})
+    (root / "bad_json" / "config.json").write_text("{")
+    for name, victim in (("BAD_WEIGHTS", "model.safetensors"), ("NO_TOKENIZER", None)):
+        folders[name] = shutil.copytree(model_folder, root / name)
+        if victim is not None:
+            (folders[name] / victim).write_bytes(b"no tensors here" * 4)
+    for path in folders["NO_TOKENIZER"].glob("tokenizer*"):
+        path.unlink()
+    return folders
+
+
+PROMPT = ("generate", "--model", "MODEL", "--prompt", "abc")
+BAD_INPUT = [
+    ((), "expected one of"),
+    (("nonsense",), "unknown command 'nonsense'"),
+    (("generate", "--optoin", "x"), "perhaps you meant --option"),
+    ((*PROMPT, "--max-new-tokens", "x"), "--max-new-tokens: expected INT, got 'x'"),
+    (("demo", "--threads", "x"), "--threads: expected INT, got 'x'"),
+    ((*PROMPT, "--dtype", "int3"), "invalid choice 'int3'"),
+    (("generate", "--model", "MODEL"), "give one of --prompt, --file and --chat, got none"),
+    ((*PROMPT, "--file", "x"), "got --prompt and --file"),
+    (("generate", "--prompt", ""), "--prompt is empty"),
+    (("generate", "--file", "/no/such/file"), "cannot read --file /no/such/file: No such file"),
+    (("generate", "--file", "/dev/null"), "is empty"),
+    (("generate", "--model", "MODEL", "--chat"), "needs a tokenizer with a chat template"),
+    ((*PROMPT, "--method", "nope"), "unknown method 'nope'; choose one of none,"),
+    ((*PROMPT, "--method", "lookahead", "--option", "wndow=1"), "no option 'wndow'; it has window"),
+    ((*PROMPT, "--method", "lookahead", "--option", "window=x"), "window must be a whole number"),
+    ((*PROMPT, "--method", "lookahead", "--option", "ngram=1"), "ngram >= 2"),
+    ((*PROMPT, "--method", "lookahead", "--option", "window"), "takes NAME=VALUE"),
+    ((*PROMPT, "--option", "window=1"), "needs --method"),
+    ((*PROMPT, "--max-new-tokens", "0"), "--max-new-tokens must be at least 1, got 0"),
+    ((*PROMPT, "--max-new-tokens", "900"), "--max-new-tokens must be at most 189, got 900"),
+    ((*PROMPT, "--budget", "-1"), "--budget must be at least 0, got -1"),
+    ((*PROMPT, "--sample", "--temperature", "0"), "--temperature must be above 0"),
+    ((*PROMPT, "--sample", "--top-p", "1.5"), "--top-p must be above 0 and at most 1"),
+    ((*PROMPT, "--sample", "--top-k", "-1"), "--top-k must be at least 0"),
+    ((*PROMPT, "--seed", "1"), "--seed needs --sample"),
+    ((*PROMPT, "--device", "nonsense"), "--device nonsense cannot be used"),
+    (("generate", "--model", "MODEL", "--prompt", "a" * 192), "the prompt is too long: it has 192"),
+    (("generate", "--prompt", "x", "--model", "/no/such/folder"), "there is no folder '/no/such"),
+    (("generate", "--prompt", "x", "--model", ""), "--model is empty"),
+    (("generate", "--prompt", "x", "--model", __file__), "is a file"),
+    (("generate", "--prompt", "x", "--model", "EMPTY"), "there is no config.json in it"),
+    (("generate", "--prompt", "x", "--model", "BERT"), "is not a causal language model (Bert"),
+    (("generate", "--prompt", "x", "--model", "T5"), "is an encoder-decoder model (T5"),
+    (("generate", "--prompt", "x", "--model", "OWN_CODE"), "its own code"),
+    (("generate", "--prompt", "x", "--model", "UNKNOWN"), "cannot load"),
+    (("generate", "--prompt", "x", "--model", "BAD_JSON"), "is not a valid JSON file"),
+    (("generate", "--prompt", "x", "--model", "BAD_WEIGHTS"), "cannot load"),
+    (("generate", "--prompt", "x", "--model", "NO_TOKENIZER"), "cannot load the tokenizer of"),
+    (("doctor", "--model", "T5"), "is an encoder-decoder model"),
+    (("doctor", "--device", "nonsense"), "--device nonsense cannot be used"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=lambda value: str(value)[:60])
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...],
+    message: str,
+    run: Run,
+    model_folder: Path,
+    bad_folders: dict[str, Path],
+) -> None:
+    folders = {**bad_folders, "MODEL": model_folder}
+    failed = run(*(folders.get(argument, argument) for argument in arguments))
+    assert failed.code == 2
+    assert failed.out == ""
+    assert failed.err.startswith("specdec: error: ")
+    assert message in failed.err
+    assert failed.err.count("\n") == 1
+
+
+def test_a_hub_model_that_cannot_be_had(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str, **how: object) -> None:
+        assert how == {"local_files_only": False, "trust_remote_code": False}
+        raise OSError(f"We couldn't connect to\n'https://huggingface.co' to load {name}.")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
+    failed = run("generate", "--prompt", "x", "--model", "owner/name")
+    assert failed.code == 2
+    assert failed.err == (
+        "specdec: error: cannot load 'owner/name': We couldn't connect to "
+        "'https://huggingface.co' to load owner/name.\n"
+    )
+
+
+@pytest.mark.parametrize(("problem", "code"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
+def test_interruptions_are_quiet(
+    problem: type[BaseException], code: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(_: object) -> int:
+        raise problem
+
+    monkeypatch.setattr("specdec.commands.doctor.run_doctor", stop)
+    stopped = run("doctor")
+    assert (stopped.code, stopped.out, stopped.err) == (code, "", "")
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    """As in `specdec doctor | head -1`, with a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "specdec.cli", "doctor"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(timeout=120), errors) == (141, b"")
+
+
+def test_warnings_are_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(_: object) -> int:
+        import warnings
+
+        from specdec.errors import FallbackWarning
+
+        for _ in range(2):
+            warnings.warn("specdec: runs as\nplain generate", FallbackWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr("specdec.commands.doctor.run_doctor", warn)
+    assert run("doctor").err == "specdec: warning: runs as plain generate\n"
+
+
+def test_console_script_calls_main() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"specdec": "specdec.cli:main"}
+    assert callable(cli.main)

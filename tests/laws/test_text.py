@@ -1,0 +1,99 @@
+"""Every method, on every family, in every mode: the text of plain `generate`, to the token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import pytest
+import torch
+
+from helpers.drafters import THROW_AWAY
+from helpers.families import FAMILIES, REPRESENTATIVE
+from helpers.laws import GREEDY, MODES, SAMPLED, Case, Ledger, Mode, reference
+from specdec.registry import methods
+
+pytestmark = [
+    pytest.mark.usefixtures("throw_away_methods"),
+    pytest.mark.filterwarnings("error::specdec.errors.FallbackWarning"),
+]
+
+METHODS = [*methods.names(), *THROW_AWAY]
+DEPTHS = range(9)
+BUDGETS = range(9)
+BATCHES = (1, 4)
+
+
+def grid(fast: Callable[[str, str, str], bool], modes: list[Mode]) -> Iterator[object]:
+    """Family x method x mode; what `fast` does not choose is marked slow."""
+    for family, method, mode in product(FAMILIES, METHODS, modes):
+        marks = [] if fast(family, method, mode.name) else [pytest.mark.slow]
+        yield pytest.param(family, method, mode, id=f"{family}-{method}-{mode.name}", marks=marks)
+
+
+def over(fast: Callable[[str, str, str], bool], modes: list[Mode]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("family", "method", "mode"), list(grid(fast, modes)))
+
+
+def basic(family: str, method: str, mode: str) -> bool:
+    return method == "lookahead" and mode in ("greedy", "sampled")
+
+
+def test_the_models_have_something_to_say() -> None:
+    """A text that repeats one token would pass with a wrong mask."""
+    for family in FAMILIES:
+        tail = reference(Case(family, SAMPLED))[0][0, -40:].tolist()
+        assert len(set(tail)) >= 6, family
+
+
+@over(lambda f, m, mode: f in REPRESENTATIVE or basic(f, m, mode), MODES)
+def test_fp64(family: str, method: str, mode: Mode, ledger: Ledger) -> None:
+    for rows in BATCHES:
+        case = Case(family, mode, rows)
+        case.check(ledger, method, case.truth())
+    ledger.settle()
+
+
+@over(basic, MODES)
+def test_fp32(family: str, method: str, mode: Mode, ledger: Ledger) -> None:
+    """A difference passes only where the fp64 margin lies below the measured fp32 noise."""
+    for rows in BATCHES:
+        case = Case(family, mode, rows, torch.float32)
+        case.check(ledger, method, case.truth())
+    ledger.settle()
+
+
+@over(
+    lambda f, m, _: f in REPRESENTATIVE and m in ("none", "lookahead", "oracle"), [GREEDY, SAMPLED]
+)
+def test_eos_at_every_depth(family: str, method: str, mode: Mode, ledger: Ledger) -> None:
+    """The k-th token of a row ends it; drafts, which know the longer text, run past it."""
+    for rows in BATCHES:
+        endless = Case(family, mode, rows)
+        truth = endless.truth()
+        tails = reference(endless)[0][:, -40:].tolist()
+        choices = [[tails[depth % len(tails)][depth]] for depth in DEPTHS]
+        choices.append([tails[0][9], tails[-1][13], tails[0][21]])
+        for eos in choices:
+            case = Case(family, mode.with_options(eos_token_id=eos), rows)
+            case.check(ledger, method, truth)
+    ledger.settle()
+
+
+@over(lambda f, m, _: f in REPRESENTATIVE[:3], [GREEDY, SAMPLED])
+def test_budgets(family: str, method: str, mode: Mode, ledger: Ledger) -> None:
+    """However few nodes a round may verify, down to none at all."""
+    for rows, budget in product(BATCHES, BUDGETS):
+        case = Case(family, mode, rows)
+        stats = case.check(ledger, method, case.truth(), budget)
+        rows_of_a_round = sum(stats.histogram.values())
+        assert stats.drafted_nodes <= budget * rows_of_a_round
+    ledger.settle()
+
+
+@pytest.mark.parametrize("family", REPRESENTATIVE)
+def test_the_oracle_is_believed(family: str) -> None:
+    """The laws above verify long non-contiguous paths, not just rejections."""
+    case = Case(family, GREEDY)
+    _, _, stats = case.speculate("oracle", case.truth())
+    assert stats.acceptance_length > 3
