@@ -14,7 +14,7 @@ from types import MethodType
 from typing import Any, TypeVar
 
 from specdec import hf_compat, tuning
-from specdec.capability import Capability, probe
+from specdec.capability import Capability, evaluating, probe
 from specdec.config import SpecConfig
 from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.hf_generate import SpeculativeDecode, warn_plain
@@ -188,7 +188,9 @@ def _settings(method: str | None, options: Mapping[str, Any]) -> SpecConfig:
 def _with_default_method(model: Any, settings: SpecConfig, found: Capability) -> SpecConfig:
     if found.mode == "plain":
         return replace(settings, method="none")
-    choice = tuning.choose_lookahead(tuning.measure_cost(hf_compat.unwrap(model)))
+    with evaluating(model):
+        curve = tuning.measure_cost(hf_compat.unwrap(model))
+    choice = tuning.choose_lookahead(curve)
     return replace(settings, method=choice.method, options=choice.options)
 
 

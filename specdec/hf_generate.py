@@ -291,7 +291,7 @@ class Prepared:
                 [int(slot) - skipped for slot in row if slot >= skipped] for row in self.slots()
             ]
             rows = [[row[i] for i in index] for row, index in zip(ids, kept, strict=True)]
-        device = self.input_ids.device
+        device = hf_compat.input_device(self.model)
         last = [row[-1] if row else 0 for row in rows]
         return BatchState(
             tokens=[list(row) for row in rows],
@@ -306,7 +306,7 @@ class Prepared:
 
     def target(self, taps: tuple[int, ...]) -> HFTarget:
         """The model with an empty or adopted cache and the rest of the prompt."""
-        device, slots = self.input_ids.device, self.slots()
+        device, slots = hf_compat.input_device(self.model), self.slots()
         old = [row[row < self.past] for row in slots]
         new = [row[row >= self.past] for row in slots]
         cache = TreeCache(self.batch, device, self.total + self.max_new_tokens + 64)

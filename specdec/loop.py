@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Protocol
 
-from torch import Tensor
-
 from specdec.drafters.base import (
     BatchState,
     BudgetPolicy,
@@ -69,9 +67,7 @@ def speculative_generate(target: TargetModel, drafter: Drafter, call: Call) -> N
     """
     state = call.state
     try:
-        output = target.prefill(drafter)
-        call.stats.prefill_forwards = target.prefill_forwards
-        _settle(target, drafter, call, TreeBatch.roots(state.pending), output, {})
+        _prefill(target, drafter, call)
         drafter.start(state)
         while any(state.active):
             clock = _Clock()
@@ -79,7 +75,16 @@ def speculative_generate(target: TargetModel, drafter: Drafter, call: Call) -> N
             clock.lap("draft")
             output = target.forward_tree(trees)
             clock.lap("forward")
-            _settle(target, drafter, call, trees, output, clock.seconds)
+            result = _decide(drafter, call, trees, output)
+            clock.lap("verify")
+            target.commit(result.verdict.path, result.host.paths, result.rows)
+            state.advance(result.host.tokens, result.verdict.pending(), target.lengths)
+            clock.lap("commit")
+            drafter.observe(result)
+            clock.lap("observe")
+            record = _record(call, result, call.stats.rounds + 1, clock.seconds)
+            call.stats.add_round(record, result.host, drafter.source_names)
+            _report(call, result, record)
     except BaseException:
         target.rollback()
         raise
@@ -87,84 +92,52 @@ def speculative_generate(target: TargetModel, drafter: Drafter, call: Call) -> N
         call.picker.finish(max(map(state.emitted, range(len(state.tokens)))))
 
 
-def _settle(
-    target: TargetModel,
-    drafter: Drafter,
-    call: Call,
-    trees: TreeBatch,
-    output: TargetOutput,
-    seconds: dict[str, float],
-) -> None:
-    """Verifies, cuts, commits and reports one round; `seconds` is empty for the prefill."""
-    state, prefill, clock = call.state, not seconds, _Clock(seconds)
-    was_active = list(state.active)
+def _prefill(target: TargetModel, drafter: Drafter, call: Call) -> None:
+    """Round 0: the last prompt token is a tree of its own, already in the cache."""
+    output = target.prefill(drafter)
+    result = _decide(drafter, call, TreeBatch.roots(call.state.pending), output)
+    call.state.advance(result.host.tokens, result.verdict.pending(), target.lengths)
+    call.stats.add_prefill(result.host, target.prefill_forwards)
+    _report(call, result, _record(call, result, 0, {}))
+
+
+def _decide(drafter: Drafter, call: Call, trees: TreeBatch, output: TargetOutput) -> RoundResult:
+    """Picks, walks, makes the round's one host copy, and cuts it by the stop rules (I3)."""
+    needs, state = drafter.needs, call.state
     picks = call.picker.picks(trees, output.logits, state, call.stops)
     verdict = verify(trees, picks)
-    node_picks, node_topk = (None, None) if prefill else _node_choices(drafter, output)
+    node_picks = output.logits.argmax(-1) if needs.node_picks else None
+    node_topk = output.logits.topk(needs.node_topk, -1).indices if needs.node_topk else None
+    extras = (node_picks, node_topk) if drafter.host_needs else (None, None)
     counter = CopyCounter()
-    uncut = verdict.host(
-        trees,
-        node_picks if drafter.host_needs else None,
-        node_topk if drafter.host_needs else None,
-        counter,
-    )
-    host = call.stops.cut(uncut, state)
-    clock.lap("verify")
-    if not prefill:
-        target.commit(verdict.path, host.paths, was_active)
-    for row, tokens in enumerate(host.tokens):
-        state.tokens[row].extend(tokens)
-    # Rows that have ended may hold -1; they still take part in the forward, so give them a token.
-    state.pending = verdict.tokens.gather(1, verdict.length[:, None])[:, 0].clamp(min=0)
-    state.lengths = target.lengths
-    clock.lap("commit")
-    result = RoundResult(trees, output, verdict, host, node_picks, node_topk)
-    if not prefill:
-        drafter.observe(result)
-        clock.lap("observe")
-    _report(call, drafter, result, seconds, prefill, counter.copies)
-    call.picker.release([state.emitted(row) for row, on in enumerate(state.active) if on])
+    host = call.stops.cut(verdict.host(trees, *extras, counter=counter), state)
+    call.stats.device_to_host_copies += counter.copies
+    return RoundResult(trees, output, verdict, host, node_picks, node_topk)
 
 
-def _node_choices(drafter: Drafter, output: TargetOutput) -> tuple[Tensor | None, Tensor | None]:
-    needs = drafter.needs
-    picks = output.logits.argmax(-1) if needs.node_picks else None
-    topk = output.logits.topk(needs.node_topk, -1).indices if needs.node_topk else None
-    return picks, topk
-
-
-def _report(
-    call: Call,
-    drafter: Drafter,
-    result: RoundResult,
-    seconds: dict[str, float],
-    prefill: bool,
-    copies: int,
-) -> None:
-    stats, host = call.stats, result.host
-    record = RoundRecord(
-        index=0 if prefill else stats.rounds + 1,
+def _record(call: Call, result: RoundResult, index: int, seconds: dict[str, float]) -> RoundRecord:
+    return RoundRecord(
+        index=index,
         nodes=result.trees.size,
-        tokens=host.tokens,
-        paths=host.paths,
-        seconds=dict(seconds),
+        tokens=result.host.tokens,
+        paths=result.host.paths,
+        seconds=seconds,
         trees=result.trees.to_rows() if call.show_trees else None,
     )
-    if prefill:
-        stats.new_tokens += sum(map(len, host.tokens))
-        stats.tokens_by_source["target"] += stats.new_tokens
-    else:
-        stats.add_round(record, host, drafter.source_names)
-    stats.device_to_host_copies += copies
+
+
+def _report(call: Call, result: RoundResult, record: RoundRecord) -> None:
     for observer in call.observers:
         observer(result, record)
+    state = call.state
+    call.picker.release([state.emitted(row) for row, on in enumerate(state.active) if on])
 
 
 class _Clock:
     """Adds the host seconds between laps to a dictionary."""
 
-    def __init__(self, seconds: dict[str, float] | None = None) -> None:
-        self.seconds: dict[str, float] = {} if seconds is None else seconds
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
         self._last = perf_counter()
 
     def lap(self, stage: str) -> None:

@@ -32,6 +32,7 @@ class PrefixIds:
         grown = min(self._capacity, self.prompt_width + 256)
         self._ids = input_ids.new_zeros(batch, grown)
         self._ids[:, : self.prompt_width] = input_ids
+        self.device = input_ids.device
 
     def write(self, row: int, index: int, token: int) -> None:
         """Stores `token` as emitted token number `index` of `row`."""
@@ -145,9 +146,13 @@ class TokenPicker:
             state: The rows' progress.
             stops: Consulted by the lazy walk, which must not pick beyond a row's last token.
         """
+        # `generate` picks where its input ids live, with that device's generator.
+        logits = logits.to(self._prefix.device)
         if self._along_path:
-            return self._pick_along_paths(trees, logits, state, stops)
-        return self._pick_everywhere(trees, logits, state)
+            picks = self._pick_along_paths(trees, logits, state, stops)
+        else:
+            picks = self._pick_everywhere(trees, logits, state)
+        return picks.to(trees.tokens.device)
 
     def scores(self, row: int, node: int) -> Tensor:
         """[V] processed scores at a node of the last round, as `output_scores` reports them."""
@@ -175,7 +180,7 @@ class TokenPicker:
             for row in range(len(scores))
         ]  # fmt: skip
         tape = torch.stack([torch.stack(levels) for levels in noise])
-        index = trees.depths()[:, :, None].expand_as(scores)
+        index = trees.depths()[:, :, None].expand_as(scores).to(scores.device)
         return (scores.softmax(-1) / tape.gather(1, index)).argmax(-1)
 
     def _pick_along_paths(

@@ -77,6 +77,13 @@ class GenerationStats:
         """New tokens over target forwards, prefill included: what a peer's step count gives."""
         return self.new_tokens / max(self.rounds + self.prefill_forwards, 1)
 
+    def add_prefill(self, verdict: HostVerdict, forwards: int) -> None:
+        """Counts the prompt's forwards and the tokens that they gave."""
+        self.prefill_forwards = forwards
+        emitted = sum(map(len, verdict.tokens))
+        self.new_tokens += emitted
+        self.tokens_by_source["target"] += emitted
+
     def add_round(
         self, record: RoundRecord, verdict: HostVerdict, source_names: Sequence[str]
     ) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from specdec.capability import NoDrafter
+from specdec.capability import NoDrafter, evaluating
+from specdec.hf_compat import input_device
 from specdec.target import HFTarget, Prompt
 from specdec.tree import TokenTree, TreeBatch
 from specdec.tree_cache import TreeCache
@@ -71,26 +72,26 @@ def measure_cost(model: Any, seconds: float = 1.0) -> CostCurve:
     Sizes are interleaved, so that a busy machine slows all of them alike; the model's cache and
     generator are left alone.
     """
-    device, vocab = model.device, model.config.get_text_config().vocab_size
-    ids = torch.arange(_PREFIX, device=device)[None] % vocab
-    cache = TreeCache(1, device, capacity=_PREFIX + max(_SIZES))
-    last = _PREFIX + max(_SIZES)
-    target = HFTarget(model, Prompt(ids, None, [_PREFIX]), cache, last_position=last)
-    was_training = model.training
-    model.eval()
-    target.prefill(NoDrafter())
+    config, device = model.config.get_text_config(), input_device(model)
+    longest = _PREFIX + max(_SIZES)
+    positions = min(longest, getattr(config, "max_position_embeddings", None) or longest)
+    prefix = min(_PREFIX, positions // 2)
+    ids = torch.arange(prefix, device=device)[None] % config.vocab_size
+    cache = TreeCache(1, device, capacity=longest)
+    target = HFTarget(model, Prompt(ids, None, [prefix]), cache, last_position=positions - 1)
     trees = {
         q: TreeBatch.from_rows([TokenTree.chain(0, [0] * (q - 1))], device, bucket=False)
         for q in _SIZES
     }
     times: dict[int, list[float]] = {q: [] for q in _SIZES}
-    start = time.perf_counter()
-    while len(times[1]) < 3 or time.perf_counter() - start < seconds:
-        for q, tree in trees.items():
-            begin = time.perf_counter()
-            target.forward_tree(tree).logits.argmax(-1).tolist()  # the copy waits for the device
-            times[q].append(time.perf_counter() - begin)
-    model.train(was_training)
+    with evaluating(model):
+        target.prefill(NoDrafter())
+        start = time.perf_counter()
+        while len(times[1]) < 3 or time.perf_counter() - start < seconds:
+            for q, tree in trees.items():
+                begin = time.perf_counter()
+                target.forward_tree(tree).logits.argmax(-1).tolist()  # waits for the device
+                times[q].append(time.perf_counter() - begin)
     return CostCurve({q: statistics.median(values[1:]) for q, values in times.items()})
 
 

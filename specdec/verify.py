@@ -58,6 +58,14 @@ class Verdict:
     length: Tensor
     tokens: Tensor
 
+    def pending(self) -> Tensor:
+        """[B] int64 last emitted token of each row.
+
+        A row that had ended before the round may hold -1; it still takes part in forwards, so it is
+        given a valid token.
+        """
+        return self.tokens.gather(1, self.length[:, None])[:, 0].clamp(min=0)
+
     def host(
         self,
         trees: TreeBatch,

@@ -61,6 +61,12 @@ class BatchState:
         """Tokens emitted so far in `row`."""
         return len(self.tokens[row]) - self.prompt_lengths[row]
 
+    def advance(self, tokens: Sequence[Sequence[int]], pending: Tensor, lengths: Tensor) -> None:
+        """Takes over a finished round: emitted tokens by row, new pending tokens, cache lengths."""
+        for row, emitted in enumerate(tokens):
+            self.tokens[row].extend(emitted)
+        self.pending, self.lengths = pending, lengths
+
 
 @dataclass(frozen=True, slots=True)
 class TargetOutput:
@@ -96,6 +102,11 @@ class RoundResult:
     host: HostVerdict
     node_picks: Tensor | None = None
     node_topk: Tensor | None = None
+
+    @property
+    def rows(self) -> list[bool]:
+        """Which rows took part: an active row emits at least one token."""
+        return [bool(tokens) for tokens in self.host.tokens]
 
 
 class Drafter(Protocol):

@@ -44,7 +44,10 @@ class OracleConfig:
 
 
 class Oracle(RowDrafter):
-    """Proposes the true continuation, each token behind a wrong sibling, and past every end."""
+    """Proposes the true continuation, each token behind a wrong sibling, and past every end.
+
+    Every row drafts one token fewer than the row above it, so that rows advance unevenly.
+    """
 
     Config = OracleConfig
 
@@ -61,7 +64,8 @@ class Oracle(RowDrafter):
         if row >= len(self._config.answers):
             return TokenTree([history[-1]], [-1])
         emitted = len(history) - self._prompts[row]
-        ahead = self._config.answers[row][emitted : emitted + self._config.depth]
+        depth = max(1, self._config.depth - row)
+        ahead = self._config.answers[row][emitted : emitted + depth]
         if self._config.chain:
             return TokenTree.chain(history[-1], ahead)
         tokens, parents, parent = [history[-1]], [-1], 0

@@ -129,7 +129,7 @@ class Case:
         if same_text:
             outcome = "same" if torch.equal(state, wanted_state) else "differs"
         else:
-            outcome = "margin" if _below_noise(self, got, wanted) else "differs"
+            outcome = "margin" if below_noise(self, got, wanted) else "differs"
         dtype = str(self.dtype).removeprefix("torch.")
         name = f"{self.family}-{dtype}-{self.mode.name}-{self.rows}-{method}-budget={budget}"
         ledger.enter(name, outcome)
@@ -164,7 +164,7 @@ def options_of(method: str, truth: Truth) -> dict[str, Any]:
     return {"truth": truth} if method in THROW_AWAY else {}
 
 
-def _below_noise(case: Case, got: Tensor, wanted: Tensor) -> bool:
+def below_noise(case: Case, got: Tensor, wanted: Tensor) -> bool:
     """Whether every row first differs at a near-tie: an fp64 margin below the fp32 noise there.
 
     The noise of a margin is the spread of the fp32 errors over the vocabulary, of two ways to run
@@ -174,26 +174,36 @@ def _below_noise(case: Case, got: Tensor, wanted: Tensor) -> bool:
         return False
     width = prompts(case.rows)["input_ids"].shape[1]
     shared = min(got.shape[1], wanted.shape[1])
+    if torch.equal(got[:, :shared], wanted[:, :shared]):
+        return False  # one merely stopped early
     for row in range(len(got)):
         unequal = (got[row, :shared] != wanted[row, :shared]).nonzero()
         if not len(unequal):
             continue
         at = int(unequal[0])
-        exact = _scores(replace(case, dtype=torch.float64), wanted[row, :at], row, whole=True)
-        errors = [_scores(case, wanted[row, :at], row, whole) - exact for whole in (True, False)]
-        spread = max(float((e.nan_to_num(0.0)).max() - e.nan_to_num(0.0).min()) for e in errors)
-        margin = exact[wanted[row, at]] - exact[got[row, at]]
-        if at < width or not abs(float(margin)) <= spread:
+        prefix, pair = wanted[row, :at], [int(wanted[row, at]), int(got[row, at])]
+        exact = plain_scores(replace(case, dtype=torch.float64), prefix, row, whole=True)
+        errors = [plain_scores(case, prefix, row, whole) - exact for whole in (True, False)]
+        if at < width or not _is_near_tie(exact, errors, pair):
             return False
     return True
 
 
-@torch.no_grad()
-def _scores(case: Case, prefix: Tensor, row: int, whole: bool) -> Tensor:
-    """[V] what plain takes the argmax of after `prefix` [S], in the model's own precision.
+def _is_near_tie(exact: Tensor, errors: Sequence[Tensor], pair: Sequence[int]) -> bool:
+    """Whether the margin between two tokens is below the noise that `errors` show.
 
-    `nan` stands for "filtered out in both" once two of these are subtracted.
+    A filter that is seen to treat one of the two otherwise in fp32 is such noise, too.
     """
+    if any(bool(error[pair].isinf().any()) for error in errors):
+        return True
+    margin = float((exact[pair[0]] - exact[pair[1]]).abs())
+    known = [error[error.isfinite()] for error in errors]
+    return margin <= max(float(error.max() - error.min()) for error in known)
+
+
+@torch.no_grad()
+def plain_scores(case: Case, prefix: Tensor, row: int, whole: bool) -> Tensor:
+    """[V] what plain takes the argmax of after `prefix` [S]; -inf where it is filtered out."""
     inputs = prompts(case.rows)
     width = inputs["input_ids"].shape[1]
     ids = prefix[width - int(inputs["attention_mask"][row].sum()) :][None]
@@ -213,12 +223,14 @@ def _scores(case: Case, prefix: Tensor, row: int, whole: bool) -> Tensor:
         return ids
 
     case.generate(specdec=False, custom_generate=capture)
-    scores: Tensor = found[0](prefix[None], logits.double())[0]
+    batch = len(inputs["input_ids"])  # processors hold the padding of every row
+    everyone = prefix.expand(batch, -1), logits.double().repeat(batch, 1)
+    scores: Tensor = found[0](*everyone)[row]
     if not case.mode.options.get("do_sample"):
         return scores
     torch.manual_seed(_SEED)
     for _ in range(len(prefix) - width + 1):
-        noise = torch.empty(len(inputs["input_ids"]), VOCAB).exponential_(1)
+        noise = torch.empty(batch, VOCAB).exponential_(1)
     return scores.log_softmax(-1) - noise[row].double().log()
 
 

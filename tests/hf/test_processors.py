@@ -10,6 +10,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from helpers.hf import VOCAB, left_padded, prompt, run_both
+from specdec import hf_compat, verify
+from specdec.hf_generate import Prepared
+from specdec.sampling import PrefixIds, TokenPicker
 
 NEW = 20
 SAMPLED = {"do_sample": True, "top_k": 0}
@@ -164,6 +167,36 @@ def test_left_padding_found_by_generate_itself(llama: Any) -> None:
     """Without a mask, `generate` reads it off the padding id."""
     ids = left_padded()["input_ids"]
     run_both(llama, input_ids=ids, max_new_tokens=NEW, pad_token_id=0, eos_token_id=5)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Picks at all nodes at once and walks without host loops, as where launches are dear."""
+    make = Prepared.picker
+
+    def picker(self: Prepared, prefix: PrefixIds) -> TokenPicker:
+        made = make(self, prefix)
+        made._along_path = not hf_compat.all_stateless(self.processors)
+        return made
+
+    monkeypatch.setattr(Prepared, "picker", picker)
+    monkeypatch.setattr(verify, "walk_on_host", verify.walk_on_device)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("settings", [
+    {},
+    {"do_sample": True, "top_k": 0},
+    {"do_sample": True, "top_k": 9, "top_p": 0.8, "temperature": 1.7},
+    {"do_sample": True, "top_k": 0, "no_repeat_ngram_size": 2},
+    {"do_sample": True, "top_k": 0, "return_dict_in_generate": True, "output_scores": True},
+])  # fmt: skip
+@pytest.mark.parametrize("batch", [1, 4])
+def test_all_nodes_at_once(llama: Any, settings: dict[str, Any], batch: int) -> None:
+    """Noise drawn too far goes back: the generator ends where plain generate leaves it."""
+    inputs = left_padded() if batch == 4 else {"input_ids": prompt()}
+    for length in (1, 2, 6, NEW):
+        run_both(llama, **inputs, **settings, max_new_tokens=length, eos_token_id=[11, 12, 30])
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt2"])

@@ -220,13 +220,14 @@ def test_save_pretrained_round_trip(tmp_path: Any) -> None:
     assert torch.equal(loaded.generate(prompt(), max_new_tokens=NEW), expected)
 
 
-def test_training_state_and_generator_are_left_alone() -> None:
+@pytest.mark.parametrize("method", ["prompt_lookup", None])
+def test_training_state_and_generator_are_left_alone(method: str | None) -> None:
     model = tiny_llama(attention_dropout=0.5)
     model.train()
     model.model.layers[0].eval()  # a part that the user froze
     modes = [module.training for module in model.modules()]
     state, gradients = torch.get_rng_state(), [p.requires_grad for p in model.parameters()]
-    specdec.augment(model, "prompt_lookup")
+    specdec.augment(model, method)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert [p.requires_grad for p in model.parameters()] == gradients

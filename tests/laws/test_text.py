@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
+from helpers import laws
 from helpers.drafters import THROW_AWAY
 from helpers.families import FAMILIES, REPRESENTATIVE
-from helpers.laws import GREEDY, MODES, SAMPLED, Case, Ledger, Mode, reference
+from helpers.laws import (
+    GREEDY,
+    MODES,
+    SAMPLED,
+    Case,
+    Ledger,
+    Mode,
+    below_noise,
+    plain_scores,
+    reference,
+)
+from specdec import SpecConfig, augment
 from specdec.registry import methods
 
 pytestmark = [
@@ -97,3 +110,42 @@ def test_the_oracle_is_believed(family: str) -> None:
     case = Case(family, GREEDY)
     _, _, stats = case.speculate("oracle", case.truth())
     assert stats.acceptance_length > 3
+
+
+@pytest.mark.parametrize("mode", [GREEDY, SAMPLED, MODES[-1]], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("rows", BATCHES)
+def test_the_fp32_judge(rows: int, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It rebuilds plain's scores, refuses a wrong token, and lets a model's own noise pass."""
+    exact, case = Case("gemma3", mode, rows), Case("gemma3", mode, rows, torch.float32)
+    wanted = reference(exact)[0]
+    width = laws.prompts(rows)["input_ids"].shape[1]
+    for row, at in product(range(rows), (width, width + 3)):
+        scores = plain_scores(exact, wanted[row, :at], row, whole=False)
+        assert int(scores.argmax()) == int(wanted[row, at])
+        wrong = wanted.clone()
+        wrong[row, at] = int(scores.argsort()[-3])
+        assert not below_noise(case, wrong, wanted)
+    noisy = FAMILIES["gemma3"].build(torch.float32)
+    with torch.no_grad():
+        for parameter in noisy.parameters():
+            parameter.mul_(1 + 0.03 * torch.randn_like(parameter))
+    noisy = augment(noisy, "none")
+    clean = laws.model_of
+    models = {torch.float32: noisy, torch.float64: clean("gemma3")}
+    monkeypatch.setattr(laws, "model_of", lambda _, dtype: models[dtype])
+    shaken, _ = case.generate(specdec=False)
+    assert not torch.equal(shaken, wanted)
+    assert below_noise(case, shaken, wanted)
+
+
+def test_drafts_past_the_end_of_a_position_table() -> None:
+    """A learned position table that ends with the call's last token: nodes below it get no row."""
+    length = sum(laws.prompts(1)["input_ids"].shape) - 1 + laws.NEW_TOKENS
+    family = FAMILIES["gpt2"]
+    short = replace(family, base={**family.base, "n_positions": length})
+    model = augment(short.build(torch.float64), "none")
+    limits = {**laws.prompts(1), "max_new_tokens": laws.NEW_TOKENS}
+    wanted = model.generate(**limits, specdec=False)
+    truth = (tuple(wanted[0].tolist()) + (1,) * 20,)
+    got = model.generate(**limits, specdec=SpecConfig("oracle", {"truth": truth}))
+    assert torch.equal(got, wanted)
