@@ -23,7 +23,8 @@ class Needs:
     """What a drafter wants from the target; the loop computes just that, on the device.
 
     Attributes:
-        taps: Layers whose output hidden states it reads, concatenated in this order.
+        taps: Layers whose output hidden states it reads, concatenated in this order. For the last
+            layer Hugging Face models give the state after the final norm.
         node_picks: The target's greedy choice at every node.
         node_topk: How many top candidates at every node.
     """

@@ -204,8 +204,25 @@ def test_chunked_prefill(request: pytest.FixtureRequest, name: str, chunk: int) 
     run_both(model, **left_padded((20, 3, 8)), **call)
 
 
+def chunks_start_after_the_cache(model: Any) -> bool:
+    """Older releases chunk the whole prompt again on top of a filled cache: another text."""
+    texts = []
+    for chunk in (None, 3):
+        cache = DynamicCache()
+        first = plain(model, prompt(), past_key_values=cache, max_new_tokens=NEW)
+        texts.append(
+            plain(
+                model, ids_of(first), past_key_values=cache, max_new_tokens=NEW,
+                prefill_chunk_size=chunk,
+            )
+        )  # fmt: skip
+    return torch.equal(*texts)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_chunked_prefill_over_turns(llama: Any, chunk: int) -> None:
+    if not chunks_start_after_the_cache(llama):
+        pytest.skip("plain generate of this transformers re-feeds the prompt in chunks")
     converse(llama, {"input_ids": prompt()}, DynamicCache, prefill_chunk_size=chunk)
     converse(llama, left_padded(), DynamicCache, prefill_chunk_size=chunk)
 
