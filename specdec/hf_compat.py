@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import cache_utils
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.generation import GenerationMixin, logits_process, stopping_criteria
 
 from specdec.tree_cache import TreeCache
@@ -103,9 +106,11 @@ def eos_token_ids(criterion: Any) -> list[int] | None:
     return [int(token) for token in criterion.eos_token_id.flatten()]
 
 
-def is_max_length(criterion: object) -> bool:
-    """Whether this is the plain length limit."""
-    return type(criterion) is stopping_criteria.MaxLengthCriteria
+def max_length_of(criterion: Any) -> int | None:
+    """The limit of a `MaxLengthCriteria`, None for any other criterion."""
+    if type(criterion) is not stopping_criteria.MaxLengthCriteria:
+        return None
+    return int(criterion.max_length)
 
 
 def stop_string_criterion(stop_strings: str | list[str], tokenizer: Any) -> Any:
@@ -172,6 +177,55 @@ def prepares_inputs_itself(model: Any) -> bool:
 def supports_logits_to_keep(model: Any) -> bool:
     """Whether the forward can skip the language-model head at most positions."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def max_positions(config: Any) -> int:
+    """Positions that a model declares; unlimited when it declares none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def length_dependent_positions(config: Any) -> int | None:
+    """Length from which the rotary frequencies depend on the longest position of a forward.
+
+    Such models (rope types "dynamic" and "longrope") would let a deep draft change the logits of
+    its own root. None for all others.
+    """
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    for rope in nested or [parameters]:
+        if rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope"):
+            original = rope.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            return int(original or text.max_position_embeddings)
+    return None
+
+
+def has_active_dropout(model: Any) -> bool:
+    """Whether a forward in the model's present mode is random."""
+    if not model.training:
+        return False
+    rates = model.config.get_text_config().to_dict().items()
+    return any(
+        isinstance(rate, float) and rate > 0 and ("dropout" in name or "pdrop" in name)
+        for name, rate in rates
+    )
+
+
+def syncs_gpus(model: Any) -> bool:
+    """Whether `generate` would keep several ranks in step by itself (ZeRO-3, FSDP)."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    return bool(sharded and torch.distributed.get_world_size() > 1)
+
+
+def vocabulary_size(model: Any) -> int:
+    """Ids that the model can take as input."""
+    embeddings = model.get_input_embeddings()
+    rows = getattr(embeddings, "num_embeddings", None)
+    return int(rows or model.config.get_text_config().vocab_size)
 
 
 def accepts_position_ids(model: Any) -> bool:

@@ -185,7 +185,11 @@ class Prepared:
         given = self.width if self.embeds is None else self.embeds.shape[1]
         config = self.generation_config
         self.total = hf_compat.prompt_length(config, self.mask, given, self.past)
-        self.max_new_tokens = config.max_length - self.width
+        limits = [hf_compat.max_length_of(criterion) for criterion in self.criteria]
+        longest = min([config.max_length, *(n for n in limits if n is not None)])
+        if any(n is not None for n in limits):  # a criterion of the user's replaces generate's own
+            longest = min(n for n in limits if n is not None)
+        self.max_new_tokens = max(longest - self.width, 1)
         self.pad_id = hf_compat.pad_token_id(config)
         ids = [hf_compat.eos_token_ids(criterion) for criterion in self.criteria]
         self.eos_ids = {token for found in ids if found is not None for token in found}
@@ -328,7 +332,6 @@ class Prepared:
             self.model,
             prompt,
             cache,
-            last_position=self.total + self.max_new_tokens - 1,
             taps=taps,
             hidden_states=self.wanted_outputs().hidden_states,
             prefill_chunk=self.generation_config.prefill_chunk_size,

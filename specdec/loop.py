@@ -67,11 +67,11 @@ def speculative_generate(target: TargetModel, drafter: Drafter, call: Call) -> N
     """
     state = call.state
     try:
-        _prefill(target, drafter, call)
         drafter.start(state)
+        _prefill(target, drafter, call)
         while any(state.active):
             clock = _Clock()
-            trees = drafter.propose(state, call.budget.nodes(state))
+            trees = _propose(target, drafter, call)
             clock.lap("draft")
             output = target.forward_tree(trees)
             clock.lap("forward")
@@ -101,13 +101,27 @@ def _prefill(target: TargetModel, drafter: Drafter, call: Call) -> None:
     _report(call, result, _record(call, result, 0, {}))
 
 
+def _propose(target: TargetModel, drafter: Drafter, call: Call) -> TreeBatch:
+    """The drafter's trees, or bare roots where they reach beyond the last position."""
+    state = call.state
+    state.depth_limit = target.depth_limit()
+    trees = drafter.propose(state, call.budget.nodes(state) if state.depth_limit > 0 else 0)
+    fits = trees.max_depth <= state.depth_limit and (state.depth_limit > 0 or trees.size == 1)
+    return trees if fits else TreeBatch.roots(state.pending)
+
+
 def _decide(drafter: Drafter, call: Call, trees: TreeBatch, output: TargetOutput) -> RoundResult:
     """Picks, walks, makes the round's one host copy, and cuts it by the stop rules (I3)."""
     needs, state = drafter.needs, call.state
     picks = call.picker.picks(trees, output.logits, state, call.stops)
     verdict = verify(trees, picks)
-    node_picks = output.logits.argmax(-1) if needs.node_picks else None
-    node_topk = output.logits.topk(needs.node_topk, -1).indices if needs.node_topk else None
+    node_picks = None
+    if needs.node_picks:
+        node_picks = picks if call.picker.picks_are_argmax else output.logits.float().argmax(-1)
+        node_picks = node_picks.to(picks.device)
+    node_topk = None
+    if needs.node_topk:
+        node_topk = output.logits.topk(needs.node_topk, -1).indices.to(picks.device)
     extras = (node_picks, node_topk) if drafter.host_needs else (None, None)
     counter = CopyCounter()
     host = call.stops.cut(verdict.host(trees, *extras, counter=counter), state)

@@ -154,6 +154,11 @@ class TokenPicker:
             picks = self._pick_everywhere(trees, logits, state)
         return picks.to(trees.tokens.device)
 
+    @property
+    def picks_are_argmax(self) -> bool:
+        """Whether the picks are simply the best logits at every node."""
+        return not self._along_path and self._processors is None and self._noise is None
+
     def scores(self, row: int, node: int) -> Tensor:
         """[V] processed scores at a node of the last round, as `output_scores` reports them."""
         return self._walked[row, node] if self._everywhere is None else self._everywhere[row, node]

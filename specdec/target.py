@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.base import Drafter, Shape, TargetOutput
-from specdec.hf_compat import MaskKinds, dense_attention, supports_logits_to_keep
+from specdec.hf_compat import (
+    MaskKinds,
+    dense_attention,
+    max_positions,
+    supports_logits_to_keep,
+)
 from specdec.tree import TreeBatch
 from specdec.tree_cache import TreeCache
 
@@ -51,8 +56,6 @@ class HFTarget:
         model: Any decoder-only model whose self-test chose tree mode.
         prompt: What `prefill` will run.
         cache: Empty, or holding an adopted prefix.
-        last_position: Highest position of the call. Nodes beyond it can never be emitted, so
-            their position is clamped instead of overrunning a learned position table.
         taps: Layers whose output hidden states the drafter reads.
         hidden_states: Return all layers' hidden states.
         prefill_chunk: Tokens a prefill forward, or None for all at once.
@@ -65,17 +68,16 @@ class HFTarget:
         model: Any,
         prompt: Prompt,
         cache: TreeCache,
-        last_position: int,
         taps: tuple[int, ...] = (),
         hidden_states: bool = False,
         prefill_chunk: int | None = None,
     ) -> None:
         self.model, self.prompt, self.cache = model, prompt, cache
-        self.last_position = last_position
         self.prefill_forwards = 0
         self._prefill_chunk = prefill_chunk
         self._taps, self._all_hidden = taps, hidden_states
         self._kinds = MaskKinds.of(model.config)
+        self._positions = max_positions(model.config)
         self._keeps_logits = supports_logits_to_keep(model)
 
     @property
@@ -83,56 +85,66 @@ class HFTarget:
         """[B] int64 committed slots of each row."""
         return self.cache.lengths
 
+    def depth_limit(self) -> int:
+        """Levels below the root for which every row has a position, learned or declared.
+
+        A draft must not index past a learned table where plain decoding would have ended before.
+        """
+        return self._positions - 1 - max(self.cache.host_lengths)
+
     def prefill(self, drafter: Drafter) -> TargetOutput:
         """Runs the prompt and returns logits [B, 1, V] of each row's last token."""
         counts, cache = self.prompt.counts, self.cache
-        width, start_lengths = max(counts), list(cache.host_lengths)
+        width, before = max(counts), list(cache.host_lengths)
         step = self._prefill_chunk or width
-        logits: list[Tensor | None] = [None] * len(counts)
+        logits: dict[int, Tensor] = {}
         hidden: list[tuple[Tensor, ...]] = []
         for start in range(0, width, step):
             stop = min(start + step, width)
-            ends = sorted({count - 1 - start for count in counts if start < count <= stop})
-            output = self._prefill_chunk_forward(start, stop, ends)
+            ending = {row: n - 1 - start for row, n in enumerate(counts) if start < n <= stop}
+            columns = sorted(set(ending.values()))
+            output = self._prefill_chunk_forward(start, stop, columns)
             self.prefill_forwards += 1
-            for row, count in enumerate(counts):
-                if start < count <= stop:
-                    kept = (
-                        ends.index(count - 1 - start) if self._keeps_logits else count - 1 - start
-                    )
-                    logits[row] = output.logits[row, kept]
+            for row, column in ending.items():
+                kept = columns.index(column) if self._keeps_logits else column
+                logits[row] = output.logits[row, kept]
             if output.hidden_states is not None:
                 hidden.append(output.hidden_states)
-            if self.prompt.token_ids is not None:
-                ids = self.prompt.token_ids[:, start:stop]
-                rows = range(len(counts))
-                drafter.observe_prefill(rows, ids, output.features, max(start_lengths) + start)
-            cache.set_lengths([length + stop for length in start_lengths])
-        cache.set_lengths([n + count for n, count in zip(start_lengths, counts, strict=True)])
-        last = torch.stack([row for row in logits if row is not None])[:, None]
-        whole = (
-            tuple(torch.cat(layer, 1) for layer in zip(*hidden, strict=True)) if hidden else None
-        )
+            self._show_chunk(drafter, start, stop, output.features, before)
+            cache.set_lengths([length + stop for length in before])
+        cache.set_lengths([n + count for n, count in zip(before, counts, strict=True)])
+        last = torch.stack([logits[row] for row in range(len(counts))])[:, None]
+        layers = zip(*hidden, strict=True)
+        whole = tuple(torch.cat(layer, 1) for layer in layers) if hidden else None
         return TargetOutput(last, hidden_states=whole)
 
-    def _prefill_chunk_forward(self, start: int, stop: int, ends: list[int]) -> TargetOutput:
-        batch, width = len(self.prompt.counts), stop - start
+    def _show_chunk(
+        self, drafter: Drafter, start: int, stop: int, features: Tensor | None, before: list[int]
+    ) -> None:
+        """Hands a chunk to the drafter, rows of one length and offset at a time."""
+        if self.prompt.token_ids is None:
+            return
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, (count, length) in enumerate(zip(self.prompt.counts, before, strict=True)):
+            if count > start:
+                groups.setdefault((min(count, stop) - start, length + start), []).append(row)
+        for (size, offset), rows in groups.items():
+            ids = self.prompt.token_ids[rows, start : start + size]
+            drafter.observe_prefill(
+                rows, ids, None if features is None else features[rows, :size], offset
+            )
+
+    def _prefill_chunk_forward(self, start: int, stop: int, columns: list[int]) -> TargetOutput:
+        width = stop - start
         self.cache.reserve(width)
         device = self.cache.lengths.device
         positions = self.cache.lengths[:, None] + torch.arange(width, device=device)
         masks = None  # rows of one length: Hugging Face builds the causal mask itself
         if self.cache.start is None:
-            chain = torch.arange(-1, width - 1, dtype=torch.int32, device=device)
-            trees = TreeBatch(
-                tokens=positions,
-                parents=chain.expand(batch, -1),
-                sizes=torch.full((batch,), width, dtype=torch.int32, device=device),
-                max_depth=width - 1,
-            )
-            masks = self._masks(trees, positions)
+            masks = self._masks(TreeBatch.chains(positions), positions)
         keep: dict[str, Any] = {}
         if self._keeps_logits:
-            keep["logits_to_keep"] = torch.tensor(ends or [0], device=device)
+            keep["logits_to_keep"] = torch.tensor(columns or [0], device=device)
         return self._forward(
             **self.prompt.chunk(start, stop), position_ids=positions, attention_mask=masks, **keep
         )
@@ -149,7 +161,7 @@ class HFTarget:
         masks = self._masks(trees, positions)
         return self._forward(
             input_ids=trees.tokens,
-            position_ids=positions.clamp(max=self.last_position),
+            position_ids=positions,
             attention_mask=masks,
         )
 

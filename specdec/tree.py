@@ -87,16 +87,28 @@ class TokenTree:
                 return candidate
         return None
 
-    def first(self, nodes: int) -> TokenTree:
-        """The tree of the first `nodes` nodes: parents come first, so a prefix is a tree."""
-        if nodes >= len(self):
+    def limited(self, nodes: int, depth: int, vocab_size: int) -> TokenTree:
+        """The part of the tree that may be verified; the tree itself when all of it may.
+
+        Args:
+            nodes: Nodes to keep at most, the root included.
+            depth: Deepest level to keep.
+            vocab_size: Tokens at or above it, or below zero, are dropped with what hangs below them.
+        """
+        depths, kept = self.depths(), [0]
+        new_index = {0: 0}
+        for node in range(1, len(self)):
+            fits = depths[node] <= depth and 0 <= self.tokens[node] < vocab_size
+            if fits and self.parents[node] in new_index and len(kept) < nodes:
+                new_index[node] = len(kept)
+                kept.append(node)
+        if len(kept) == len(self):
             return self
-        cut = slice(0, max(nodes, 1))
         return TokenTree(
-            self.tokens[cut],
-            self.parents[cut],
-            self.scores[cut] if self.scores is not None else None,
-            self.sources[cut] if self.sources is not None else None,
+            [self.tokens[node] for node in kept],
+            [-1, *(new_index[self.parents[node]] for node in kept[1:])],
+            [self.scores[node] for node in kept] if self.scores is not None else None,
+            [self.sources[node] for node in kept] if self.sources is not None else None,
         )
 
 
@@ -182,33 +194,55 @@ class TreeBatch:
     def from_rows(
         cls, rows: Sequence[TokenTree], device: torch.device, bucket: bool = True
     ) -> TreeBatch:
-        """Uploads host trees in one copy, padded to a common (bucketed) size."""
+        """Uploads host trees, padded to a common (bucketed) size: one copy, and one for scores."""
         longest = max(map(len, rows))
         size = bucket_size(longest) if bucket else longest
-        packed = np.zeros((len(rows), 4 + size, size), dtype=np.int64)
+        packed = np.zeros((len(rows), 5 + size, size), dtype=np.int64)
         for index, row in enumerate(rows):
             _pack(row, packed[index])
-        sizes = torch.tensor([len(row) for row in rows], dtype=torch.int32, device=device)
         upload = torch.from_numpy(packed).to(device)
         scores = None
-        if all(row.scores is not None for row in rows):
-            padded = [[*(row.scores or ()), *[0.0] * (size - len(row))] for row in rows]
+        if any(row.scores is not None for row in rows):
+            padded = [[*(row.scores or ()), *[0.0] * size][:size] for row in rows]
             scores = torch.tensor(padded, dtype=torch.float32, device=device)
         return cls(
             tokens=upload[:, 0],
             parents=upload[:, 1].to(torch.int32),
-            sizes=sizes,
+            sizes=upload[:, 4, 0].to(torch.int32),
             max_depth=int(packed[:, 3].max()),
             scores=scores,
             sources=upload[:, 2].to(torch.int8) if any(row.sources for row in rows) else None,
-            _derived=[upload[:, 4:] > 0, upload[:, 3]],
+            _derived=[upload[:, 5:] > 0, upload[:, 3]],
         )
 
     def to_rows(self) -> list[TokenTree]:
         """Host copies of the live trees. Costs device-to-host copies: for traces and tests."""
-        sizes, tokens = self.sizes.tolist(), self.tokens.tolist()
-        parents = self.parents.tolist()
-        return [TokenTree(tokens[row][:n], parents[row][:n]) for row, n in enumerate(sizes)]
+        sizes, tokens, parents = self.sizes.tolist(), self.tokens.tolist(), self.parents.tolist()
+        scores = None if self.scores is None else self.scores.tolist()
+        sources = None if self.sources is None else self.sources.tolist()
+        return [
+            TokenTree(
+                tokens[row][:n],
+                parents[row][:n],
+                scores[row][:n] if scores is not None else None,
+                sources[row][:n] if sources is not None else None,
+            )
+            for row, n in enumerate(sizes)
+        ]
+
+    @classmethod
+    def chains(cls, tokens: Tensor) -> TreeBatch:
+        """Every row of `tokens` [B, T] as one path, built on the device."""
+        batch, size = tokens.shape
+        order = torch.arange(size, device=tokens.device)
+        mask = (order[:, None] >= order).expand(batch, size, size)
+        return cls(
+            tokens=tokens,
+            parents=(order - 1).to(torch.int32).expand(batch, size),
+            sizes=torch.full((batch,), size, dtype=torch.int32, device=tokens.device),
+            max_depth=size - 1,
+            _derived=[mask, order.expand(batch, size)],
+        )
 
     def ancestor_mask(self) -> Tensor:
         """[B, T, T] bool; entry (i, j) says whether j is i or one of its ancestors.
@@ -247,12 +281,13 @@ class TreeBatch:
 
 
 def _pack(row: TokenTree, into: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:
-    """Writes one tree as [4 + T, T]: tokens, parents, sources, depths, then its ancestor mask."""
+    """Writes one tree as [5 + T, T]: tokens, parents, sources, depths, size; its ancestor mask."""
     count, size = len(row), into.shape[1]
     into[0, :count], into[1, :count], into[2, :count] = row.tokens, row.parents, row.sources or 0
-    into[3, 1:], into[3, :count] = 1, row.depths()
-    into[4:, 0] = 1  # everyone sees the root; padding nodes hang below it
+    into[3, :count] = row.depths()
+    into[4, 0] = count
+    into[5:, 0] = 1  # everyone sees the root; padding nodes hang below it
     for node in range(1, size):
         if node < count:
-            into[4 + node] = into[4 + row.parents[node]]
-        into[4 + node, node] = 1
+            into[5 + node] = into[5 + row.parents[node]]
+        into[5 + node, node] = 1

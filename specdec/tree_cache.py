@@ -92,7 +92,7 @@ class TreeCache(Cache):
     Args:
         batch: Rows.
         device: Where the row lengths live.
-        capacity: Slots to allocate at first; grows by doubling when exceeded.
+        capacity: Slots to allocate at first; grows by half when exceeded.
         view: "live" shows slots up to the longest row (dense masks); "capacity" always shows the
             whole buffer, with lengths read on the device, so that shapes never change (kernels,
             graph capture).
@@ -126,8 +126,8 @@ class TreeCache(Cache):
     def reserve(self, width: int) -> None:
         """Prepares a forward over `width` nodes: makes room, and settles where they are written."""
         longest = max(self.host_lengths)
-        while self.capacity < longest + width:
-            self.capacity *= 2
+        if self.capacity < longest + width:
+            self.capacity = max(longest + width, self.capacity * 3 // 2)
         live = self.view == "live"
         self.start = longest if live and min(self.host_lengths) == longest else None
         self.stop = longest + width if live else self.capacity

@@ -46,6 +46,8 @@ class BatchState:
         lengths: [B] int64, committed slots of the target's cache.
         vocab_size: Ids at or above it must not be proposed.
         max_new_tokens: Limit of the call, for sizing buffers.
+        depth_limit: Levels below the root that the coming round may hold; nothing deeper could be
+            emitted, or has a position.
         memory: Survives from call to call on the same augmented model; empty at first.
     """
 
@@ -56,6 +58,7 @@ class BatchState:
     lengths: Tensor
     vocab_size: int
     max_new_tokens: int
+    depth_limit: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
 
     def emitted(self, row: int) -> int:
@@ -128,24 +131,27 @@ class Drafter(Protocol):
     max_nodes: int
 
     def start(self, state: BatchState) -> None:
-        """Begins a call: the prompt is known, the first token is pending."""
+        """Begins a call, before the prefill: the prompt is known."""
         ...
 
     def observe_prefill(
         self, rows: Sequence[int], token_ids: Tensor, features: Tensor | None, offset: int
     ) -> None:
-        """Sees one prefill chunk.
+        """Sees a part of the prompt; without padding, so rows that differ come in several calls.
 
         Args:
-            rows: Batch rows of the chunk.
-            token_ids: [rows, n] int64, right-padded.
+            rows: Batch rows of this part.
+            token_ids: [rows, n] int64.
             features: [rows, n, F], or None without taps.
-            offset: Position of the chunk's first token; > 0 at first when a cache was adopted.
+            offset: Position of the first token; > 0 at once when a cache was adopted.
         """
         ...
 
     def propose(self, state: BatchState, budget: int) -> TreeBatch:
-        """Trees with at most `budget` nodes below the root; 0 is allowed."""
+        """Trees with at most `budget` nodes below the root, none deeper than the depth limit.
+
+        A budget of 0 is allowed. Deeper trees are replaced by their roots.
+        """
         ...
 
     def observe(self, round_result: RoundResult) -> None:
@@ -170,8 +176,12 @@ class TargetModel(Protocol):
         """[B] int64 committed slots of each row, on the device."""
         ...
 
+    def depth_limit(self) -> int:
+        """Levels below the root for which every row still has a position."""
+        ...
+
     def prefill(self, drafter: Drafter) -> TargetOutput:
-        """Runs the prompt, in chunks; logits [B, 1, V] of each row's last token only."""
+        """Runs the prompt, in chunks that `drafter` observes; logits [B, 1, V] of the last tokens."""
         ...
 
     def forward_tree(self, trees: TreeBatch) -> TargetOutput:
@@ -242,10 +252,10 @@ class RowDrafter:
     def __init__(self, config: Any = None) -> None:
         self.config = config
         self._trees: list[TokenTree] = []
-        self._state: BatchState | None = None
+        self._started = False
 
     def start_row(self, row: int, prompt: list[int]) -> None:
-        """Begins a row; `prompt` ends with the pending token."""
+        """Begins a row; `prompt` ends with the first emitted token, which is pending."""
 
     def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
         """The row's tree: `history[-1]` is its root, `budget` the nodes allowed below it."""
@@ -255,10 +265,8 @@ class RowDrafter:
         """Learns from the row's finished round."""
 
     def start(self, state: BatchState) -> None:
-        """Begins a call for all rows."""
-        self._state = state
-        for row, tokens in enumerate(state.tokens):
-            self.start_row(row, tokens)
+        """Begins a call; the rows begin with their first round, when a token is pending."""
+        self._started = False
 
     def observe_prefill(
         self, rows: Sequence[int], token_ids: Tensor, features: Tensor | None, offset: int
@@ -267,8 +275,12 @@ class RowDrafter:
 
     def propose(self, state: BatchState, budget: int) -> TreeBatch:
         """Builds the rows' trees and uploads them in one copy."""
+        if not self._started:
+            for row, tokens in enumerate(state.tokens):
+                self.start_row(row, tokens)
+            self._started = True
         self._trees = [
-            self._checked(self.propose_row(row, history, budget), history, budget, state)
+            self._row_tree(row, state, budget)
             if state.active[row]
             else TokenTree([history[-1]], [-1])
             for row, history in enumerate(state.tokens)
@@ -278,20 +290,18 @@ class RowDrafter:
         on_cpu = state.pending.device.type == "cpu"  # no kernels or graphs to keep shapes for
         return TreeBatch.from_rows(self._trees, state.pending.device, bucket=not on_cpu)
 
-    def _checked(
-        self, tree: TokenTree, history: list[int], budget: int, state: BatchState
-    ) -> TokenTree:
-        if tree.tokens[0] != history[-1]:
+    def _row_tree(self, row: int, state: BatchState, budget: int) -> TokenTree:
+        """The row's proposal, cut to what may be verified."""
+        history = state.tokens[row]
+        tree = self.propose_row(row, history, budget)
+        if not isinstance(tree, TokenTree) or tree.tokens[0] != history[-1]:
             raise DrafterError(
-                f"{type(self).__name__} proposed a tree rooted at token {tree.tokens[0]}, but the "
-                f"pending token is {history[-1]}; start the tree with history[-1]"
+                f"{type(self).__name__}.propose_row must return a TokenTree rooted at the pending "
+                f"token {history[-1]}, got {tree!r:.80}; start the tree with history[-1]"
             )
-        if max(tree.tokens) >= state.vocab_size or min(tree.tokens) < 0:
-            raise DrafterError(
-                f"{type(self).__name__} proposed token {max(tree.tokens)}; the target's vocabulary "
-                f"has {state.vocab_size} entries"
-            )
-        return tree.first(budget + 1)
+        remaining = state.max_new_tokens - state.emitted(row) - 1
+        depth = min(state.depth_limit, remaining)
+        return tree.limited(budget + 1, depth, state.vocab_size)
 
     def observe(self, round_result: RoundResult) -> None:
         """Hands each active row its outcome."""

@@ -146,12 +146,14 @@ class Lookahead(RowDrafter):
         self._pools: dict[int, NgramPool] = {}
         self._windows: dict[int, JacobiWindow] = {}
         self._texts: dict[int, list[int]] = {}
+        self._proposed: dict[int, int] = {}
 
     def start(self, state: BatchState) -> None:
         """Begins a call; a kept pool lives in the memory of the augmented model."""
         if self._config.keep_pool:
             self._shared_pool = state.memory.setdefault(
-                "lookahead.pool", NgramPool(self._config.guesses)
+                f"lookahead.pool {self._config.guesses} {self._config.ngram}",
+                NgramPool(self._config.guesses),
             )
         super().start(state)
 
@@ -178,12 +180,13 @@ class Lookahead(RowDrafter):
         builder = TreeBuilder(history[-1])
         self._add_guesses(builder, self._pools[row], budget + 1 - window.node_count())
         window.grow(builder)
+        self._proposed[row] = len(builder)
         return builder.build()
 
     def _add_guesses(self, builder: TreeBuilder, pool: NgramPool, room: int) -> None:
         """Breadth first: all guesses below the root, then those below where they ended."""
         deepest = (2 if self._config.extend_guesses else 1) * (self._config.ngram - 1)
-        open_ends = deque([(0, builder.tokens[0], 0)])
+        open_ends, seen = deque([(0, builder.tokens[0], 0)]), {0}
         while open_ends:
             start, key, depth = open_ends.popleft()
             for gram, origin in pool.guesses(key):
@@ -192,7 +195,9 @@ class Lookahead(RowDrafter):
                 end = builder.add_path(gram, origin, limit=room, start=start)
                 if end is None:
                     return
-                open_ends.append((end, gram[-1], depth + len(gram)))
+                if end not in seen:
+                    seen.add(end)
+                    open_ends.append((end, gram[-1], depth + len(gram)))
 
     def observe_row(self, row: int, outcome: RowRound) -> None:
         """Advances the window by one level and collects the new n-grams."""
@@ -201,7 +206,8 @@ class Lookahead(RowDrafter):
             if self._config.harvest:
                 for token, pick in zip(tree.tokens, outcome.picks, strict=False):
                     pool.add(token, (pick,), _FROM_WINDOW)
-            self._windows[row].advance(tree.tokens[0], outcome.picks, pool)
+            if len(tree) == self._proposed[row]:  # near the length limit, trees are cut
+                self._windows[row].advance(tree.tokens[0], outcome.picks, pool)
         text.extend(outcome.tokens)
         if self._config.pool_from_prompt:
             new_from = len(text) - len(outcome.tokens)
