@@ -14,10 +14,11 @@ from types import MethodType
 from typing import Any, TypeVar
 
 from specdec import hf_compat, tuning
-from specdec.capability import Capability, evaluating, probe
+from specdec.capability import Capability, probe
 from specdec.config import SpecConfig
 from specdec.errors import ConfigError, UnsupportedModelError
-from specdec.hf_generate import SpeculativeDecode, warn_plain
+from specdec.hf_fallback import option, warn_plain, why_call_is_plain
+from specdec.hf_generate import SpeculativeDecode
 from specdec.registry import methods
 from specdec.stats import GenerationStats
 
@@ -34,12 +35,14 @@ class Augmentation:
         capability: The self-test's result.
         memory: What drafters keep from call to call.
         last_stats: Of the newest call.
+        replaced: A `generate` that had been set on the model itself.
     """
 
     settings: SpecConfig
     capability: Capability
     memory: dict[str, Any] = field(default_factory=dict)
     last_stats: GenerationStats | None = None
+    replaced: Any = None
 
 
 def augment(
@@ -70,16 +73,20 @@ def augment(
         settings = _with_default_method(model, settings, capability)
     methods.configure(settings.method or "none", settings.options)
     restore(model)
-    setattr(model, _ATTRIBUTE, Augmentation(settings, capability))
+    replaced = vars(model).get("generate")
+    setattr(model, _ATTRIBUTE, Augmentation(settings, capability, replaced=replaced))
     model.generate = MethodType(generate, model)  # type: ignore[attr-defined]
     return model
 
 
 def restore(model: ModelT) -> ModelT:
     """Gives the model its own `generate` back; harmless when it was never augmented."""
-    for name in ("generate", _ATTRIBUTE):
-        if name in vars(model) and _ATTRIBUTE in vars(model):
-            delattr(model, name)
+    handle = vars(model).get(_ATTRIBUTE)
+    if handle is not None:
+        delattr(model, _ATTRIBUTE)
+        delattr(model, "generate")
+        if handle.replaced is not None:
+            model.generate = handle.replaced  # type: ignore[attr-defined]
     return model
 
 
@@ -136,7 +143,7 @@ def generate(self: Any, *args: Any, specdec: SpecConfig | bool | None = None, **
         return plain(self, *args, **kwargs)
     settings = _call_settings(specdec, handle.settings)
     kwargs = {**hf_compat.name_arguments(args), **kwargs}
-    reason = _why_plain(self, kwargs, handle.capability)
+    reason = why_call_is_plain(self, kwargs, handle.capability)
     if reason is not None:
         warn_plain(reason)
         handle.last_stats = GenerationStats("none", mode="plain", mode_reason=reason)
@@ -146,6 +153,7 @@ def generate(self: Any, *args: Any, specdec: SpecConfig | bool | None = None, **
         handle.memory,
         streamer=kwargs.get("streamer"),
         keeps_cache=kwargs.get("past_key_values") is not None,
+        mode_reason=handle.capability.reason,
     )
     _own_stop_strings(self, kwargs)
     kwargs["custom_generate"] = decode
@@ -188,8 +196,7 @@ def _settings(method: str | None, options: Mapping[str, Any]) -> SpecConfig:
 def _with_default_method(model: Any, settings: SpecConfig, found: Capability) -> SpecConfig:
     if found.mode == "plain":
         return replace(settings, method="none")
-    with evaluating(model):
-        curve = tuning.measure_cost(hf_compat.unwrap(model))
+    curve = tuning.measure_cost(hf_compat.unwrap(model))
     choice = tuning.choose_lookahead(curve)
     return replace(settings, method=choice.method, options=choice.options)
 
@@ -215,44 +222,9 @@ def _fill_in(config: SpecConfig, defaults: SpecConfig) -> SpecConfig:
     return replace(config, method=defaults.method, options={**defaults.options, **config.options})
 
 
-def _option(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
-    """A generation option by `generate`'s own precedence."""
-    config = kwargs.get("generation_config")
-    if kwargs.get(name) is not None:
-        return kwargs[name]
-    if getattr(config, name, None) is not None:
-        return getattr(config, name)
-    return getattr(model.generation_config, name, None)
-
-
-def _why_plain(model: Any, kwargs: Mapping[str, Any], found: Capability) -> str | None:
-    """Why a call must not reach our loop at all: its plain counterpart is not token by token."""
-    if found.mode == "plain":
-        return found.reason
-    for name in ("custom_generate", "assistant_model", "synced_gpus"):
-        if kwargs.get(name):
-            return f"{name} was given"
-    beams = _option(model, kwargs, "num_beams")
-    if beams is not None and beams > 1:
-        return f"num_beams is {beams}"
-    guidance = _option(model, kwargs, "guidance_scale")
-    if guidance is not None and guidance != 1:
-        return f"guidance_scale is {guidance}: its processor calls the model itself"
-    for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "penalty_alpha",
-                 "dola_layers", "token_healing", "constraints", "force_words_ids"):  # fmt: skip
-        if _option(model, kwargs, name):
-            return f"{name} is set"
-    if _option(model, kwargs, "use_cache") is False:
-        return "use_cache is False"
-    implementation = _option(model, kwargs, "cache_implementation")
-    if implementation not in (None, "dynamic", "hybrid"):
-        return f"cache_implementation is {implementation!r}"
-    return None
-
-
 def _own_stop_strings(model: Any, kwargs: dict[str, Any]) -> None:
     """Builds the stop-string criterion here: `generate` drops the tokenizer before a callable."""
-    strings = _option(model, kwargs, "stop_strings")
+    strings = option(model, kwargs, "stop_strings")
     tokenizer = kwargs.get("tokenizer")
     if not strings or tokenizer is None:
         return  # without a tokenizer, generate raises its own clear error

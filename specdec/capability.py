@@ -95,7 +95,7 @@ def _measure(model: Any) -> tuple[float, float]:
     for row, tokens in enumerate(rows):
         ids[row, : len(tokens)] = torch.tensor(tokens, device=device)
     cache = TreeCache(2, device, capacity=16)
-    target = HFTarget(model, Prompt(ids, None, list(_PROMPTS)), cache, last_position=32)
+    target = HFTarget(model, Prompt(ids, None, list(_PROMPTS)), cache)
     target.prefill(NoDrafter())
     trees = TreeBatch.from_rows([TokenTree(d[:5], _PARENTS) for d in drafts], device)
     logits = target.forward_tree(trees).logits

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import cache_utils
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.generation import GenerationMixin, logits_process, stopping_criteria
+from transformers.generation import utils as generation_utils
 
 from specdec.tree_cache import TreeCache
 
@@ -217,7 +216,9 @@ def syncs_gpus(model: Any) -> bool:
     """Whether `generate` would keep several ranks in step by itself (ZeRO-3, FSDP)."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
-    sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    sharded = generation_utils.is_deepspeed_zero3_enabled() or (
+        generation_utils.is_fsdp_managed_module(model)
+    )
     return bool(sharded and torch.distributed.get_world_size() > 1)
 
 

@@ -20,6 +20,16 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 """`LogitsProcessorList`: (ids [N, S], scores [N, V]) -> scores [N, V]."""
 
 
+NOT_A_NUMBER = -2
+"""Pick where the probabilities are not numbers; found out in the round's one host copy."""
+
+
+def raise_unless_finite(token: int) -> None:
+    """Raises what `torch.multinomial` raises for inf and NaN."""
+    if token == NOT_A_NUMBER:
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+
+
 class PrefixIds:
     """The ids that plain `generate` would show to processors and criteria, padding included.
 
@@ -118,6 +128,8 @@ class TokenPicker:
         along_path: Pick lazily, node after node: needed when a processor depends on the prefix
             (I6: it then sees exactly the emitted prefixes, once each), and cheaper where a node
             costs more than a launch. Otherwise all nodes are picked at once on the device.
+        needs_prefix: Whether the lazy walk is a must; when it only saves work, rounds without a
+            draft are picked at once too.
         row_processors: The processors of each row, for the lazy walk; None when the same serve all.
     """
 
@@ -127,11 +139,12 @@ class TokenPicker:
         prefix: PrefixIds,
         noise: NoiseTape | None,
         along_path: bool,
+        needs_prefix: bool = True,
         row_processors: Sequence[Processor] | None = None,
     ) -> None:
         self._processors, self._prefix, self._noise = processors, prefix, noise
         self._row_processors = row_processors
-        self._along_path = along_path
+        self._along_path, self._needs_prefix = along_path, needs_prefix
         self._everywhere: Tensor | None = None  # scores at all nodes of the last round, or
         self._walked: dict[tuple[int, int], Tensor] = {}  # at those that the lazy walk visited
 
@@ -146,9 +159,12 @@ class TokenPicker:
             state: The rows' progress.
             stops: Consulted by the lazy walk, which must not pick beyond a row's last token.
         """
+        if self.picks_are_argmax:
+            self._everywhere = logits.float()
+            return self._everywhere.argmax(-1).to(trees.tokens.device)
         # `generate` picks where its input ids live, with that device's generator.
         logits = logits.to(self._prefix.device)
-        if self._along_path:
+        if self._along_path and (self._needs_prefix or trees.size > 1):
             picks = self._pick_along_paths(trees, logits, state, stops)
         else:
             picks = self._pick_everywhere(trees, logits, state)
@@ -186,13 +202,15 @@ class TokenPicker:
         ]  # fmt: skip
         tape = torch.stack([torch.stack(levels) for levels in noise])
         index = trees.depths()[:, :, None].expand_as(scores).to(scores.device)
-        return (scores.softmax(-1) / tape.gather(1, index)).argmax(-1)
+        probabilities = scores.softmax(-1)
+        picks = (probabilities / tape.gather(1, index)).argmax(-1)
+        return torch.where(probabilities.sum(-1) > 0, picks, NOT_A_NUMBER)
 
     def _pick_along_paths(
         self, trees: TreeBatch, logits: Tensor, state: WalkContext, stops: StopCheck
     ) -> Tensor:
         picks = [[-1] * trees.size for _ in state.active]
-        self._walked = {}
+        self._walked, self._everywhere = {}, None
         rows = trees.to_rows() if trees.size > 1 else None
         for row, active in enumerate(state.active):
             node: int | None = 0
@@ -216,7 +234,9 @@ class TokenPicker:
             token = int(scores.argmax(-1))
         else:
             noise = self._noise.step(index, scores.shape[-1])[row]
-            token = int((scores.softmax(-1)[0] / noise).argmax(-1))
+            probabilities = scores.softmax(-1)[0]
+            raise_unless_finite(0 if probabilities.sum() > 0 else NOT_A_NUMBER)
+            token = int((probabilities / noise).argmax(-1))
         self._prefix.write(row, index, token)
         return token
 

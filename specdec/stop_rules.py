@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from specdec.drafters.base import BatchState
-from specdec.sampling import PrefixIds
+from specdec.sampling import PrefixIds, raise_unless_finite
 from specdec.verify import HostVerdict
 
 Criteria = Callable[[Tensor, "tuple[Tensor, ...] | None"], Tensor]
@@ -40,6 +40,7 @@ class HostStopRules:
 
     def is_final(self, row: int, index: int, token: int) -> bool:
         """Whether emitted token number `index` ends `row`. Criteria are asked once a token."""
+        raise_unless_finite(token)
         answer = self._answers.get((row, index))
         if answer is None:
             answer = token in self._eos_ids or index + 1 >= self._max_new_tokens

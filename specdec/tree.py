@@ -93,7 +93,7 @@ class TokenTree:
         Args:
             nodes: Nodes to keep at most, the root included.
             depth: Deepest level to keep.
-            vocab_size: Tokens at or above it, or below zero, are dropped with what hangs below them.
+            vocab_size: Tokens that are not below it are dropped, with what hangs below them.
         """
         depths, kept = self.depths(), [0]
         new_index = {0: 0}

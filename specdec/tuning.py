@@ -78,21 +78,25 @@ def measure_cost(model: Any, seconds: float = 1.0) -> CostCurve:
     prefix = min(_PREFIX, positions // 2)
     ids = torch.arange(prefix, device=device)[None] % config.vocab_size
     cache = TreeCache(1, device, capacity=longest)
-    target = HFTarget(model, Prompt(ids, None, [prefix]), cache, last_position=positions - 1)
+    target = HFTarget(model, Prompt(ids, None, [prefix]), cache)
     trees = {
         q: TreeBatch.from_rows([TokenTree.chain(0, [0] * (q - 1))], device, bucket=False)
         for q in _SIZES
+        if prefix + q <= positions
     }
-    times: dict[int, list[float]] = {q: [] for q in _SIZES}
+    times: dict[int, list[float]] = {q: [] for q in trees}
     with evaluating(model):
         target.prefill(NoDrafter())
         start = time.perf_counter()
         while len(times[1]) < 3 or time.perf_counter() - start < seconds:
             for q, tree in trees.items():
+                if q > 2 and time.perf_counter() - start > 2 * seconds:
+                    break  # a slow model: the curve goes on linearly from what there is
                 begin = time.perf_counter()
                 target.forward_tree(tree).logits.argmax(-1).tolist()  # waits for the device
                 times[q].append(time.perf_counter() - begin)
-    return CostCurve({q: statistics.median(values[1:]) for q, values in times.items()})
+    # The first run of a size warms up.
+    return CostCurve({q: statistics.median(t[1:] or t) for q, t in times.items() if t})
 
 
 def choose_lookahead(curve: CostCurve) -> Choice:

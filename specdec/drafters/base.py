@@ -181,7 +181,7 @@ class TargetModel(Protocol):
         ...
 
     def prefill(self, drafter: Drafter) -> TargetOutput:
-        """Runs the prompt, in chunks that `drafter` observes; logits [B, 1, V] of the last tokens."""
+        """Runs the prompt, shows it to `drafter`; logits [B, 1, V] of the last tokens only."""
         ...
 
     def forward_tree(self, trees: TreeBatch) -> TargetOutput:

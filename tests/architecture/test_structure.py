@@ -19,7 +19,7 @@ LAYERS = (
     {"target", "capability", "rejection", "exactness", "drafters.base", "registry", "stop_rules"},
     {"loop"},
     {"drafters", "heads", "tuning"},
-    {"augment", "hf_generate", "hf_outputs"},
+    {"augment", "hf_generate", "hf_call", "hf_fallback", "hf_outputs"},
     {"demo", "commands"},
     {"cli"},
 )

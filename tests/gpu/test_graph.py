@@ -29,7 +29,7 @@ def prefilled(model: LlamaForCausalLM, view: View) -> HFTarget:
     """A target that has seen the prompt."""
     ids = torch.tensor([PROMPT], device=model.device)
     cache = TreeCache(1, model.device, CAPACITY, view)
-    target = HFTarget(model, Prompt(ids, None, [len(PROMPT)]), cache, last_position=127)
+    target = HFTarget(model, Prompt(ids, None, [len(PROMPT)]), cache)
     target.prefill(NoDrafter())
     return target
 

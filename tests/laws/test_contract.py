@@ -217,7 +217,7 @@ def outputs_under(view: str, family: str) -> list[Tensor]:
     model, generator = model_of(family), torch.Generator().manual_seed(3)
     ids = torch.randint(15, VOCAB, (2, 17), generator=generator)
     cache = TreeCache(2, CPU, 64, view)  # type: ignore[arg-type]
-    target = HFTarget(model, Prompt(ids, None, [17, 11]), cache, last_position=63)
+    target = HFTarget(model, Prompt(ids, None, [17, 11]), cache)
     found = [target.prefill(NoDrafter()).logits]
     for _ in range(2):
         tokens = torch.randint(15, VOCAB, (7,), generator=generator).tolist()

@@ -38,9 +38,7 @@ def test_bf16_stays_within_twice_the_noise(model: LlamaForCausalLM, sample: bool
     assert float(found.noise.max()) > 0
 
 
-def test_a_wrong_mask_is_caught(
-    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_mask_is_caught(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Siblings that see each other: the text stays fluent, the rule does not."""
     right = TreeBatch.ancestor_mask
 

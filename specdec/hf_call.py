@@ -1,0 +1,207 @@
+"""A `generate` call as Hugging Face prepared it, translated for the core loop and back.
+
+Left padding is stripped per row, a user's cache is adopted and filled again, and the result has the
+layout of plain `generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
+
+from specdec import hf_compat
+from specdec.drafters.base import BatchState
+from specdec.hf_outputs import PromptLayout, Recorder, WantedOutputs
+from specdec.sampling import NoiseTape, PrefixIds, TokenPicker
+from specdec.target import HFTarget, Prompt
+from specdec.tree import TokenTree, TreeBatch, bucket_size
+from specdec.tree_cache import TreeCache
+
+_FIRST_ROOM = 8192  # new tokens that the KV cache is allocated for at once; it grows beyond
+_PADDING_CHUNK = 64  # tokens a forward when ended rows are run over their padding
+
+
+@dataclass
+class Prepared:
+    """A call as `generate` prepared it, and its translation.
+
+    Attributes:
+        model: The model itself, unwrapped.
+        input_ids: [B, S] ids, left-padded; empty when only embeddings were given.
+        processors: Logits processors, in order.
+        criteria: Stopping criteria.
+        generation_config: Merged configuration.
+        kwargs: Remaining model keyword arguments.
+        keeps_cache: Whether the KV cache is the user's own.
+    """
+
+    model: Any
+    input_ids: Tensor
+    processors: Any
+    criteria: Any
+    generation_config: Any
+    kwargs: Mapping[str, Any]
+    keeps_cache: bool = False
+
+    def __post_init__(self) -> None:
+        """Works out the layout of the prompt."""
+        self.batch, self.width = self.input_ids.shape
+        self.embeds: Tensor | None = self.kwargs.get("inputs_embeds")
+        self.mask: Tensor | None = self.kwargs.get("attention_mask")
+        self.cache = self.kwargs.get("past_key_values")
+        self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
+        given = self.width if self.embeds is None else self.embeds.shape[1]
+        config = self.generation_config
+        self.total = hf_compat.prompt_length(config, self.mask, given, self.past)
+        # A length criterion of the user's replaces the one that `generate` made from its options.
+        limits = [hf_compat.max_length_of(criterion) for criterion in self.criteria]
+        longest = min((n for n in limits if n is not None), default=config.max_length)
+        self.max_new_tokens = max(longest - self.width, 1)
+        self.pad_id = hf_compat.pad_token_id(config)
+        ids = [hf_compat.eos_token_ids(criterion) for criterion in self.criteria]
+        self.eos_ids = {token for found in ids if found is not None for token in found}
+        others = [
+            criterion
+            for criterion, found in zip(self.criteria, ids, strict=True)
+            if found is None and hf_compat.max_length_of(criterion) is None
+        ]
+        self.other_criteria = StoppingCriteriaList(others) if others else None
+
+    def slots(self) -> list[Tensor]:
+        """Per row, the columns of the padded prompt layout that hold tokens."""
+        if self.mask is None:
+            return [torch.arange(self.total)] * self.batch
+        return [row.nonzero()[:, 0].cpu() for row in self.mask]
+
+    def layout(self) -> PromptLayout:
+        """Where the prompt's new tokens sit in the padded batch."""
+        width, chunk = self.total - self.past, self.generation_config.prefill_chunk_size
+        return PromptLayout(
+            width=width,
+            columns=[row[row >= self.past] - self.past for row in self.slots()],
+            first=(width - 1) // chunk * chunk if chunk else 0,
+        )
+
+    def wanted_outputs(self) -> WantedOutputs:
+        """Which optional outputs the call returns."""
+        config = self.generation_config
+        returned = bool(config.return_dict_in_generate)
+        return WantedOutputs(
+            scores=returned and bool(config.output_scores),
+            logits=returned and bool(config.output_logits),
+            hidden_states=returned and bool(self.kwargs.get("output_hidden_states")),
+        )
+
+    def state(self, memory: dict[str, Any]) -> BatchState:
+        """Rows at the start of the call; with embeddings only generated ids are known."""
+        ids = self.input_ids.tolist() if self.embeds is None else [[] for _ in range(self.batch)]
+        rows = ids
+        if self.mask is not None and self.embeds is None:
+            skipped = self.total - self.width
+            kept = [
+                [int(slot) - skipped for slot in row if slot >= skipped] for row in self.slots()
+            ]
+            rows = [[row[i] for i in index] for row, index in zip(ids, kept, strict=True)]
+        device = hf_compat.input_device(self.model)
+        last = [row[-1] if row else 0 for row in rows]
+        return BatchState(
+            tokens=[list(row) for row in rows],
+            prompt_lengths=[len(row) for row in rows],
+            active=[True] * self.batch,
+            pending=torch.tensor(last, device=device),
+            lengths=torch.zeros(self.batch, dtype=torch.long, device=device),
+            vocab_size=hf_compat.vocabulary_size(self.model),
+            max_new_tokens=self.max_new_tokens,
+            memory=memory,
+        )
+
+    def target(self, taps: tuple[int, ...], budget: int) -> HFTarget:
+        """The model with an empty or adopted cache, room for `budget` drafts, and the prompt."""
+        device, slots = hf_compat.input_device(self.model), self.slots()
+        old = [row[row < self.past] for row in slots]
+        new = [row[row >= self.past] for row in slots]
+        room = min(self.max_new_tokens, _FIRST_ROOM) + bucket_size(budget + 1)
+        cache = TreeCache(self.batch, device, self.total + room)
+        if self.past:
+            hf_compat.adopt_cache(self.cache, cache, old)
+        counts = [len(row) for row in new]
+        source = self.input_ids if self.embeds is None else self.embeds
+        source = source.to(device)
+        first = self.total - source.shape[1]  # column of the layout that source starts at
+        packed = source.new_zeros(self.batch, max(counts), *source.shape[2:])
+        for row, index in enumerate(new):
+            packed[row, : len(index)] = source[row, (index - first).to(device)]
+        prompt = Prompt(
+            token_ids=packed if self.embeds is None else None,
+            embeds=packed if self.embeds is not None else None,
+            counts=counts,
+        )
+        return HFTarget(
+            self.model,
+            prompt,
+            cache,
+            taps=taps,
+            hidden_states=self.wanted_outputs().hidden_states,
+            prefill_chunk=self.generation_config.prefill_chunk_size,
+        )
+
+    def picker(self, prefix: PrefixIds) -> TokenPicker:
+        """Chooses tokens as this call's plain decoding would."""
+        config, device = self.generation_config, self.input_ids.device
+        needs_prefix = not hf_compat.all_stateless(self.processors)
+        watched_scores = self.other_criteria is not None and bool(config.output_scores)
+        lazy = needs_prefix or watched_scores or (config.do_sample and device.type == "cpu")
+        return TokenPicker(
+            self.processors if len(self.processors) else None,
+            prefix,
+            NoiseTape(self.batch, device) if config.do_sample else None,
+            along_path=lazy,
+            needs_prefix=needs_prefix or watched_scores,
+            row_processors=hf_compat.processors_by_row(self.processors, self.batch),
+        )
+
+    def padded_tails(self, state: BatchState) -> list[list[int]]:
+        """Emitted ids by row, ended rows padded as plain `generate` pads them."""
+        lengths = state.prompt_lengths
+        emitted = [row[start:] for row, start in zip(state.tokens, lengths, strict=True)]
+        steps, pad = max(map(len, emitted)), 0 if self.pad_id is None else self.pad_id
+        return [row + [pad] * (steps - len(row)) for row in emitted]
+
+    def pad_ended_rows(self, state: BatchState, target: HFTarget) -> None:
+        """Runs ended rows over their padding, as plain `generate` does: the cache stays.
+
+        A later turn attends to these slots when its mask does not hide them.
+        """
+        tails = self.padded_tails(state)
+        missing = [tail[state.emitted(row) - 1 : -1] for row, tail in enumerate(tails)]
+        while any(missing):
+            now = [tokens[:_PADDING_CHUNK] for tokens in missing]
+            missing = [tokens[_PADDING_CHUNK:] for tokens in missing]
+            trees = [TokenTree.chain(tokens[0], tokens[1:]) if tokens else TokenTree([0], [-1])
+                     for tokens in now]  # fmt: skip
+            batch = TreeBatch.from_rows(trees, target.lengths.device)
+            target.forward_tree(batch)
+            kept = [list(range(1, len(tokens))) for tokens in now]
+            target.commit(batch.parents[:, :0], kept, [bool(tokens) for tokens in now])
+
+    def write_back(self, state: BatchState, cache: TreeCache) -> None:
+        """Puts the call's tokens into the cache that plain `generate` would have filled."""
+        length = self.total + max(map(state.emitted, range(self.batch))) - 1
+        new = torch.arange(self.total, length)
+        slots = [torch.cat([row, new]) for row in self.slots()]
+        hf_compat.write_back(cache, self.cache, slots, length)
+
+    def result(self, state: BatchState, recorder: Recorder) -> Any:
+        """What plain `generate` returns."""
+        tails = torch.tensor(self.padded_tails(state), device=self.input_ids.device)
+        sequences = torch.cat([self.input_ids, tails], dim=1)
+        if not self.generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences, past_key_values=self.cache, **recorder.outputs(tails.shape[1])
+        )
