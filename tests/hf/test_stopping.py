@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    MaxLengthCriteria,
     MaxTimeCriteria,
     PreTrainedTokenizerFast,
     StoppingCriteria,
@@ -306,3 +307,13 @@ def test_exception_in_a_criterion_leaves_the_model_usable() -> None:
     with pytest.raises(RuntimeError, match="the user's criterion"):
         model.generate(prompt(), max_new_tokens=NEW, stopping_criteria=[Broken()])
     run_both(model, input_ids=prompt(), max_new_tokens=NEW)
+
+
+def test_a_users_length_criterion_replaces_the_option(llama: Any) -> None:
+    """`generate` drops its own length limit for one of the user's."""
+    for limit, ends in ((20, None), (20, 5), (10, None)):
+        run_both(
+            llama, input_ids=prompt(),
+            stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(limit)]),
+            max_new_tokens=30, eos_token_id=ends,
+        )  # fmt: skip
