@@ -1,7 +1,7 @@
 """`augment`: makes one model's `generate` speculative, reversibly.
 
 It sets an instance attribute `model.generate` that calls the class's own `generate` with a decoding
-loop of ours. No class is patched, nothing is global, and a copied model drives itself.
+loop of ours. No class is patched, nothing is global, and a deep copy drives itself.
 """
 
 from __future__ import annotations
@@ -65,9 +65,15 @@ def augment(
         ConfigError: Unknown method or option, or a value out of range.
     """
     _check_model(model)
-    settings = config if config is not None else _settings(method, options)
     if config is not None and (method is not None or options):
         raise ConfigError("give either config= or a method with options, not both")
+    if config is not None and not isinstance(config, SpecConfig):
+        raise ConfigError(f"config= takes a SpecConfig, got {config!r}")
+    settings = config if config is not None else _settings(method, options)
+    if settings.method is None and settings.options:
+        raise ConfigError(
+            f"option {next(iter(settings.options))!r} needs a method, for example 'lookahead'"
+        )
     capability = probe(hf_compat.unwrap(model))
     if settings.method is None:
         settings = _with_default_method(model, settings, capability)
@@ -142,7 +148,7 @@ def generate(self: Any, *args: Any, specdec: SpecConfig | bool | None = None, **
     if specdec is False or _serves_another_loop(kwargs):
         return plain(self, *args, **kwargs)
     settings = _call_settings(specdec, handle.settings)
-    kwargs = {**hf_compat.name_arguments(args), **kwargs}
+    kwargs = {**hf_compat.name_arguments(self, args), **kwargs}
     reason = why_call_is_plain(self, kwargs, handle.capability)
     if reason is not None:
         warn_plain(reason)
@@ -188,8 +194,6 @@ def _check_model(model: Any) -> None:
 def _settings(method: str | None, options: Mapping[str, Any]) -> SpecConfig:
     own = {name: options[name] for name in ("budget", "on_round", "trace") if name in options}
     rest = {name: value for name, value in options.items() if name not in own}
-    if method is None and rest:
-        raise ConfigError(f"option {next(iter(rest))!r} needs a method, for example 'lookahead'")
     return SpecConfig(method=method, options=rest, **own)
 
 

@@ -32,7 +32,14 @@ class SpecConfig:
 
     def __post_init__(self) -> None:
         """Checks the ranges; raises `ConfigError`."""
-        if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 0):
+        is_size = hasattr(self.budget, "__index__") and not isinstance(self.budget, bool)
+        if self.budget is not None and (not is_size or self.budget < 0):
             raise ConfigError(f"budget must be an integer >= 0, got {self.budget!r}")
+        if self.on_round is not None and not callable(self.on_round):
+            raise ConfigError(f"on_round must be callable, got {self.on_round!r}")
+        if not isinstance(self.options, Mapping):
+            raise ConfigError(f"options must be a mapping, got {self.options!r}")
+        if self.method is not None and not (isinstance(self.method, str) and self.method):
+            raise ConfigError(f"method must be a name, got {self.method!r}")
         if self.trace is not None:
             object.__setattr__(self, "trace", Path(self.trace))

@@ -6,6 +6,7 @@ layout of plain `generate`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from specdec.target import HFTarget, Prompt
 from specdec.tree import TokenTree, TreeBatch, bucket_size
 from specdec.tree_cache import TreeCache
 
-_FIRST_ROOM = 8192  # new tokens that the KV cache is allocated for at once; it grows beyond
+_FIRST_ROOM = 4096  # new tokens that the KV cache is allocated for at once; it grows beyond
 _PADDING_CHUNK = 64  # tokens a forward when ended rows are run over their padding
 
 
@@ -55,13 +56,13 @@ class Prepared:
         self.mask: Tensor | None = self.kwargs.get("attention_mask")
         self.cache = self.kwargs.get("past_key_values")
         self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
-        given = self.width if self.embeds is None else self.embeds.shape[1]
+        self.given = self.width if self.embeds is None else self.embeds.shape[1]
         config = self.generation_config
-        self.total = hf_compat.prompt_length(config, self.mask, given, self.past)
+        self.total = hf_compat.prompt_length(config, self.mask, self.given, self.past)
         # A length criterion of the user's replaces the one that `generate` made from its options.
         limits = [hf_compat.max_length_of(criterion) for criterion in self.criteria]
         longest = min((n for n in limits if n is not None), default=config.max_length)
-        self.max_new_tokens = max(longest - self.width, 1)
+        self.max_new_tokens = max(math.ceil(longest) - self.width, 1)
         self.pad_id = hf_compat.pad_token_id(config)
         ids = [hf_compat.eos_token_ids(criterion) for criterion in self.criteria]
         self.eos_ids = {token for found in ids if found is not None for token in found}

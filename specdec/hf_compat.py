@@ -139,10 +139,12 @@ def prompt_length(
     return width if width > past else width + past
 
 
-def name_arguments(args: Sequence[Any]) -> dict[str, Any]:
-    """Positional arguments of `generate`, by name."""
-    names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
-    return dict(zip(names, args, strict=False))
+def name_arguments(model: Any, args: Sequence[Any]) -> dict[str, Any]:
+    """Positional arguments of the model's own `generate`, by name."""
+    parameters = inspect.signature(type(model).generate).parameters
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):  # a wrapper passes them on
+        parameters = inspect.signature(GenerationMixin.generate).parameters
+    return dict(zip(list(parameters)[1:], args, strict=False))
 
 
 def plain_decode(model: Any, input_ids: Tensor, streamer: Any, **prepared: Any) -> Any:
@@ -201,10 +203,26 @@ def length_dependent_positions(config: Any) -> int | None:
     return None
 
 
-def has_active_dropout(model: Any) -> bool:
-    """Whether a forward in the model's present mode is random."""
+def untold_window(config: Any) -> tuple[str, int] | None:
+    """(name, tokens) of an attention window that no mask carries, the narrowest one.
+
+    Some models apply a window of their own inside the layer, by slot instead of position.
+    """
+    sizes = [
+        (value, name)
+        for name, value in config.get_text_config().to_dict().items()
+        if name.endswith(("window", "window_size")) and name != "sliding_window"
+        if type(value) is int and value > 0
+    ]
+    return (min(sizes)[1], min(sizes)[0]) if sizes else None
+
+
+def is_training_at_random(model: Any) -> bool:
+    """Whether a forward in the model's present mode is random, or takes no cache."""
     if not model.training:
         return False
+    if getattr(model, "is_gradient_checkpointing", False):
+        return True
     rates = model.config.get_text_config().to_dict().items()
     return any(
         isinstance(rate, float) and rate > 0 and ("dropout" in name or "pdrop" in name)

@@ -55,7 +55,7 @@ def why_call_is_plain(model: Any, kwargs: Mapping[str, Any], found: Capability) 
 
 def _why_options_are_plain(chosen: Callable[[str], Any]) -> str | None:
     beams, guidance = chosen("num_beams"), chosen("guidance_scale")
-    if beams is not None and beams > 1:
+    if beams is not None and beams != 1:
         return f"num_beams is {beams}"
     if guidance is not None and guidance != 1:
         return f"guidance_scale is {guidance}: its processor calls the model itself"
@@ -82,8 +82,11 @@ def _why_model(call: Prepared) -> str | None:
     boundary = hf_compat.length_dependent_positions(call.model.config)
     if boundary is not None and call.total + call.max_new_tokens > boundary:
         return f"its rotary positions change with the length of a forward beyond {boundary}"
-    if hf_compat.has_active_dropout(call.model):
-        return "the model is in training mode with dropout"
+    window = hf_compat.untold_window(call.model.config)
+    if window is not None and call.total + call.max_new_tokens > window[1]:
+        return f"its {window[0]} of {window[1]} is applied inside the layers, not by a mask"
+    if hf_compat.is_training_at_random(call.model):
+        return "the model is in training mode with dropout or gradient checkpointing"
     return None
 
 
@@ -105,6 +108,8 @@ def _why_mask(call: Prepared) -> str | None:
         return "position_ids are not those of the attention mask"
     if call.mask is None:
         return None
+    if call.mask.shape[1] not in (call.given, call.past + call.given):
+        return f"the attention mask is {call.mask.shape[1]} wide for {call.given} tokens"
     if bool((call.mask[:, -1] == 0).any()):
         return "the batch is padded on the right"
     if call.keeps_cache and _has_holes(call.mask[:, call.past :]):

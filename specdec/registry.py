@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from importlib import import_module
 from typing import Any
 
@@ -20,6 +20,19 @@ _BUILT_IN: Mapping[str, str] = {
 @dataclass(frozen=True)
 class NoOptions:
     """Configuration of a registered drafter that declares none."""
+
+
+def _check_type(method: str, option: Field[Any], options: Mapping[str, Any]) -> None:
+    """Integers must be integers, and switches switches; both would fail late otherwise."""
+    value = options.get(option.name)
+    is_switch, is_integer = isinstance(value, bool), hasattr(value, "__index__")
+    wrong = (option.type in ("int", int) and (is_switch or not is_integer)) or (
+        option.type in ("bool", bool) and not is_switch
+    )
+    if option.name in options and wrong:
+        raise ConfigError(
+            f"option {option.name!r} of method {method!r} must be {option.type}, got {value!r}"
+        )
 
 
 class Registry:
@@ -65,6 +78,8 @@ class Registry:
                 f"method {name!r} has no option {unknown[0]!r}; it has "
                 f"{', '.join(known) if known else 'none'}"
             )
+        for option in fields(config_class):
+            _check_type(name, option, options)
         try:
             return config_class(**options)
         except TypeError as problem:  # a required option is missing

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from specdec.errors import DrafterError
 
+MAX_NODES = 4096
+"""Most nodes that a method may ask for; masks grow with the square."""
+
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -284,7 +287,7 @@ def _pack(row: TokenTree, into: np.ndarray[tuple[int, int], np.dtype[np.int64]])
     """Writes one tree as [5 + T, T]: tokens, parents, sources, depths, size; its ancestor mask."""
     count, size = len(row), into.shape[1]
     into[0, :count], into[1, :count], into[2, :count] = row.tokens, row.parents, row.sources or 0
-    into[3, :count] = row.depths()
+    into[3, 1:], into[3, :count] = 1, row.depths()
     into[4, 0] = count
     into[5:, 0] = 1  # everyone sees the root; padding nodes hang below it
     for node in range(1, size):

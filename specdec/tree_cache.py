@@ -8,8 +8,9 @@ all tokens in this version and mask by position.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class TreeLayer(CacheLayerMixin):
 
     def __init__(self, cache: TreeCache) -> None:
         super().__init__()
-        self._cache = cache
+        self._cache = cast(TreeCache, weakref.proxy(cache))  # no cycle: freed with the call
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates both buffers; zeros, because masked slots must not hold NaN."""
@@ -108,7 +109,8 @@ class TreeCache(Cache):
     def __init__(
         self, batch: int, device: torch.device, capacity: int, view: View = "live"
     ) -> None:
-        super().__init__(layer_class_to_replicate=lambda: TreeLayer(self))
+        own = weakref.ref(self)
+        super().__init__(layer_class_to_replicate=lambda: TreeLayer(cast(TreeCache, own())))
         self.capacity, self.view = capacity, view
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.host_lengths = [0] * batch

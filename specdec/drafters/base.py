@@ -253,6 +253,7 @@ class RowDrafter:
         self.config = config
         self._trees: list[TokenTree] = []
         self._started = False
+        self._histories: list[list[int]] = []
 
     def start_row(self, row: int, prompt: list[int]) -> None:
         """Begins a row; `prompt` ends with the first emitted token, which is pending."""
@@ -276,8 +277,10 @@ class RowDrafter:
     def propose(self, state: BatchState, budget: int) -> TreeBatch:
         """Builds the rows' trees and uploads them in one copy."""
         if not self._started:
+            # Copies, for a drafter may do with them what it likes and never change the text.
+            self._histories = [list(tokens) for tokens in state.tokens]
             for row, tokens in enumerate(state.tokens):
-                self.start_row(row, tokens)
+                self.start_row(row, list(tokens))
             self._started = True
         self._trees = [
             self._row_tree(row, state, budget)
@@ -292,12 +295,12 @@ class RowDrafter:
 
     def _row_tree(self, row: int, state: BatchState, budget: int) -> TokenTree:
         """The row's proposal, cut to what may be verified."""
-        history = state.tokens[row]
-        tree = self.propose_row(row, history, budget)
-        if not isinstance(tree, TokenTree) or tree.tokens[0] != history[-1]:
+        pending = state.tokens[row][-1]
+        tree = self.propose_row(row, self._histories[row], budget)
+        if not isinstance(tree, TokenTree) or tree.tokens[0] != pending:
             raise DrafterError(
                 f"{type(self).__name__}.propose_row must return a TokenTree rooted at the pending "
-                f"token {history[-1]}, got {tree!r:.80}; start the tree with history[-1]"
+                f"token {pending}, got {tree!r:.80}; start the tree with history[-1]"
             )
         remaining = state.max_new_tokens - state.emitted(row) - 1
         depth = min(state.depth_limit, remaining)
@@ -308,6 +311,7 @@ class RowDrafter:
         host = round_result.host
         for row, tree in enumerate(self._trees):
             if host.tokens[row]:
+                self._histories[row].extend(host.tokens[row])
                 picks = host.node_picks[row] if host.node_picks is not None else None
                 topk = host.node_topk[row] if host.node_topk is not None else None
                 outcome = RowRound(tree, host.paths[row], host.tokens[row], picks, topk)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from specdec.drafters.base import BatchState, Needs, RowDrafter, RowRound
 from specdec.errors import ConfigError
 from specdec.sources.ngram_pool import NgramPool
-from specdec.tree import TokenTree, TreeBuilder
+from specdec.tree import MAX_NODES, TokenTree, TreeBuilder
 
 _FROM_WINDOW, _FROM_TEXT, _WINDOW_NODE = 0, 1, 2
 
@@ -49,9 +49,11 @@ class LookaheadConfig:
 
     def __post_init__(self) -> None:
         """Checks the ranges; raises `ConfigError`."""
-        if self.window < 0 or self.ngram < 2 or self.guesses < 0:
+        impossible = self.window < 0 or self.ngram < 2 or self.guesses < 0
+        if impossible or self.nodes > MAX_NODES:
             raise ConfigError(
-                "lookahead needs window >= 0, ngram >= 2 and guesses >= 0, got "
+                "lookahead needs window >= 0, ngram >= 2 and guesses >= 0, and at most "
+                f"{MAX_NODES} nodes, (window + guesses) * (ngram - 1), got "
                 f"window={self.window}, ngram={self.ngram}, guesses={self.guesses}"
             )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from specdec.drafters.base import RowDrafter, RowRound
 from specdec.errors import ConfigError
 from specdec.sources.ngram_index import NgramIndex
-from specdec.tree import TokenTree
+from specdec.tree import MAX_NODES, TokenTree
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class PromptLookupConfig:
             raise ConfigError(
                 "prompt_lookup needs num_draft_tokens >= 1 and tokens_per_match >= 1, got "
                 f"{self.num_draft_tokens} and {self.tokens_per_match}"
+            )
+        if self.num_draft_tokens > MAX_NODES:
+            raise ConfigError(
+                f"prompt_lookup takes num_draft_tokens up to {MAX_NODES}, got "
+                f"{self.num_draft_tokens}"
             )
 
 

@@ -1,1 +1,1 @@
-"""n-gram sources in plain Python and numpy, without torch: engine plug-ins share them."""
+"""n-gram sources in plain Python, without torch: engine plug-ins share them."""

@@ -17,7 +17,7 @@ from helpers.drafters import Oracle
 from helpers.families import REPRESENTATIVE, VOCAB, model_of
 from helpers.laws import GREEDY, MODES, SAMPLED, Case, Ledger, Mode, reference
 from helpers.spies import Seen, tolerance, watch_calls
-from specdec import TokenTree, TreeBatch, hf_generate
+from specdec import TokenTree, TreeBatch, hf_call
 from specdec import verify as verification
 from specdec.capability import NoDrafter
 from specdec.drafters.base import BatchState, Needs, RoundResult, RowRound
@@ -168,7 +168,7 @@ def test_one_host_copy_a_round(mode: Mode, rows: int, monkeypatch: pytest.Monkey
     picks at all nodes and the walk on the device. (On a CPU the loop walks on the host.)
     """
     monkeypatch.setattr(verification, "walk_on_host", walk_on_device)
-    monkeypatch.setattr(hf_generate, "TokenPicker", pick(everywhere=True))
+    monkeypatch.setattr(hf_call, "TokenPicker", pick(everywhere=True))
     case = Case("llama", mode, rows)
     by_round: list[int] = []
 
@@ -202,7 +202,7 @@ def test_both_ways_to_pick_give_plain_text(
     ledger: Ledger,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hf_generate, "TokenPicker", pick(everywhere))
+    monkeypatch.setattr(hf_call, "TokenPicker", pick(everywhere))
     case = Case("gemma3", mode, rows)
     case.check(ledger, method, case.truth())
     ledger.settle()
@@ -244,7 +244,7 @@ def test_capacity_view_equals_live_view(family: str) -> None:
 def test_capacity_view_gives_the_same_text(
     family: str, mode: Mode, rows: int, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf_generate, "TreeCache", partial(TreeCache, view="capacity"))
+    monkeypatch.setattr(hf_call, "TreeCache", partial(TreeCache, view="capacity"))
     case = Case(family, mode, rows)
     case.check(ledger, "oracle", case.truth())
     case.check(ledger, "device_bigrams", case.truth())
@@ -264,8 +264,8 @@ def test_needs_are_met(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self: Oracle, which: Any, token_ids: Tensor, found: Tensor, offset: int
     ) -> None:
         assert offset == 0
-        for row, length in zip(which, (11, 7, 4), strict=False):
-            features[row].extend(found[row, :length])
+        for index, row in enumerate(which):
+            features[row].extend(found[index])
 
     def watch(seen: Seen, result: RoundResult, record: RoundRecord) -> None:
         for row, path in enumerate(record.paths if record.index else []):
