@@ -1,12 +1,13 @@
 """The `specdec` command: parses, dispatches, and turns every failure of input into one line.
 
 Knows nothing about models: each subcommand is imported when it runs, and its options stand in
-`specdec.options`.
+`specdec.options`. Even tyro is imported inside `main`, where Ctrl-C is caught.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import itertools
 import os
@@ -14,12 +15,10 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
-
-import tyro
+from pathlib import Path
+from typing import Any, TextIO
 
 from specdec.errors import SpecdecError
-from specdec.options import DemoOptions, DoctorOptions, GenerateOptions
 
 _DESCRIPTION = "Speculative decoding inside Hugging Face generate: same text, fewer forwards."
 _COMMANDS = ("demo", "generate", "doctor")
@@ -30,13 +29,9 @@ _PLAIN_WORDS = (  # tyro's words -> ours
     (r"could not convert string to float: ", "expected FLOAT, got "),
     (r"\. Expected 1 values", ""),
 )
-_BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
-
-_Command = (
-    Annotated[DemoOptions, tyro.conf.subcommand("demo")]
-    | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
-    | Annotated[DoctorOptions, tyro.conf.subcommand("doctor")]
-)
+_BUG, _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+_LINE_START, _LINE_END = 500, 150  # characters kept of an error message that quotes a novel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,25 +41,57 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes those of the process.
 
     Returns:
-        Exit code: 0, 1 when the demo's texts differ, 2 for bad input, 130 after Ctrl-C, 141 when
-        the reader of the output has gone.
+        Exit code: 0, 1 when the demo's texts differ or specdec has a bug, 2 for bad input, 130
+        after Ctrl-C, 141 when the reader of the output has gone.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _prepare_streams()
+        with _short_warnings():
+            code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except (Exception, KeyboardInterrupt) as problem:  # noqa: BLE001 - the user gets one line
+        code = _explain(problem)
+    try:  # what was printed before the failure
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        _silence(sys.stdout)
+    return code
+
+
+def _prepare_streams() -> None:
+    """Makes the standard streams safe to use.
+
+    Raises:
+        SpecdecError: Standard output is closed.
+    """
+    if sys.stderr is None:  # closed by the caller; print would fall back to standard output
+        sys.stderr = Path(os.devnull).open("w")  # type: ignore[unreachable]
+    if sys.stdout is None:
+        raise SpecdecError("standard output is closed")  # type: ignore[unreachable]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a model may emit what this terminal cannot show
             stream.reconfigure(errors="replace")
-    try:
-        with _short_warnings():
-            code = _run(arguments)
-        sys.stdout.flush()
-        return code
-    except SpecdecError as problem:
-        return _fail(" ".join(str(problem).split()))
-    except KeyboardInterrupt:
+
+
+def _explain(problem: BaseException) -> int:
+    """Says what went wrong in one line, or nothing when the user stopped us; the exit code."""
+    if isinstance(problem, KeyboardInterrupt):
         return _INTERRUPTED
-    except BrokenPipeError:
-        _silence_stdout()
+    if isinstance(problem, BrokenPipeError):
+        _silence(sys.stdout)
         return _BROKEN_PIPE
+    if isinstance(problem, SpecdecError):
+        return _fail(str(problem))
+    if isinstance(problem, OSError) and problem.errno in _WRITE_ERRORS and not problem.filename:
+        _silence(sys.stdout)
+        return _fail(f"cannot write the output: {problem.strerror}")
+    kind, first_line = type(problem).__name__, next(iter(str(problem).splitlines()), "")
+    if kind in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
+        return _fail(f"out of memory{first_line and ': '}{first_line}")
+    text = f"unexpected {kind}: {first_line} (this is a bug, please report it)"
+    return _fail(text, _BUG)
 
 
 def _run(arguments: list[str]) -> int:
@@ -73,7 +100,11 @@ def _run(arguments: list[str]) -> int:
 
         print(f"specdec {__version__}")
         return 0
+    from specdec.options import DemoOptions, DoctorOptions, GenerateOptions, check_ranges
+
     options, code = _parse(arguments)
+    if options is not None:
+        check_ranges(options)
     if isinstance(options, DemoOptions):
         from specdec.demo.show import run_demo
 
@@ -94,11 +125,15 @@ def _parse(arguments: list[str]) -> tuple[Any, int]:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in _COMMANDS:
         known = ", ".join(_COMMANDS)
         return None, _fail(f"unknown command {arguments[0]!r}; choose one of {known}")
+    import tyro
+
+    from specdec.options import Command
+
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             options = tyro.cli(
-                _Command,
+                Command,
                 args=arguments,
                 prog="specdec",
                 description=_DESCRIPTION,
@@ -129,9 +164,15 @@ def _one_line(box: str, arguments: list[str]) -> str:
     return f"{text} (see {' '.join(filter(None, ['specdec', command]))} --help)"
 
 
-def _fail(message: str) -> int:
-    print(f"specdec: error: {message}", file=sys.stderr)
-    return _BAD_INPUT
+def _fail(message: str, code: int = _BAD_INPUT) -> int:
+    text = " ".join(message.split())
+    if len(text) > _LINE_START + _LINE_END:
+        text = f"{text[:_LINE_START]} ... {text[-_LINE_END:]}"
+    try:
+        print(f"specdec: error: {text}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # nobody can be told
+        _silence(sys.stderr)
+    return code
 
 
 @contextlib.contextmanager
@@ -150,10 +191,10 @@ def _short_warnings() -> Iterator[None]:
         yield
 
 
-def _silence_stdout() -> None:
-    """Keeps Python from complaining about the closed pipe once more when it exits."""
+def _silence(stream: TextIO) -> None:
+    """Keeps Python from complaining once more, when it exits, about what cannot be written."""
     with contextlib.suppress(OSError, ValueError):
-        number = sys.stdout.fileno()
+        number = stream.fileno()
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 

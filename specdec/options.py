@@ -6,11 +6,16 @@ nothing heavy, so that `specdec --help` answers at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+
+from specdec.errors import ConfigError
+
+_MOST = {"threads": 1024, "seed": 2**64 - 1}  # more than these, torch cannot take
+_MOST_OF_OTHERS = 2**31 - 1
 
 _Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 _N = tyro.conf.arg(metavar="N")
@@ -98,3 +103,27 @@ class DoctorOptions:
     """Arithmetic to test the model in."""
     device: str = "auto"
     """Torch device to test the model on."""
+
+
+Command = (
+    Annotated[DemoOptions, tyro.conf.subcommand("demo")]
+    | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
+    | Annotated[DoctorOptions, tyro.conf.subcommand("doctor")]
+)
+"""What tyro parses."""
+
+
+def check_ranges(options: DemoOptions | GenerateOptions | DoctorOptions) -> None:
+    """Refuses what holds for no command: numbers too large for torch, and a device without data.
+
+    Raises:
+        ConfigError: Names the option.
+    """
+    for option in fields(options):
+        value = getattr(options, option.name)
+        most = _MOST.get(option.name, _MOST_OF_OTHERS)
+        if isinstance(value, int) and value > most:
+            flag = "--" + option.name.replace("_", "-")
+            raise ConfigError(f"{flag} must be at most {most}, got {value}")
+    if options.device.partition(":")[0] == "meta":
+        raise ConfigError("--device meta cannot be used: it holds shapes and no numbers")

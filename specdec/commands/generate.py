@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +13,14 @@ from transformers import TextStreamer
 from specdec.augment import augment, last_stats
 from specdec.commands.loading import (
     check_model,
+    check_special_tokens,
     context_length,
     load_model,
     load_tokenizer,
     method_options,
+    sentence,
 )
+from specdec.commands.reading import chat_lines, check_input, prompt_text
 from specdec.config import SpecConfig
 from specdec.errors import ConfigError, SpecdecError
 from specdec.options import GenerateOptions
@@ -32,17 +34,20 @@ _DEFAULT_SEED = 0
 def run_generate(options: GenerateOptions) -> int:
     """Runs the command."""
     _check(options)
-    text = None if options.chat else _prompt_text(options)
+    if options.chat:
+        check_input("--chat")
+    text = None if options.chat else prompt_text(options)
     chosen = method_options(options.method, options.option)
     config = SpecConfig(method=options.method, options=chosen, budget=options.budget)
     check_model(options.model)
     tokenizer = load_tokenizer(options.model)
     if options.chat and not tokenizer.chat_template:
         raise ConfigError(
-            f"--chat needs a tokenizer with a chat template, and that of "
-            f"{options.model or 'the bundled toy'!r} has none; use --prompt"
+            f"--chat needs a tokenizer with a chat template, and that of {_name(options)!r} has "
+            "none; use --prompt"
         )
     model = load_model(options.model, options.dtype, options.device)
+    check_special_tokens(_name(options), model)
     session = Session(model, tokenizer, options)
     ids = None if text is None else session.encode(text)
     if ids is not None:
@@ -52,6 +57,10 @@ def run_generate(options: GenerateOptions) -> int:
         return _chat(session)
     session.answer(ids)
     return 0
+
+
+def _name(options: GenerateOptions) -> str:
+    return options.model or "the bundled toy"
 
 
 class Session:
@@ -77,10 +86,20 @@ class Session:
         return ids.long()  # without a token, the tokenizer gives floats
 
     def encode_chat(self, messages: list[dict[str, str]]) -> Tensor:
-        """[1, S] ids of a conversation, up to where the model is to speak."""
-        encoded = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        """[1, S] ids of a conversation, up to where the model is to speak.
+
+        Raises:
+            SpecdecError: The chat template, a program that came with the model, fails.
+        """
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as problem:
+            kind, name = type(problem).__name__, _name(self.options)
+            raise SpecdecError(
+                f"the chat template of {name!r} fails: {kind}: {sentence(problem)}"
+            ) from problem
         ids: Tensor = encoded["input_ids"]
         return ids
 
@@ -96,10 +115,17 @@ class Session:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=limit,
                 streamer=streamer,
+                tokenizer=self.tokenizer,  # for stop strings in the model's own settings
+                return_dict_in_generate=False,
                 **self._sampling,
             )
         except ValueError as problem:  # what generate says of its arguments and the model's own
             raise SpecdecError(str(problem)) from problem
+        except (TypeError, IndexError, KeyError, AttributeError, OverflowError) as problem:
+            kind, name = type(problem).__name__, _name(self.options)
+            raise SpecdecError(
+                f"generate fails with the settings of {name!r}: {kind}: {sentence(problem)}"
+            ) from problem
         new = output[0, ids.shape[1] :].tolist()
         if self.options.stats:
             seconds = time.perf_counter() - begin
@@ -167,39 +193,14 @@ def _check_sampling(options: GenerateOptions) -> None:
             raise ConfigError(f"{flag} needs --sample: without it the likeliest token is taken")
 
 
-def _prompt_text(options: GenerateOptions) -> str:
-    if options.prompt is not None:
-        if not options.prompt:
-            raise ConfigError("--prompt is empty; give some text to continue")
-        return options.prompt
-    path = options.file or Path("-")
-    try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except OSError as problem:
-        raise ConfigError(f"cannot read --file {path}: {problem.strerror or problem}") from problem
-    except UnicodeDecodeError as problem:
-        raise ConfigError(f"--file {path} is not UTF-8 text: {problem.reason}") from problem
-    if not text:
-        raise ConfigError(f"--file {path} is empty; give some text to continue")
-    return text
-
-
 def _chat(session: Session) -> int:
     """Reads a line, answers, until the input ends."""
-    is_terminal = sys.stdin.isatty()
-    if is_terminal:
-        say("Ctrl-D ends the chat, Ctrl-C stops at once.", sys.stderr)
     messages: list[dict[str, str]] = []
-    while True:
-        try:
-            text = input("> " if is_terminal else "").strip()
-        except EOFError:
-            return 0
-        if not text:
-            continue
+    for text in chat_lines():
         messages.append({"role": "user", "content": text})
         answer = session.answer(session.encode_chat(messages))
         messages.append({"role": "assistant", "content": answer})
+    return 0
 
 
 def print_stats(stats: GenerationStats, tokens: int, seconds: float) -> None:

@@ -23,6 +23,10 @@ TOY = "demo"
 
 _LONG_LOAD_BYTES = 1_000_000_000  # above it, loading takes seconds and deserves its bar
 _MESSAGE_CHARS = 200
+_TOKEN_IDS = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id",
+    "suppress_tokens", "begin_suppress_tokens",
+)  # fmt: skip
 
 
 def check_model(name: str | None) -> None:
@@ -86,7 +90,7 @@ def _loading(source: str, local: bool, what: str = "") -> Iterator[dict[str, boo
             raise UnsupportedModelError(
                 f"{source!r} brings its own code (trust_remote_code), which specdec never runs"
             ) from problem
-        raise SpecdecError(f"cannot load {what}{source!r}: {_sentence(problem)}") from problem
+        raise SpecdecError(f"cannot load {what}{source!r}: {sentence(problem)}") from problem
     finally:
         transformers_logging.enable_progress_bar()
 
@@ -99,7 +103,29 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as problem:
-        raise ConfigError(f"--device {name} cannot be used: {_sentence(problem)}") from problem
+        raise ConfigError(f"--device {name} cannot be used: {sentence(problem)}") from problem
+
+
+def check_special_tokens(name: str, model: Any) -> None:
+    """Refuses token ids that `generate` could only fail on, deep inside.
+
+    Raises:
+        SpecdecError: The model's generation settings hold such an id.
+    """
+    settings = model.generation_config
+    size = model.get_input_embeddings().weight.shape[0]
+    for option in _TOKEN_IDS:
+        value = getattr(settings, option, None)
+        for token in value if isinstance(value, list | tuple) else [value]:
+            if token is None:
+                continue
+            if not isinstance(token, int) or isinstance(token, bool):
+                wanted = "a token id or a list of them"
+            elif option.startswith("forced") and not 0 <= token < size:
+                wanted = f"a token id below {size:,}"
+            else:
+                continue
+            raise SpecdecError(f"{option} of {name!r} must be {wanted}, got {value!r}")
 
 
 def context_length(model: Any) -> int | None:
@@ -161,12 +187,17 @@ def _locate(name: str | None) -> tuple[str, bool]:
         return str(demo.target_path()), True
     if not name:
         raise SpecdecError("--model is empty; it takes a folder or a hub id")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    try:
+        path = Path(name).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+        holds_model = is_folder and (path / "config.json").is_file()
+    except (OSError, RuntimeError, ValueError) as problem:  # RuntimeError: no such user after ~
+        raise SpecdecError(f"cannot look for --model {name!r}: {sentence(problem)}") from problem
+    if is_folder:
+        if not holds_model:
             raise SpecdecError(f"{name!r} holds no model: there is no config.json in it")
         return str(path), True
-    if path.exists():
+    if exists:
         raise SpecdecError(f"{name!r} is a file; --model takes the model's folder or a hub id")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise SpecdecError(f"there is no folder {name!r}; --model takes a folder or a hub id")
@@ -195,7 +226,8 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _sentence(problem: BaseException) -> str:
+def sentence(problem: BaseException) -> str:
     """The beginning of a library's message, on one line."""
-    text = " ".join(str(problem).split()) or type(problem).__name__
+    said = problem.strerror if isinstance(problem, OSError) and problem.errno else str(problem)
+    text = " ".join((said or "").split()) or type(problem).__name__
     return text if len(text) <= _MESSAGE_CHARS else text[:_MESSAGE_CHARS].rsplit(" ", 1)[0] + " ..."

@@ -222,7 +222,7 @@ def outputs_under(view: str, family: str) -> list[Tensor]:
     for _ in range(2):
         tokens = torch.randint(15, VOCAB, (7,), generator=generator).tolist()
         tree = TokenTree(tokens, [-1, 0, 1, 2, 0, 4, 5])
-        trees = TreeBatch.from_rows([tree, tree.first(5)], CPU)
+        trees = TreeBatch.from_rows([tree, tree.limited(5, 9, VOCAB)], CPU)
         live = trees.live()[..., None]
         found.append(target.forward_tree(trees).logits * live)
         target.commit(torch.tensor([[4, 5, 6], [4, -1, -1]]), [[4, 5, 6], [4]], [True, True])

@@ -1,0 +1,146 @@
+"""What clumsy or hostile use must not do: change the text, leave memory behind, fail late."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import specdec
+from helpers.hf import ids_of, plain, prompt, tiny_llama
+from specdec import RowDrafter, SpecConfig, TokenTree
+from specdec.capability import probe
+from specdec.drafters.base import RowRound
+from specdec.errors import ConfigError, FallbackWarning
+from specdec.tree_cache import TreeCache
+
+CALL: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
+
+
+class Vandal(RowDrafter):
+    """Keeps and edits every list that it is given."""
+
+    def start_row(self, row: int, prompt: list[int]) -> None:
+        self.text = prompt
+
+    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
+        root = history[-1]
+        history += [1, 2, 3]
+        del history[-3:]
+        history[0] = 60
+        return TokenTree.chain(root, self.text[-4:])
+
+    def observe_row(self, row: int, outcome: RowRound) -> None:
+        self.text.extend(outcome.tokens)
+
+
+def test_a_drafter_owns_what_it_is_given(llama: Any) -> None:
+    specdec.register_drafter("vandal", Vandal)
+    ids = prompt(rows=2)
+    with specdec.augmented(llama, "vandal"):
+        assert torch.equal(llama.generate(ids, **CALL), plain(llama, ids, **CALL))
+
+
+def test_the_self_test_refuses_nan() -> None:
+    model = tiny_llama()
+    forward = model.forward
+
+    def poisoned(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        output = forward(*args, attention_mask=attention_mask, **kwargs)
+        if attention_mask is not None and attention_mask.ndim == 4:
+            output.logits = output.logits * float("nan")
+        return output
+
+    poisoned.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    model.forward = poisoned
+    assert probe(model).mode == "plain"
+
+
+def test_windows_inside_the_layers_run_plain() -> None:
+    """GPT-Neo windows by cache slot, where no mask of ours reaches."""
+    torch.manual_seed(0)
+    config = transformers.GPTNeoConfig(
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, window_size=20,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=128,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = specdec.augment(transformers.GPTNeoForCausalLM(config).double().eval(), "lookahead")
+    with pytest.warns(FallbackWarning, match="window_size of 20"):
+        found = model.generate(prompt(), max_new_tokens=40, do_sample=False)
+    assert torch.equal(found, plain(model, prompt(), max_new_tokens=40, do_sample=False))
+
+
+def test_an_early_end_needs_no_memory_for_the_limit(llama: Any) -> None:
+    free = ids_of(plain(llama, prompt(), **CALL))[0, 9:].tolist()
+    with specdec.augmented(llama, "lookahead"):
+        found = llama.generate(prompt(), max_new_tokens=10**12, do_sample=False,
+                               eos_token_id=free[3])  # fmt: skip
+    assert found.shape[1] <= 9 + 4
+
+
+def outcome(generate: Any, *args: Any, **kwargs: Any) -> Any:
+    """The ids, or the kind of error."""
+    try:
+        return generate(*args, **kwargs).tolist()
+    except (RuntimeError, ValueError, IndexError) as problem:
+        return type(problem)
+
+
+@pytest.mark.parametrize("width", [7, 13])
+def test_a_mask_of_another_width_is_left_to_plain(llama: Any, width: int) -> None:
+    mask = torch.ones(1, width, dtype=torch.long)
+    mask[0, 0] = 0
+    call = {"attention_mask": mask, **CALL}
+    expected = outcome(plain, llama, prompt(), **call)
+    with specdec.augmented(llama, "lookahead"), pytest.warns(FallbackWarning, match="mask is"):
+        found = outcome(llama.generate, prompt(), **call)
+    assert found == expected
+
+
+def test_caches_are_freed_with_the_call(llama: Any) -> None:
+    with specdec.augmented(llama, "lookahead"):
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(3):
+                llama.generate(prompt(), **CALL)
+            alive = [thing for thing in gc.get_objects() if type(thing) is TreeCache]
+        finally:
+            gc.enable()
+    assert alive == []
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lookahead", {"window": 1.5}),
+        ("lookahead", {"guesses": True}),
+        ("lookahead", {"window": "7"}),
+        ("lookahead", {"keep_pool": "no"}),
+        ("lookahead", {"window": 10**6}),
+        ("prompt_lookup", {"num_draft_tokens": float("nan")}),
+        ("prompt_lookup", {"num_draft_tokens": 10**6}),
+        ("none", {"budget": True}),
+        ("none", {"on_round": 5}),
+        ("", {}),
+    ],
+)
+def test_bad_options_fail_at_augment(method: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        specdec.augment(tiny_llama(), method, **options)
+
+
+def test_options_without_a_method_are_not_dropped() -> None:
+    with pytest.raises(ConfigError, match="needs a method"):
+        specdec.augment(tiny_llama(), config=SpecConfig(options={"window": 3}))
+
+
+def test_an_own_generate_of_the_instance_comes_back() -> None:
+    model = tiny_llama()
+    model.generate = own = lambda *args, **kwargs: "mine"
+    specdec.restore(specdec.augment(model, "none"))
+    assert model.generate is own
