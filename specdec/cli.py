@@ -31,7 +31,7 @@ _PLAIN_WORDS = (  # tyro's words -> ours
 )
 _BUG, _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
-_LINE_START, _LINE_END = 500, 150  # characters kept of an error message that quotes a novel
+_LINE_START, _LINE_END = 300, 100  # characters kept of an error message that quotes a novel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,9 +67,9 @@ def _prepare_streams() -> None:
         SpecdecError: Standard output is closed.
     """
     if sys.stderr is None:  # closed by the caller; print would fall back to standard output
-        sys.stderr = Path(os.devnull).open("w")  # type: ignore[unreachable]
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - until the end
     if sys.stdout is None:
-        raise SpecdecError("standard output is closed")  # type: ignore[unreachable]
+        raise SpecdecError("standard output is closed")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a model may emit what this terminal cannot show
             stream.reconfigure(errors="replace")

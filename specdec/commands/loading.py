@@ -192,7 +192,8 @@ def _locate(name: str | None) -> tuple[str, bool]:
         is_folder, exists = path.is_dir(), path.exists()
         holds_model = is_folder and (path / "config.json").is_file()
     except (OSError, RuntimeError, ValueError) as problem:  # RuntimeError: no such user after ~
-        raise SpecdecError(f"cannot look for --model {name!r}: {sentence(problem)}") from problem
+        reason = getattr(problem, "strerror", None) or problem
+        raise SpecdecError(f"cannot look for --model {name!r}: {reason}") from problem
     if is_folder:
         if not holds_model:
             raise SpecdecError(f"{name!r} holds no model: there is no config.json in it")
@@ -228,6 +229,5 @@ def _size(folder: Path) -> int:
 
 def sentence(problem: BaseException) -> str:
     """The beginning of a library's message, on one line."""
-    said = problem.strerror if isinstance(problem, OSError) and problem.errno else str(problem)
-    text = " ".join((said or "").split()) or type(problem).__name__
+    text = " ".join(str(problem).split()) or type(problem).__name__
     return text if len(text) <= _MESSAGE_CHARS else text[:_MESSAGE_CHARS].rsplit(" ", 1)[0] + " ..."

@@ -37,9 +37,7 @@ def check_input(flag: str) -> None:
         ConfigError: It is closed.
     """
     if sys.stdin is None:
-        raise ConfigError(  # type: ignore[unreachable]
-            f"{flag} reads standard input, which is closed"
-        )
+        raise ConfigError(f"{flag} reads standard input, which is closed")
     if isinstance(sys.stdin, io.TextIOWrapper):
         with suppress(io.UnsupportedOperation):  # something was read from it before
             sys.stdin.reconfigure(encoding="utf-8", errors="strict")

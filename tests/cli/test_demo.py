@@ -264,8 +264,8 @@ def test_demo_of_the_bundled_target(run: Run) -> None:
     assert shown.code == 0
     table = table_of(shown.out)
     assert {row[-1] for row in table.values()} == {"-", "yes"}
-    assert float(table["prompt_lookup"][3]) > 1.2
-    assert float(table["lookahead"][3]) > 1.2
+    for method in ("prompt_lookup", "lookahead"):  # tokens a round: no timing in it
+        assert float(table[method][3]) > 1.2
 
 
 @needs_toy
