@@ -170,6 +170,10 @@ class TreeCache(Cache):
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """Declares how many slots of each row are committed."""
+        steps = {new - old for new, old in zip(lengths, self.host_lengths, strict=True)}
         self.host_lengths = list(lengths)
-        self.lengths.copy_(torch.tensor(self.host_lengths))
+        if len(steps) == 1:  # no upload where all rows advance alike
+            self.lengths.add_(steps.pop())
+        else:
+            self.lengths.copy_(torch.tensor(self.host_lengths))
         self._slots.clear()

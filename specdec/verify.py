@@ -64,6 +64,8 @@ class Verdict:
         A row that had ended before the round may hold -1; it still takes part in forwards, so it is
         given a valid token.
         """
+        if self.tokens.shape == (1, 1):
+            return self.tokens[0]
         return self.tokens.gather(1, self.length[:, None])[:, 0].clamp(min=0)
 
     def host(
