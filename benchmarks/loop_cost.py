@@ -63,7 +63,7 @@ def code_prompts(count: int, characters: int = 700) -> list[torch.Tensor]:
 
 
 def host_time(model: Any, prompts: list[torch.Tensor], nodes: int, tokens: int) -> str:
-    """One table row: host milliseconds a round outside the forward, and their share of the round."""
+    """One table row: host milliseconds a round beside the forward, and their share."""
     name = f"ballast{nodes}"
     specdec.register_drafter(name, lambda _: Ballast(nodes - 1))
     specdec.augment(model, name)

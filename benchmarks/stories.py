@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -24,13 +24,22 @@ import specdec
 from specdec.stats import RoundRecord
 from specdec_bench.paired import ratio, time_arms
 
-OPENINGS = (
-    "Once upon a time, there was a little girl named Lily.",
-    "One day, a boy named Tim went to the park with his mom.",
-    "Once there was a big dog who liked to play with a ball.",
-    "Lucy and her brother Tom found a shiny red box in the garden.",
-    "The little bird was sad because it could not fly.",
-)
+OPENINGS = {
+    "long": (
+        "Once upon a time, there was a little girl named Lily.",
+        "One day, a boy named Tim went to the park with his mom.",
+        "Once there was a big dog who liked to play with a ball.",
+        "Lucy and her brother Tom found a shiny red box in the garden.",
+        "The little bird was sad because it could not fly.",
+    ),
+    "short": (  # stories that repeat themselves more
+        "Tom and Sam are friends.",
+        "The sun was bright.",
+        "Mia had a red ball.",
+        "Ben saw a big truck.",
+        "A little fish lived in the sea.",
+    ),
+}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("none", {}),
     "prompt_lookup": ("prompt_lookup", {}),
@@ -50,6 +59,8 @@ class Options:
 
     model: Path
     """Folder of the story model."""
+    openings: Literal["long", "short"] = "long"
+    """Which five openings."""
     tokens: int = 120
     """New tokens a story."""
     repeats: int = 8
@@ -76,7 +87,9 @@ def main() -> None:
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    prompts = [tokenizer(text, return_tensors="pt").input_ids for text in OPENINGS]
+    prompts = [
+        tokenizer(text, return_tensors="pt").input_ids for text in OPENINGS[options.openings]
+    ]
     length = {"max_new_tokens": options.tokens, "do_sample": False}
     forwards = Counter[str]()
     model.register_forward_pre_hook(lambda *_: forwards.update(["all"]))
