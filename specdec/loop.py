@@ -18,6 +18,7 @@ from specdec.drafters.base import (
     TargetModel,
     TargetOutput,
 )
+from specdec.errors import DrafterError
 from specdec.sampling import StopCheck, TokenPicker
 from specdec.stats import GenerationStats, RoundRecord
 from specdec.tree import TreeBatch
@@ -106,6 +107,11 @@ def _propose(target: TargetModel, drafter: Drafter, call: Call) -> TreeBatch:
     state = call.state
     state.depth_limit = target.depth_limit()
     trees = drafter.propose(state, call.budget.nodes(state) if state.depth_limit > 0 else 0)
+    if not isinstance(trees, TreeBatch) or len(trees.tokens) != len(state.active):
+        raise DrafterError(
+            f"{type(drafter).__name__}.propose must return a TreeBatch of {len(state.active)} "
+            f"rows, got {type(trees).__name__}"
+        )
     fits = trees.max_depth <= state.depth_limit and (state.depth_limit > 0 or trees.size == 1)
     return trees if fits else TreeBatch.roots(state.pending)
 

@@ -33,7 +33,7 @@ def tiny_gpt2() -> GPT2LMHeadModel:
         n_positions=32, n_embd=16, n_head=2, n_layer=1, vocab_size=50,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    return GPT2LMHeadModel(config)
+    return GPT2LMHeadModel(config).eval()
 
 
 def test_the_probe_fits_short_contexts_and_leaves_the_model_alone() -> None:
