@@ -98,6 +98,9 @@ class TokenTree:
             depth: Deepest level to keep.
             vocab_size: Tokens that are not below it are dropped, with what hangs below them.
         """
+        known = min(self.tokens) >= 0 and max(self.tokens) < vocab_size
+        if known and len(self) <= nodes and len(self) <= depth + 1:
+            return self  # the common case: n nodes reach n - 1 levels down at most
         depths, kept = self.depths(), [0]
         new_index = {0: 0}
         for node in range(1, len(self)):
