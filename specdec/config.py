@@ -28,7 +28,7 @@ class SpecConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: int | None = None
     on_round: Callable[[RoundRecord], None] | None = None
-    trace: Path | None = None
+    trace: str | Path | None = None
 
     def __post_init__(self) -> None:
         """Checks the ranges; raises `ConfigError`."""

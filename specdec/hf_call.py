@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
 
-from specdec import hf_compat
+from specdec import hf_cache, hf_compat
 from specdec.drafters.base import BatchState
 from specdec.hf_outputs import PromptLayout, Recorder, WantedOutputs
 from specdec.sampling import NoiseTape, PrefixIds, TokenPicker
@@ -129,7 +129,7 @@ class Prepared:
         room = min(self.max_new_tokens, _FIRST_ROOM) + bucket_size(budget + 1)
         cache = TreeCache(self.batch, device, self.total + room)
         if self.past:
-            hf_compat.adopt_cache(self.cache, cache, old)
+            hf_cache.adopt_cache(self.cache, cache, old)
         counts = [len(row) for row in new]
         source = self.input_ids if self.embeds is None else self.embeds
         source = source.to(device)
@@ -195,7 +195,7 @@ class Prepared:
         length = self.total + max(map(state.emitted, range(self.batch))) - 1
         new = torch.arange(self.total, length)
         slots = [torch.cat([row, new]) for row in self.slots()]
-        hf_compat.write_back(cache, self.cache, slots, length)
+        hf_cache.write_back(cache, self.cache, slots, length)
 
     def result(self, state: BatchState, recorder: Recorder) -> Any:
         """What plain `generate` returns."""

@@ -15,11 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import cache_utils
 from transformers.generation import GenerationMixin, logits_process, stopping_criteria
 from transformers.generation import utils as generation_utils
-
-from specdec.tree_cache import TreeCache
 
 _STATELESS_PROCESSORS = (
     "TemperatureLogitsWarper",
@@ -52,15 +49,14 @@ _ROWWISE_CRITERIA = (
     "StopStringCriteria",
     "EosTokenCriteria",
 )
-_ADOPTABLE_LAYERS = (
-    "DynamicLayer",
-    "DynamicSlidingWindowLayer",
-    "DummyLayer",  # holds nothing: the layer reads the keys and values of another one
-)
 
 
 def _known(module: Any, names: Sequence[str]) -> set[type]:
     return {getattr(module, name) for name in names if hasattr(module, name)}
+
+
+def _name(thing: object) -> str:
+    return str(getattr(thing, "__name__", type(thing).__name__))
 
 
 def all_stateless(processors: Sequence[object]) -> bool:
@@ -71,7 +67,7 @@ def all_stateless(processors: Sequence[object]) -> bool:
 def unknown_processors(processors: Sequence[object]) -> list[str]:
     """Processors that may not be called row by row: they could hold state for the whole batch."""
     known = _known(logits_process, _STATELESS_PROCESSORS + _ROWWISE_PROCESSORS)
-    return [type(p).__name__ for p in processors if type(p) not in known]
+    return [_name(p) for p in processors if type(p) not in known]
 
 
 def processors_by_row(processors: Sequence[object], batch: int) -> list[Any]:
@@ -95,7 +91,7 @@ def processors_by_row(processors: Sequence[object], batch: int) -> list[Any]:
 def unknown_criteria(criteria: Sequence[object]) -> list[str]:
     """Stopping criteria that may not be called row by row."""
     known = _known(stopping_criteria, _ROWWISE_CRITERIA)
-    return [type(c).__name__ for c in criteria if type(c) not in known]
+    return [_name(c) for c in criteria if type(c) not in known]
 
 
 def eos_token_ids(criterion: Any) -> list[int] | None:
@@ -326,75 +322,3 @@ def dense_attention(model: Any) -> Iterator[None]:
         yield
     finally:
         model.config._attn_implementation = chosen
-
-
-def unsupported_cache(cache: Any) -> str | None:
-    """Why a cache cannot be adopted into a `TreeCache`, or None when it can."""
-    if cache is None:
-        return "the call uses no KV cache"
-    if type(cache) is not cache_utils.DynamicCache:
-        return f"the call uses a {type(cache).__name__}"
-    if cache.offloading:
-        return "the call uses an offloaded cache"
-    for layer in cache.layers:
-        if type(layer) not in _known(cache_utils, _ADOPTABLE_LAYERS):
-            return f"the cache holds a {type(layer).__name__}"
-    return None
-
-
-def adopt_cache(cache: Any, target: TreeCache, slots: Sequence[Tensor]) -> None:
-    """Copies a `DynamicCache` into `target`.
-
-    Args:
-        cache: The user's cache.
-        target: Empty tree cache with enough capacity.
-        slots: Per row, the cache slots that hold tokens (not padding), in order.
-    """
-    length = cache.get_seq_length()
-    for index, layer in enumerate(cache.layers):
-        if not layer.is_initialized or layer.keys is None or layer.keys.numel() == 0:
-            continue
-        offset = length - layer.keys.shape[2]  # a sliding layer holds only the newest slots
-        tree_layer = target.layer(index)
-        tree_layer.lazy_initialization(layer.keys, layer.values)
-        for row, kept in enumerate(slots):
-            held = kept.to(layer.keys.device)
-            there = (held >= offset).nonzero()[:, 0]
-            tree_layer.keys[row, :, there] = layer.keys[row, :, held[there] - offset]
-            tree_layer.values[row, :, there] = layer.values[row, :, held[there] - offset]
-    target.set_lengths([len(kept) for kept in slots])
-
-
-def write_back(source: TreeCache, cache: Any, slots: Sequence[Tensor], length: int) -> None:
-    """Fills a `DynamicCache` with the tree cache's tokens, laid out as plain `generate` would.
-
-    Slots that were there and hold no token (masked out) keep what they held.
-
-    Args:
-        source: Tree cache after the call.
-        cache: The cache of the call; overwritten.
-        slots: Per row, the slot of each committed token in the padded layout.
-        length: Slots of the padded layout.
-    """
-    past = cache.get_seq_length()
-    for index, tree_layer in enumerate(source.layers):
-        while len(cache.layers) <= index:
-            cache.layers.append(cache_utils.DynamicLayer())
-        layer = cache.layers[index]
-        if not tree_layer.is_initialized:
-            continue
-        held = layer.keys.shape[2] if layer.is_initialized and layer.keys.numel() else 0
-        old = {"keys": layer.keys, "values": layer.values}
-        layer.lazy_initialization(tree_layer.keys, tree_layer.values)
-        window = getattr(layer, "sliding_window", None)
-        for name in ("keys", "values"):
-            buffer = getattr(tree_layer, name)
-            padded = buffer.new_zeros(*buffer.shape[:2], length, buffer.shape[-1])
-            if held:
-                padded[:, :, past - held : past] = old[name]
-            for row, kept in enumerate(slots):
-                padded[row, :, kept.to(buffer.device)] = buffer[row, :, : len(kept)]
-            kept_slots = length if window is None else min(length, window - 1)
-            setattr(layer, name, padded[:, :, length - kept_slots :].contiguous())
-        if hasattr(layer, "cumulative_length"):
-            layer.cumulative_length = length

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec import hf_compat
+from specdec import hf_cache, hf_compat
 from specdec.capability import Capability
 from specdec.errors import FallbackWarning
 from specdec.hf_call import Prepared
@@ -97,7 +97,7 @@ def _why_inputs(call: Prepared) -> str | None:
         return f"the model input {unknown[0]!r} is not one that a token tree can carry"
     if call.kwargs.get("output_attentions"):
         return "output_attentions was asked for"
-    reason = hf_compat.unsupported_cache(call.cache)
+    reason = hf_cache.unsupported_cache(call.cache)
     if reason is None and call.total <= call.past:
         reason = "the cache already holds the whole prompt"
     return reason

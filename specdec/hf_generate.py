@@ -7,6 +7,7 @@ them here, and what cannot be done goes back to the plain loop.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -67,7 +68,9 @@ class SpeculativeDecode:
             self.keeps_cache,
         )
         method = self.settings.method or "none"
-        self.stats = GenerationStats(method, mode_reason=self.mode_reason)
+        self.stats = GenerationStats(
+            method, mode_reason=self.mode_reason, options=dict(self.settings.options)
+        )
         reason = why_prepared_is_plain(prepared)
         if reason is not None:
             warn_plain(reason)
@@ -107,7 +110,7 @@ class SpeculativeDecode:
             on_round = self.settings.on_round
             observers.append(lambda _, record: on_round(record))
         if self.settings.trace is not None:
-            observers.append(TraceObserver(self.settings.trace))
+            observers.append(TraceObserver(Path(self.settings.trace)))
         call = Call(
             state=state,
             picker=picker,

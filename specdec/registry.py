@@ -46,9 +46,9 @@ class Registry:
         return list(self._entries)
 
     def register(self, name: str, drafter: Callable[[Any], Drafter]) -> None:
-        """Adds a method; raises `ConfigError` when the name is taken by another class."""
-        if self._entries.get(name, drafter) is not drafter:
-            raise ConfigError(f"method {name!r} is already registered; choose another name")
+        """Adds a method, or replaces one added before; raises `ConfigError` for a built-in name."""
+        if isinstance(self._entries.get(name), str):
+            raise ConfigError(f"method {name!r} is built in; choose another name")
         self._entries[name] = drafter
 
     def unregister(self, name: str) -> None:

@@ -44,6 +44,7 @@ class GenerationStats:
         method: Drafter that ran.
         mode: "tree", or "plain" when the call ran as plain `generate`.
         mode_reason: Why this mode.
+        options: Options of the method, as given or chosen.
         new_tokens: Emitted tokens over all rows, after the stop rules.
         rounds: Target forwards over trees, prefill not counted.
         prefill_forwards: Target forwards over the prompt.
@@ -57,6 +58,7 @@ class GenerationStats:
     method: str
     mode: str = "tree"
     mode_reason: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
     new_tokens: int = 0
     rounds: int = 0
     prefill_forwards: int = 0
@@ -76,6 +78,18 @@ class GenerationStats:
     def tokens_per_forward(self) -> float:
         """New tokens over target forwards, prefill included: what a peer's step count gives."""
         return self.new_tokens / max(self.rounds + self.prefill_forwards, 1)
+
+    def __str__(self) -> str:
+        """A few readable lines."""
+        options = ", ".join(f"{name} {value}" for name, value in self.options.items())
+        won = ", ".join(f"{name} {count}" for name, count in self.tokens_by_source.most_common())
+        seconds = ", ".join(f"{stage} {value:.3f}" for stage, value in self.seconds.items())
+        return (
+            f"{self.method}{f' ({options})' if options else ''}: {self.mode}, {self.mode_reason}\n"
+            f"{self.new_tokens} tokens in {self.rounds} rounds, acceptance length "
+            f"{self.acceptance_length:.2f}\n"
+            f"tokens won by: {won}\nseconds: {seconds}"
+        )
 
     def add_prefill(self, verdict: HostVerdict, forwards: int) -> None:
         """Counts the prompt's forwards and the tokens that they gave."""

@@ -15,7 +15,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 # A module may import from its own layer and from those before it.
 LAYERS = (
     {"errors", "tree", "config", "stats", "sources", "verify", "options", "terminal"},
-    {"sampling", "tree_cache", "hf_compat"},
+    {"sampling", "tree_cache", "hf_compat", "hf_cache"},
     {"target", "capability", "rejection", "exactness", "drafters.base", "registry", "stop_rules"},
     {"loop"},
     {"drafters", "heads", "tuning"},
