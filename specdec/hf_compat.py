@@ -297,7 +297,7 @@ class MaskKinds:
         """Whether `key` positions are in the window of `query` positions; bool, broadcast."""
         span = self._span(kind)
         if span is None:
-            return torch.ones_like(query + key, dtype=torch.bool)
+            raise ValueError(f"layers of type {kind!r} have no window")
         if kind == "chunked_attention":
             whole = torch.div(query, span, rounding_mode="floor")
             return whole == torch.div(key, span, rounding_mode="floor")

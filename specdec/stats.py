@@ -109,8 +109,8 @@ class GenerationStats:
             self.new_tokens += len(tokens)
             self.histogram[len(tokens)] += 1
             self.drafted_nodes += verdict.drafted[row]
-            drafted = verdict.sources[row] if verdict.sources else [0] * len(verdict.paths[row])
-            for source in drafted[: len(tokens)]:
+            won = verdict.sources[row][: len(tokens)]
+            for source in won:
                 self.tokens_by_source[source_names[source]] += 1
-            self.tokens_by_source["target"] += len(tokens) - min(len(drafted), len(tokens))
+            self.tokens_by_source["target"] += len(tokens) - len(won)
         self.seconds.update(record.seconds)

@@ -65,4 +65,6 @@ class HostStopRules:
             # The last emitted token is never in the cache (I1).
             paths.append(verdict.paths[row][: max(kept - 1, 0)])
         self._answers.clear()
-        return replace(verdict, tokens=tokens, paths=paths)
+        # A row that ends inside its path still owes its last token to the draft.
+        sources = verdict.sources or [[0] * len(path) for path in verdict.paths]
+        return replace(verdict, tokens=tokens, paths=paths, sources=sources)

@@ -192,7 +192,8 @@ class HFTarget:
                 masks[kind] = self._tail_mask(trees, dtype, floor)
                 continue
             seen = self._seen(trees) if seen is None else seen
-            visible = seen & self._window(kind, positions)
+            windowed = self._kinds.is_windowed(kind)
+            visible = seen & self._window(kind, positions) if windowed else seen
             masks[kind] = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, floor)[
                 :, None
             ]

@@ -30,7 +30,8 @@ class HostVerdict:
     Attributes:
         paths: Accepted nodes of each row, from depth 1 down.
         tokens: Emitted tokens of each row; I2: one more than the accepted nodes.
-        sources: Source of each accepted node, empty when the trees carry none.
+        sources: Source of each accepted node, before the stop rules cut the path; empty when the
+            trees carry none.
         drafted: Nodes proposed below the root, by row.
         node_picks: Target's greedy choice at every node, if the drafter needs it.
         node_topk: Target's top-k candidates at every node, if the drafter needs them.

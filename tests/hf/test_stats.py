@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import specdec
-from helpers.hf import left_padded, oracle, plain, prompt, tiny_llama
+from helpers.hf import left_padded, oracle, plain, prompt, run_both, tiny_llama
 from specdec import GenerationStats, SpecConfig
 from specdec.stats import RoundRecord
 
@@ -185,3 +185,14 @@ def test_stats_say_what_ran(llama: Any) -> None:
     assert stats.mode == "plain"
     assert stats.mode_reason == "use_cache is False"
     assert stats.new_tokens == 0
+
+
+def test_a_drafted_eos_is_the_drafts(llama: Any) -> None:
+    """EOS inside an accepted path: the rules cut the path before it, yet the draft won it."""
+    text = plain(llama, prompt(), max_new_tokens=12, do_sample=False)[0, 9:].tolist()
+    ends = next(n for n in range(2, 6) if text[n] not in text[:n])
+    run_both(
+        llama, input_ids=prompt(), max_new_tokens=12, do_sample=False,
+        eos_token_id=text[ends], options={"depth": 8},
+    )  # fmt: skip
+    assert specdec.last_stats(llama).tokens_by_source == {"target": 1, "draft": ends}
