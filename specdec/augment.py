@@ -19,6 +19,7 @@ from specdec.config import SpecConfig
 from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.hf_fallback import option, warn_plain, why_call_is_plain
 from specdec.hf_generate import SpeculativeDecode
+from specdec.hf_steps import cache_argument
 from specdec.registry import methods
 from specdec.stats import GenerationStats
 
@@ -127,7 +128,7 @@ def last_stats(model: Any) -> GenerationStats:
 
 
 def capability(model: Any) -> Capability:
-    """How an augmented model is verified ("tree" or "plain"), and why."""
+    """How an augmented model is verified ("tree", "chain" or "plain"), and why."""
     found = vars(model).get(_ATTRIBUTE)
     if found is None:
         raise ConfigError("the model is not augmented: call specdec.augment(model) first")
@@ -157,9 +158,9 @@ def generate(self: Any, *args: Any, specdec: SpecConfig | bool | None = None, **
     decode = SpeculativeDecode(
         settings,
         handle.memory,
+        handle.capability,
         streamer=kwargs.get("streamer"),
-        keeps_cache=kwargs.get("past_key_values") is not None,
-        mode_reason=handle.capability.reason,
+        keeps_cache=cache_argument(kwargs)[1] is not None,
     )
     _own_stop_strings(self, kwargs)
     kwargs["custom_generate"] = decode
@@ -198,8 +199,8 @@ def _settings(method: str | None, options: Mapping[str, Any]) -> SpecConfig:
 
 
 def _with_default_method(model: Any, settings: SpecConfig, found: Capability) -> SpecConfig:
-    if found.mode == "plain":
-        return replace(settings, method="none")
+    if found.mode != "tree":  # what lookahead wins as a chain has not been measured
+        return replace(settings, method="prompt_lookup" if found.mode == "chain" else "none")
     curve = tuning.measure_cost(hf_compat.unwrap(model))
     choice = tuning.choose_lookahead(curve)
     return replace(settings, method=choice.method, options=choice.options)

@@ -1,27 +1,35 @@
-"""The self-test that decides, per model, how it can be verified: "tree" or "plain", and why.
+"""The self-test that decides, per model, how it can be verified: "tree", "chain" or "plain".
 
 There is no list of allowed architectures. A handful of tiny forwards on the model itself show
 whether a token tree in one forward gives the logits of its paths run one by one, before and after
-committing a branch, for rows of different length.
+committing a branch, for rows of different length. Where it does not, the same is tried with one
+path a row, with rejected tokens and rows that are put back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import RowDrafter
+from specdec.chain_target import ChainCall, ChainTarget
+from specdec.drafters.base import BatchState, RowDrafter
+from specdec.errors import UnsupportedModelError
 from specdec.hf_compat import accepts_position_ids, input_device
+from specdec.hf_steps import cache_argument, keeps_state, plain_logits, prepared_call
+from specdec.state_cache import why_not_revocable
 from specdec.target import HFTarget, Prompt
 from specdec.tree import TokenTree, TreeBatch
 from specdec.tree_cache import TreeCache
 
-Mode = Literal["tree", "plain"]
+Mode = Literal["tree", "chain", "plain"]
 
 _PROMPTS = (7, 5)  # tokens of the two rows: their lengths differ on purpose
 _PARENTS = [-1, 0, 1, 0, 3]  # a root with two branches of two nodes
@@ -33,8 +41,10 @@ class Capability:
     """What the self-test found.
 
     Attributes:
-        mode: "tree" when token trees are verified exactly, else "plain".
+        mode: "tree" when token trees are verified exactly, "chain" when single paths are, else
+            "plain".
         reason: One sentence for the user.
+        batched: Whether several rows can be verified at once; always true for trees.
         error: Largest logit difference relative to the largest logit, tree against paths.
         noise: The same for a path run in two ways that are both right; the model's own rounding.
     """
@@ -43,6 +53,7 @@ class Capability:
     reason: str
     error: float = 0.0
     noise: float = 0.0
+    batched: bool = True
 
 
 class NoDrafter(RowDrafter):
@@ -64,11 +75,40 @@ def evaluating(model: Any) -> Iterator[None]:
 @torch.no_grad()
 def probe(model: Any) -> Capability:
     """Runs the self-test; never raises for a model that merely cannot do it."""
+    trees = _try_trees(model)
+    if trees.mode == "tree":
+        return trees
+    several = _try_chains(model, rows=2)
+    if several.mode == "chain":
+        return replace(several, reason=f"{trees.reason}; its self-test verified single paths")
+    single = _try_chains(model, rows=1)
+    if single.mode == "chain":
+        why = f"{trees.reason}; its self-test verified single paths, in one row at a time"
+        return replace(single, reason=why, batched=False)
+    return Capability("plain", f"{trees.reason}; as for single paths, {single.reason}")
+
+
+def _try_trees(model: Any) -> Capability:
+    if keeps_state(model):
+        why = "its layers fold tokens into a state, from which no branch can be cut"
+        return Capability("plain", why)
     if not accepts_position_ids(model):
-        return Capability("plain", "its forward takes no position_ids")
+        return Capability("plain", "its forward takes no position_ids, which a token tree needs")
+    return _attempt(model, "tree", "a token tree", _measure)
+
+
+def _try_chains(model: Any, rows: int) -> Capability:
+    return _attempt(model, "chain", "a path of tokens", partial(_measure_chains, rows=rows))
+
+
+def _attempt(
+    model: Any, mode: Mode, what: str, measure: Callable[[Any], tuple[float, float]]
+) -> Capability:
+    """The mode, if the model's logits in it are those of plain decoding up to rounding."""
     try:
-        with evaluating(model):
-            error, noise = _measure(model)
+        with evaluating(model), warnings.catch_warnings(), torch.random.fork_rng():
+            warnings.simplefilter("ignore")
+            error, noise = measure(model)
     except Exception as problem:  # noqa: BLE001 - any failure of a foreign model means "plain"
         message = str(problem).strip().split("\n")[0][:160]
         return Capability("plain", f"its self-test failed: {type(problem).__name__}: {message}")
@@ -76,13 +116,9 @@ def probe(model: Any) -> Capability:
     # a wrong mask or position changes logits by a tenth of their size and more.
     bound = max(1e-4, 4 * noise, 4 * torch.finfo(model.dtype).eps)
     if not error <= bound:
-        return Capability(
-            "plain",
-            f"a token tree changes its logits by {error:.1e} of their size (rounding: {noise:.1e})",
-            error,
-            noise,
-        )
-    return Capability("tree", "its self-test verified a token tree", error, noise)
+        why = f"{what} changes its logits by {error:.1e} of their size (rounding: {noise:.1e})"
+        return Capability("plain", why, error, noise)
+    return Capability(mode, f"its self-test verified {what}", error, noise)
 
 
 def _measure(model: Any) -> tuple[float, float]:
@@ -118,6 +154,80 @@ def _measure(model: Any) -> tuple[float, float]:
             scales.append(float(stepwise.abs().max()))
     worst, noise, scale = (float(torch.tensor(x).max()) for x in (errors, noises, scales))
     return worst / scale, noise / scale  # torch's max keeps NaN, which passes no bound
+
+
+def _measure_chains(model: Any, rows: int) -> tuple[float, float]:
+    """(chain error, rounding noise), relative to the largest logit, against plain decoding.
+
+    One row has a draft rejected and is put back while the other goes on, and takes the right tokens
+    again with the next draft.
+    """
+    device, vocab = input_device(model), model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, vocab, (rows, _PROMPTS[0] + 14), generator=generator).to(device)
+    prompt, text = tokens[:, : _PROMPTS[0]], tokens[:, _PROMPTS[0] :]
+    padding = [_PROMPTS[0] - _PROMPTS[row] for row in range(rows)]
+    mask = (torch.arange(_PROMPTS[0]) >= torch.tensor(padding)[:, None]).long().to(device)
+    config, kwargs = prepared_call(model, prompt, mask)
+    target, state = _chain_target(model, prompt, config, kwargs, padding)
+    target.prefill(NoDrafter())
+    state.tokens = tokens[:, : _PROMPTS[0] + 1].tolist()
+    got: list[list[Tensor]] = [[] for _ in range(rows)]
+    for accepted in ([1, 2], [2, 1], [2, 2], [0, 2]):
+        drafts = torch.stack([text[row, len(got[row]) :][:3] for row in range(rows)])
+        for row in range(rows):
+            drafts[row, accepted[row] + 1 :] += 1
+        logits = target.forward_tree(TreeBatch.chains(drafts % vocab)).logits
+        nodes = [list(range(1, accepted[row] + 1)) for row in range(rows)]
+        target.commit(logits.new_empty(rows, 0), nodes, [True] * rows)
+        for row in range(rows):
+            got[row].extend(logits[row, : accepted[row] + 1])
+            known = len(got[row])
+            state.tokens[row] = tokens[row, : _PROMPTS[0] + known + 1].tolist()
+    # Every call has a cache of its own, so plain steps need arguments of their own, too.
+    stepwise = plain_logits(model, prompt, *prepared_call(model, prompt, mask), text)
+    config, kwargs = prepared_call(model, prompt, mask)
+    other, state = _chain_target(model, prompt, config, kwargs, padding)
+    other.prefill(NoDrafter())
+    state.tokens = tokens[:, : _PROMPTS[0] + 1].tolist()
+    whole = other.forward_tree(TreeBatch.chains(text)).logits
+    errors = [
+        _difference(torch.stack(got[row]), stepwise[row, : len(got[row])]) for row in range(rows)
+    ]
+    # A path in one forward differs by rounding, or by a mistake that shows in both; so the bound
+    # rests on two causal forwards of the model's own as well.
+    noise = min(_difference(whole, stepwise), _own_noise(model, tokens[:1], _PROMPTS[0]))
+    scale = max(float(stepwise.abs().max()), 1e-6)
+    return float(torch.tensor(errors).max()) / scale, noise / scale
+
+
+def _chain_target(
+    model: Any, prompt: Tensor, config: Any, kwargs: dict[str, Any], padding: list[int]
+) -> tuple[ChainTarget, BatchState]:
+    """A chain target over a prompt of the self-test."""
+    reason = why_not_revocable(cache_argument(kwargs)[1])
+    if reason is not None:
+        raise UnsupportedModelError(reason)
+    rows, width = prompt.shape
+    state = BatchState(
+        tokens=prompt.tolist(),
+        prompt_lengths=[width] * rows,
+        active=[True] * rows,
+        pending=prompt[:, -1],
+        lengths=torch.zeros_like(prompt[:, -1]),
+        vocab_size=sys.maxsize,
+        max_new_tokens=16,
+    )
+    call = ChainCall(prompt, config, kwargs, padding, total=width)
+    return ChainTarget(model, call, state), state
+
+
+def _own_noise(model: Any, tokens: Tensor, prompt: int) -> float:
+    """Largest difference between one causal forward and plain decoding, token by token."""
+    head, tail = tokens[:, :prompt], tokens[:, prompt:]
+    config, kwargs = prepared_call(model, head, torch.ones_like(head))
+    stepwise = plain_logits(model, head, config, kwargs, tail)[0]
+    return _difference(_full_logits(model, tokens[0].tolist())[prompt:], stepwise)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
 
 from specdec import hf_cache, hf_compat
+from specdec.chain_target import ChainCall, ChainTarget
 from specdec.drafters.base import BatchState
 from specdec.hf_outputs import PromptLayout, Recorder, WantedOutputs
+from specdec.hf_steps import cache_argument, cached_length
 from specdec.sampling import NoiseTape, PrefixIds, TokenPicker
 from specdec.target import HFTarget, Prompt
 from specdec.tree import TokenTree, TreeBatch, bucket_size
@@ -54,8 +56,8 @@ class Prepared:
         self.batch, self.width = self.input_ids.shape
         self.embeds: Tensor | None = self.kwargs.get("inputs_embeds")
         self.mask: Tensor | None = self.kwargs.get("attention_mask")
-        self.cache = self.kwargs.get("past_key_values")
-        self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
+        self.cache = cache_argument(self.kwargs)[1]
+        self.past = cached_length(self.kwargs)
         self.given = self.width if self.embeds is None else self.embeds.shape[1]
         config = self.generation_config
         self.total = hf_compat.prompt_length(config, self.mask, self.given, self.past)
@@ -151,6 +153,14 @@ class Prepared:
             prefill_chunk=self.generation_config.prefill_chunk_size,
         )
 
+    def chain_target(self, state: BatchState, taps: tuple[int, ...]) -> ChainTarget:
+        """The model in chain mode, which prepares its own inputs and keeps its own cache."""
+        padding = [int(row[0]) for row in self.slots()]
+        call = ChainCall(
+            self.input_ids, self.generation_config, self.kwargs, padding, self.total, self.past
+        )
+        return ChainTarget(self.model, call, state, taps)
+
     def picker(self, prefix: PrefixIds) -> TokenPicker:
         """Chooses tokens as this call's plain decoding would."""
         config, device = self.generation_config, self.input_ids.device
@@ -190,12 +200,17 @@ class Prepared:
             kept = [list(range(1, len(tokens))) for tokens in now]
             target.commit(batch.parents[:, :0], kept, [bool(tokens) for tokens in now])
 
-    def write_back(self, state: BatchState, cache: TreeCache) -> None:
+    def write_back(self, state: BatchState, target: HFTarget | ChainTarget) -> None:
         """Puts the call's tokens into the cache that plain `generate` would have filled."""
+        if isinstance(target, ChainTarget):
+            target.settle([tail[:-1] for tail in self.padded_tails(state)])
+            target.cache.hand_over(self.cache)
+            return
+        self.pad_ended_rows(state, target)
         length = self.total + max(map(state.emitted, range(self.batch))) - 1
         new = torch.arange(self.total, length)
         slots = [torch.cat([row, new]) for row in self.slots()]
-        hf_cache.write_back(cache, self.cache, slots, length)
+        hf_cache.write_back(target.cache, self.cache, slots, length)
 
     def result(self, state: BatchState, recorder: Recorder) -> Any:
         """What plain `generate` returns."""

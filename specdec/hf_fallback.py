@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec import hf_cache, hf_compat
+from specdec import hf_cache, hf_compat, hf_steps, state_cache
 from specdec.capability import Capability
+from specdec.drafters.base import Shape
 from specdec.errors import FallbackWarning
 from specdec.hf_call import Prepared
 
@@ -70,10 +71,58 @@ def _why_options_are_plain(chosen: Callable[[str], Any]) -> str | None:
     return None
 
 
-def why_prepared_is_plain(call: Prepared) -> str | None:
-    """Why a prepared call must run as plain `generate`, or None."""
-    checks = (_why_model, _why_inputs, _why_mask, _why_batch)
-    return next((reason for check in checks if (reason := check(call)) is not None), None)
+def why_prepared_is_plain(call: Prepared, found: Capability, shape: Shape = "any") -> str | None:
+    """Why a prepared call must run as plain `generate`, or None.
+
+    Args:
+        call: The call.
+        found: The model's self-test.
+        shape: Trees that the drafter proposes.
+    """
+    reasons = (_why_no_chains(call, found, shape) if found.mode == "chain" else _why_no_trees(call),
+               _why_model(call), _why_mask(call), _why_batch(call))  # fmt: skip
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _why_no_trees(call: Prepared) -> str | None:
+    window = hf_compat.untold_window(call.model.config)
+    if window is not None and call.total + call.max_new_tokens > window[1]:
+        return f"its {window[0]} of {window[1]} is applied inside the layers, not by a mask"
+    unknown = [name for name in _given(call) if name not in _KNOWN_MODEL_KWARGS]
+    if unknown:
+        return f"the model input {unknown[0]!r} is not one that a token tree can carry"
+    reason = hf_cache.unsupported_cache(call.cache)
+    if reason is None and not _default_positions(call):
+        reason = "position_ids are not those of the attention mask"
+    windowed = hf_compat.MaskKinds.of(call.model.config)
+    if reason is None and call.mask is not None and _has_holes(call.mask):
+        if call.keeps_cache and _has_holes(call.mask[:, call.past :]):
+            return "its attention mask has holes where the user's cache wants every token"
+        if any(map(windowed.is_windowed, windowed.kinds)):
+            return "its attention mask has holes and the model has attention windows"
+    return reason
+
+
+def _why_no_chains(call: Prepared, found: Capability, shape: Shape) -> str | None:
+    if shape == "tree":
+        return "the method proposes token trees and the model takes single paths only"
+    if call.batch > 1 and not found.batched:
+        return "the model verifies one row at a time"
+    known = (*_KNOWN_MODEL_KWARGS, *hf_steps.MULTIMODAL, "cache_params")
+    unknown = [name for name in _given(call) if name not in known]
+    if unknown:
+        return f"the model input {unknown[0]!r} is not known"
+    if call.wanted_outputs().hidden_states:
+        return "output_hidden_states was asked for and the model takes single paths only"
+    if call.mask is not None and _has_holes(call.mask):
+        return "its attention mask has holes and the model takes single paths only"
+    if call.kwargs.get("cache_params") is not None and call.keeps_cache:
+        return "the user gave cache_params"
+    return state_cache.why_not_revocable(call.cache)
+
+
+def _given(call: Prepared) -> list[str]:
+    return [name for name, value in call.kwargs.items() if value is not None]
 
 
 def _why_model(call: Prepared) -> str | None:
@@ -82,41 +131,22 @@ def _why_model(call: Prepared) -> str | None:
     boundary = hf_compat.length_dependent_positions(call.model.config)
     if boundary is not None and call.total + call.max_new_tokens > boundary:
         return f"its rotary positions change with the length of a forward beyond {boundary}"
-    window = hf_compat.untold_window(call.model.config)
-    if window is not None and call.total + call.max_new_tokens > window[1]:
-        return f"its {window[0]} of {window[1]} is applied inside the layers, not by a mask"
     if hf_compat.is_training_at_random(call.model):
         return "the model is in training mode with dropout or gradient checkpointing"
+    if call.kwargs.get("output_attentions"):
+        return "output_attentions was asked for"
+    if call.total <= call.past:
+        return "the cache already holds the whole prompt"
     return None
 
 
-def _why_inputs(call: Prepared) -> str | None:
-    given = (name for name, value in call.kwargs.items() if value is not None)
-    unknown = [name for name in given if name not in _KNOWN_MODEL_KWARGS]
-    if unknown:
-        return f"the model input {unknown[0]!r} is not one that a token tree can carry"
-    if call.kwargs.get("output_attentions"):
-        return "output_attentions was asked for"
-    reason = hf_cache.unsupported_cache(call.cache)
-    if reason is None and call.total <= call.past:
-        reason = "the cache already holds the whole prompt"
-    return reason
-
-
 def _why_mask(call: Prepared) -> str | None:
-    if not _default_positions(call):
-        return "position_ids are not those of the attention mask"
     if call.mask is None:
         return None
     if call.mask.shape[1] not in (call.given, call.past + call.given):
         return f"the attention mask is {call.mask.shape[1]} wide for {call.given} tokens"
     if bool((call.mask[:, -1] == 0).any()):
         return "the batch is padded on the right"
-    if call.keeps_cache and _has_holes(call.mask[:, call.past :]):
-        return "its attention mask has holes where the user's cache wants every token"
-    windowed = hf_compat.MaskKinds.of(call.model.config)
-    if _has_holes(call.mask) and any(map(windowed.is_windowed, windowed.kinds)):
-        return "its attention mask has holes and the model has attention windows"
     return None
 
 

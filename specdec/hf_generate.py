@@ -13,8 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from specdec import hf_compat
+from specdec.capability import Capability
+from specdec.chain_target import ChainTarget
 from specdec.config import SpecConfig
-from specdec.drafters.base import FixedBudget
+from specdec.drafters.base import Drafter, FixedBudget
 from specdec.hf_call import Prepared
 from specdec.hf_fallback import warn_plain, why_prepared_is_plain
 from specdec.hf_outputs import Recorder, StreamObserver, TraceObserver
@@ -23,6 +25,7 @@ from specdec.registry import methods
 from specdec.sampling import PrefixIds
 from specdec.stats import GenerationStats
 from specdec.stop_rules import HostStopRules
+from specdec.target import HFTarget
 
 
 @dataclass
@@ -37,15 +40,15 @@ class SpeculativeDecode:
         memory: What drafters keep from call to call.
         streamer: The call's streamer.
         keeps_cache: Whether the KV cache is the user's own.
-        mode_reason: Why the model is verified with trees.
+        found: The model's self-test.
         stats: Filled in by the call.
     """
 
     settings: SpecConfig
     memory: dict[str, Any]
+    found: Capability
     streamer: Any = None
     keeps_cache: bool = False
-    mode_reason: str = ""
     stats: GenerationStats = field(default_factory=lambda: GenerationStats("none"))
 
     def __call__(
@@ -69,9 +72,10 @@ class SpeculativeDecode:
         )
         method = self.settings.method or "none"
         self.stats = GenerationStats(
-            method, mode_reason=self.mode_reason, options=dict(self.settings.options)
+            method, self.found.mode, self.found.reason, options=dict(self.settings.options)
         )
-        reason = why_prepared_is_plain(prepared)
+        drafter = methods.create(method, methods.configure(method, self.settings.options))
+        reason = why_prepared_is_plain(prepared, self.found, drafter.shape)
         if reason is not None:
             warn_plain(reason)
             self.stats.mode, self.stats.mode_reason = "plain", reason
@@ -84,15 +88,16 @@ class SpeculativeDecode:
                 generation_config=generation_config,
                 **kwargs,
             )
-        return self._decode(prepared)
+        return self._decode(prepared, drafter)
 
-    def _decode(self, prepared: Prepared) -> Any:
-        drafter = methods.create(
-            self.stats.method, methods.configure(self.stats.method, self.settings.options)
-        )
-        state = prepared.state(self.memory)
+    def _decode(self, prepared: Prepared, drafter: Drafter) -> Any:
+        state, taps = prepared.state(self.memory), drafter.needs.taps
         budget = drafter.max_nodes if self.settings.budget is None else self.settings.budget
-        target = prepared.target(drafter.needs.taps, budget)
+        target: HFTarget | ChainTarget
+        if self.found.mode == "chain":
+            target = prepared.chain_target(state, taps)
+        else:
+            target = prepared.target(taps, budget)
         prefix = PrefixIds(prepared.input_ids, prepared.max_new_tokens)
         picker = prepared.picker(prefix)
         recorder = Recorder(prepared.wanted_outputs(), prepared.layout(), picker)
@@ -125,6 +130,5 @@ class SpeculativeDecode:
             self.streamer.end()
         returns_cache = self.keeps_cache or bool(prepared.generation_config.return_dict_in_generate)
         if returns_cache:
-            prepared.pad_ended_rows(state, target)
-            prepared.write_back(state, target.cache)
+            prepared.write_back(state, target)
         return prepared.result(state, recorder)

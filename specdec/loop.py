@@ -67,6 +67,7 @@ def speculative_generate(target: TargetModel, drafter: Drafter, call: Call) -> N
     last commit (I7) and the generator where plain `generate` would be after the same tokens.
     """
     state = call.state
+    state.shape = target.allowed_shape
     try:
         drafter.start(state)
         _prefill(target, drafter, call)
@@ -106,12 +107,15 @@ def _propose(target: TargetModel, drafter: Drafter, call: Call) -> TreeBatch:
     """The drafter's trees, or bare roots where they reach beyond the last position."""
     state = call.state
     state.depth_limit = target.depth_limit()
-    trees = drafter.propose(state, call.budget.nodes(state) if state.depth_limit > 0 else 0)
+    budget = max(call.budget.nodes(state) - target.refeed, 0) if state.depth_limit > 0 else 0
+    trees = drafter.propose(state, budget)
     if not isinstance(trees, TreeBatch) or len(trees.tokens) != len(state.active):
         raise DrafterError(
             f"{type(drafter).__name__}.propose must return a TreeBatch of {len(state.active)} "
             f"rows, got {type(trees).__name__}"
         )
+    if state.shape == "chain" and trees.size > 1:
+        trees = trees.as_chains()
     fits = trees.max_depth <= state.depth_limit and (state.depth_limit > 0 or trees.size == 1)
     return trees if fits else TreeBatch.roots(state.pending)
 

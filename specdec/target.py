@@ -62,6 +62,7 @@ class HFTarget:
     """
 
     allowed_shape: Shape = "any"
+    refeed = 0
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ idea of verifying a tree in one forward is SpecInfer's (arXiv 2305.09781).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -90,6 +90,16 @@ class TokenTree:
                 return candidate
         return None
 
+    def deepest_path(self) -> TokenTree:
+        """The chain from the root to the deepest node, the first of them; itself when a chain."""
+        if self.parents == list(range(-1, len(self) - 1)):
+            return self
+        depths = self.depths()
+        path = [depths.index(max(depths))]
+        while path[-1]:
+            path.append(self.parents[path[-1]])
+        return self._keep(path[::-1], list(range(-1, len(path) - 1)))
+
     def limited(self, nodes: int, depth: int, vocab_size: int) -> TokenTree:
         """The part of the tree that may be verified; the tree itself when all of it may.
 
@@ -110,9 +120,13 @@ class TokenTree:
                 kept.append(node)
         if len(kept) == len(self):
             return self
+        return self._keep(kept, [-1, *(new_index[self.parents[node]] for node in kept[1:])])
+
+    def _keep(self, kept: list[int], parents: list[int]) -> TokenTree:
+        """The tree of the nodes `kept`, hung up as `parents` says."""
         return TokenTree(
             [self.tokens[node] for node in kept],
-            [-1, *(new_index[self.parents[node]] for node in kept[1:])],
+            parents,
             [self.scores[node] for node in kept] if self.scores is not None else None,
             [self.sources[node] for node in kept] if self.sources is not None else None,
         )
@@ -249,6 +263,12 @@ class TreeBatch:
             max_depth=size - 1,
             _derived=[mask, order.expand(batch, size)],
         )
+
+    def as_chains(self) -> TreeBatch:
+        """The same nodes as one path a row, in their order: whatever it was, it can be verified."""
+        chains = TreeBatch.chains(self.tokens)
+        return replace(self, parents=chains.parents, max_depth=self.size - 1,
+                       _derived=chains._derived)  # fmt: skip
 
     def ancestor_mask(self) -> Tensor:
         """[B, T, T] bool; entry (i, j) says whether j is i or one of its ancestors.

@@ -48,6 +48,7 @@ class BatchState:
         max_new_tokens: Limit of the call, for sizing buffers.
         depth_limit: Levels below the root that the coming round may hold; nothing deeper could be
             emitted, or has a position.
+        shape: Trees that the target can verify; "chain" where one path a row is all it takes.
         memory: Survives from call to call on the same augmented model; empty at first.
     """
 
@@ -59,6 +60,7 @@ class BatchState:
     vocab_size: int
     max_new_tokens: int
     depth_limit: int = 0
+    shape: Shape = "any"
     memory: dict[str, Any] = field(default_factory=dict)
 
     def emitted(self, row: int) -> int:
@@ -116,10 +118,13 @@ class RoundResult:
 class Drafter(Protocol):
     """Proposes token trees for all rows of a batch.
 
+    A drafter may also have a method `end(state)`; the loop calls it last, after an exception too.
+
     Attributes:
         needs: What it reads from the target.
         host_needs: Whether node picks and top-k should also come in the round's host copy.
-        shape: Trees it proposes; a chain-mode target takes only chains.
+        shape: Trees it proposes: "any" ones look at `BatchState.shape` and keep to chains where the
+            target takes nothing else; "tree" ones cannot run on such a target.
         source_names: Names of the values in `TreeBatch.sources`.
         max_nodes: Nodes beyond the root it would like to have verified.
     """
@@ -150,7 +155,8 @@ class Drafter(Protocol):
     def propose(self, state: BatchState, budget: int) -> TreeBatch:
         """Trees with at most `budget` nodes below the root, none deeper than the depth limit.
 
-        A budget of 0 is allowed. Deeper trees are replaced by their roots.
+        A budget of 0 is allowed. Deeper trees are replaced by their roots. On a target that takes
+        only chains, the nodes of a row are verified as one path, in their order.
         """
         ...
 
@@ -166,10 +172,17 @@ class TargetModel(Protocol):
         allowed_shape: Trees it can verify.
         lengths: [B] int64 committed slots of each row.
         prefill_forwards: Forwards that `prefill` ran.
+        refeed: Tokens that the next forward has to run again besides its trees, in the longest row;
+            a round's budget pays for them.
     """
 
     allowed_shape: Shape
     prefill_forwards: int
+
+    @property
+    def refeed(self) -> int:
+        """Accepted tokens that the state does not hold yet; 0 where accepted slots are kept."""
+        ...
 
     @property
     def lengths(self) -> Tensor:
@@ -239,7 +252,8 @@ class RowDrafter:
     """Base of drafters that think in one row of host integers.
 
     Subclasses override `propose_row`, and `start_row` and `observe_row` where they keep state; this
-    class batches the trees and uploads them once.
+    class batches the trees and uploads them once. Where the target takes only chains, it keeps the
+    deepest path of every tree; a drafter that can do better then looks at `chains_only`.
     """
 
     needs: Needs = Needs()
@@ -251,6 +265,7 @@ class RowDrafter:
 
     def __init__(self, config: Any = None) -> None:
         self.config = config
+        self.chains_only = False
         self._trees: list[TokenTree] = []
         self._started = False
         self._histories: list[list[int]] = []
@@ -268,6 +283,7 @@ class RowDrafter:
     def start(self, state: BatchState) -> None:
         """Begins a call; the rows begin with their first round, when a token is pending."""
         self._started = False
+        self.chains_only = state.shape == "chain"
 
     def observe_prefill(
         self, rows: Sequence[int], token_ids: Tensor, features: Tensor | None, offset: int
@@ -304,6 +320,8 @@ class RowDrafter:
             )
         remaining = state.max_new_tokens - state.emitted(row) - 1
         depth = min(state.depth_limit, remaining)
+        if state.shape == "chain":
+            tree = tree.deepest_path()
         return tree.limited(budget + 1, depth, state.vocab_size)
 
     def observe(self, round_result: RoundResult) -> None:
@@ -316,3 +334,6 @@ class RowDrafter:
                 topk = host.node_topk[row] if host.node_topk is not None else None
                 outcome = RowRound(tree, host.paths[row], host.tokens[row], picks, topk)
                 self.observe_row(row, outcome)
+
+    def end(self, state: BatchState) -> None:
+        """Ends a call, whether it went well or not: the place to keep what rows have learnt."""

@@ -21,6 +21,7 @@ import specdec
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WINDOW = 96, 64, 4, 2, 16, 8
 SEED = 0
+_DISTURBANCE = 0.05  # of every weight of a draft
 
 _COMMON = {
     "vocab_size": VOCAB,
@@ -101,6 +102,8 @@ class Family:
         model: Name of the model class, when it is not `<architecture>ForCausalLM`.
         scale: What every weight matrix is multiplied by.
         attention64: Attention backend in float64, when it is not the family's default.
+        widest: Largest dtype in which the model's own padded batches are finite.
+        mode: What the self-test is expected to choose.
     """
 
     architecture: str
@@ -110,6 +113,8 @@ class Family:
     model: str | None = None
     scale: float = 8.0
     attention64: str | None = None
+    widest: torch.dtype = torch.float64
+    mode: str = "tree"
 
     def build(self, dtype: torch.dtype) -> Any:
         """The model in eval mode; the same weights for every dtype, up to rounding."""
@@ -125,10 +130,61 @@ class Family:
                     parameter.mul_(self.scale)
         generation = model.generation_config
         generation.eos_token_id, generation.bos_token_id, generation.pad_token_id = None, None, 0
+        generation.use_cache = True  # MPT's default is to run without one
         if dtype == torch.float64 and self.attention64:
             model.set_attn_implementation(self.attention64)
-        return model.to(dtype)
+        return model.to(min(dtype, self.widest, key=lambda one: torch.finfo(one).bits))
 
+
+_DELTA = {  # gated delta rule beside full attention
+    **_HEAD_DIM,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": KV_HEADS,
+    "linear_num_value_heads": HEADS,
+    "linear_key_head_dim": HEAD_DIM,
+    "linear_value_head_dim": HEAD_DIM,
+}
+_MAMBA_PART = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
+
+CHAIN_FAMILIES: dict[str, Family] = {
+    "qwen3_next": Family(
+        "Qwen3Next",
+        {
+            **_DELTA,
+            **_EXPERTS,
+            "num_experts": 4,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+        mode="chain",
+    ),
+    "qwen3_5": Family("Qwen3_5", _DELTA, config="Qwen3_5TextConfig", mode="chain"),
+    "falcon_h1": Family("FalconH1", {**_MAMBA_PART, "mamba_d_ssm": 128}, mode="chain"),
+    "mamba2": Family(
+        "Mamba2",
+        {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 16},
+        mode="chain",
+    ),
+    "lfm2": Family("Lfm2", {"layer_types": ["conv", "full_attention"]}, mode="chain"),
+    "bamba": Family(
+        "Bamba", {**_MAMBA_PART, "attn_layer_indices": [1], "num_hidden_layers": 3}, mode="chain"
+    ),
+    # Attention whose bias follows the distance: no branch can be placed, but nothing is folded.
+    "bloom": Family(
+        "Bloom",
+        {"n_layer": 2, "n_head": HEADS, **_NO_BOS_EOS},
+        {"vocab_size": VOCAB, "hidden_size": HIDDEN, "tie_word_embeddings": False},
+        widest=torch.float32,
+        mode="chain",
+    ),
+    "mpt": Family(
+        "Mpt",
+        {"d_model": HIDDEN, "n_layers": 2, "n_heads": HEADS, "max_seq_len": 256},
+        {"vocab_size": VOCAB, "tie_word_embeddings": False},
+        widest=torch.float32,
+        mode="chain",
+    ),
+}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", {"num_hidden_layers": 3}),
@@ -213,7 +269,10 @@ FAMILIES: dict[str, Family] = {
     "falcon_rope": Family(
         "Falcon", {"new_decoder_architecture": True, "num_kv_heads": KV_HEADS}, scale=20.0
     ),
+    **CHAIN_FAMILIES,
 }
+
+TREE_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.mode == "tree")
 
 REPRESENTATIVE = ("llama", "gemma3", "gpt_oss", "llama4_text", "deepseek_v3", "gpt2")
 """For the fast grid: mixed windows, sinks, experts, chunks, MLA, learned positions."""
@@ -223,3 +282,19 @@ REPRESENTATIVE = ("llama", "gemma3", "gpt_oss", "llama4_text", "deepseek_v3", "g
 def model_of(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """The augmented tiny model of a family; built once a process. Methods are chosen per call."""
     return specdec.augment(FAMILIES[name].build(dtype), "none")
+
+
+@cache
+def draft_of(name: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A draft model for a family: its own model with disturbed weights, so that they often agree.
+
+    Families that run as chains get a Llama, which hardly ever agrees.
+    """
+    family = FAMILIES[name if FAMILIES[name].mode == "tree" else "llama"]
+    draft = family.build(dtype)
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.mul_((1 + _DISTURBANCE * noise).to(parameter.dtype))
+    return draft

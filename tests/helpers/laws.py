@@ -13,7 +13,7 @@ from torch import Tensor
 
 import specdec
 from helpers.drafters import THROW_AWAY, Truth
-from helpers.families import VOCAB, model_of
+from helpers.families import FAMILIES, VOCAB, draft_of, model_of
 from specdec import GenerationStats, SpecConfig
 
 NEW_TOKENS = 40
@@ -112,10 +112,10 @@ class Case:
         self, method: str, truth: Truth = (), budget: int | None = None, **how: Any
     ) -> tuple[Tensor, Tensor, GenerationStats]:
         """The same call with a method; checks that it did not fall back to plain."""
-        config = SpecConfig(method, options_of(method, truth), budget=budget)
+        config = SpecConfig(method, options_of(method, truth, self), budget=budget)
         sequences, state = self.generate(specdec=config, **how)
         stats = specdec.last_stats(self.model)
-        assert stats.mode == "tree", stats.mode_reason
+        assert stats.mode == FAMILIES[self.family].mode, stats.mode_reason
         assert stats.method == method
         return sequences, state, stats
 
@@ -157,8 +157,10 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
     return case.generate(specdec=False)
 
 
-def options_of(method: str, truth: Truth) -> dict[str, Any]:
+def options_of(method: str, truth: Truth, case: Case) -> dict[str, Any]:
     """Small sizes, so that trees differ from round to round; the text for drafters that cheat."""
+    if method == "draft_model":
+        return {"draft": draft_of(case.family, case.dtype), "num_draft_tokens": 4, "top_k": 2}
     if method == "lookahead":
         return {"window": 4, "ngram": 4, "guesses": 4}
     return {"truth": truth} if method in THROW_AWAY else {}

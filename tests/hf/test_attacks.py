@@ -45,19 +45,26 @@ def test_a_drafter_owns_what_it_is_given(llama: Any) -> None:
         assert torch.equal(llama.generate(ids, **CALL), plain(llama, ids, **CALL))
 
 
-def test_the_self_test_refuses_nan() -> None:
+@pytest.mark.parametrize(("wide", "mode"), [(False, "chain"), (True, "plain")])
+def test_the_self_test_refuses_nan(wide: bool, mode: str) -> None:
+    """Not a number under a tree mask, or in any forward of several tokens on a filled cache."""
     model = tiny_llama()
     forward = model.forward
 
     def poisoned(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
         output = forward(*args, attention_mask=attention_mask, **kwargs)
-        if attention_mask is not None and attention_mask.ndim == 4:
+        masked = attention_mask is not None and attention_mask.ndim == 4
+        if masked or (wide and output.past_key_values.get_seq_length() > 7 and _tokens(kwargs) > 1):
             output.logits = output.logits * float("nan")
         return output
 
     poisoned.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     model.forward = poisoned
-    assert probe(model).mode == "plain"
+    assert probe(model).mode == mode
+
+
+def _tokens(kwargs: dict[str, Any]) -> int:
+    return int(kwargs["input_ids"].shape[1])
 
 
 def test_windows_inside_the_layers_run_plain() -> None:

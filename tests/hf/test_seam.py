@@ -311,8 +311,8 @@ def test_unsupported_models(build: Any, message: str) -> None:
 
 
 def test_model_that_fails_the_self_test_runs_plain_with_one_warning() -> None:
-    config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
-    model = specdec.augment(transformers.BloomForCausalLM(config).eval(), "prompt_lookup")
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)
+    model = specdec.augment(transformers.MambaForCausalLM(config).eval(), "prompt_lookup")
     expected = plain(model, prompt(), max_new_tokens=6)
     with pytest.warns(FallbackWarning, match="plain generate, because its"):
         got = model.generate(prompt(), max_new_tokens=6)

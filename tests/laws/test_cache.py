@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from helpers.drafters import THROW_AWAY, Oracle
-from helpers.families import FAMILIES, REPRESENTATIVE
+from helpers.families import REPRESENTATIVE, TREE_FAMILIES
 from helpers.laws import (
     GREEDY,
     MODES,
@@ -38,7 +38,8 @@ pytestmark = [
 METHODS = [*methods.names(), *THROW_AWAY]
 FAST = (*REPRESENTATIVE, "phi3_sw", "gemma3n_kvshare", "olmo3")
 ALL_FAMILIES = [
-    pytest.param(family, marks=[] if family in FAST else [pytest.mark.slow]) for family in FAMILIES
+    pytest.param(family, marks=[] if family in FAST else [pytest.mark.slow])
+    for family in TREE_FAMILIES
 ]
 
 
@@ -116,7 +117,7 @@ def test_processors_and_criteria_see_the_emitted_prefixes(method: str, mode: Mod
     """I4, I6: each prefix once, in order, nothing that was merely drafted."""
     case = Case("gemma3", mode)
     seen = []
-    for how in (False, SpecConfig(method, options_of(method, case.truth()))):
+    for how in (False, SpecConfig(method, options_of(method, case.truth(), case))):
         processor, criterion = RecordingProcessor(), RecordingCriterion()
         sequences, _ = case.generate(
             specdec=how, logits_processor=[processor], stopping_criteria=[criterion]

@@ -11,7 +11,7 @@ import torch
 
 from helpers import laws
 from helpers.drafters import THROW_AWAY
-from helpers.families import FAMILIES, REPRESENTATIVE
+from helpers.families import CHAIN_FAMILIES, FAMILIES, REPRESENTATIVE
 from helpers.laws import (
     GREEDY,
     MODES,
@@ -32,6 +32,8 @@ pytestmark = [
 ]
 
 METHODS = [*methods.names(), *THROW_AWAY]
+TREES_ONLY = ("device_bigrams",)
+HYBRID = ("qwen3_5", "bloom")  # for the fast grid: states beside attention, and attention alone
 DEPTHS = range(9)
 BUDGETS = range(9)
 BATCHES = (1, 4)
@@ -40,6 +42,8 @@ BATCHES = (1, 4)
 def grid(fast: Callable[[str, str, str], bool], modes: list[Mode]) -> Iterator[object]:
     """Family x method x mode; what `fast` does not choose is marked slow."""
     for family, method, mode in product(FAMILIES, METHODS, modes):
+        if FAMILIES[family].mode == "chain" and method in TREES_ONLY:
+            continue
         marks = [] if fast(family, method, mode.name) else [pytest.mark.slow]
         yield pytest.param(family, method, mode, id=f"{family}-{method}-{mode.name}", marks=marks)
 
@@ -52,6 +56,10 @@ def basic(family: str, method: str, mode: str) -> bool:
     return method == "lookahead" and mode in ("greedy", "sampled")
 
 
+def chained(family: str, method: str, mode: str) -> bool:
+    return family in CHAIN_FAMILIES and mode in ("greedy", "sampled")
+
+
 def test_the_models_have_something_to_say() -> None:
     """A text that repeats one token would pass with a wrong mask."""
     for family in FAMILIES:
@@ -59,7 +67,7 @@ def test_the_models_have_something_to_say() -> None:
         assert len(set(tail)) >= 6, family
 
 
-@over(lambda f, m, mode: f in REPRESENTATIVE or basic(f, m, mode), MODES)
+@over(lambda f, m, mode: f in REPRESENTATIVE or basic(f, m, mode) or chained(f, m, mode), MODES)
 def test_fp64(family: str, method: str, mode: Mode, ledger: Ledger) -> None:
     for rows in BATCHES:
         case = Case(family, mode, rows)
@@ -77,7 +85,8 @@ def test_fp32(family: str, method: str, mode: Mode, ledger: Ledger) -> None:
 
 
 @over(
-    lambda f, m, _: f in REPRESENTATIVE and m in ("none", "lookahead", "oracle"), [GREEDY, SAMPLED]
+    lambda f, m, _: f in (*REPRESENTATIVE, *HYBRID) and m in ("none", "lookahead", "oracle"),
+    [GREEDY, SAMPLED],
 )
 def test_eos_at_every_depth(family: str, method: str, mode: Mode, ledger: Ledger) -> None:
     """The k-th token of a row ends it; drafts, which know the longer text, run past it."""
@@ -93,7 +102,7 @@ def test_eos_at_every_depth(family: str, method: str, mode: Mode, ledger: Ledger
     ledger.settle()
 
 
-@over(lambda f, m, _: f in REPRESENTATIVE[:3], [GREEDY, SAMPLED])
+@over(lambda f, m, _: f in (*REPRESENTATIVE[:3], *HYBRID), [GREEDY, SAMPLED])
 def test_budgets(family: str, method: str, mode: Mode, ledger: Ledger) -> None:
     """However few nodes a round may verify, down to none at all."""
     for rows, budget in product(BATCHES, BUDGETS):
@@ -104,7 +113,7 @@ def test_budgets(family: str, method: str, mode: Mode, ledger: Ledger) -> None:
     ledger.settle()
 
 
-@pytest.mark.parametrize("family", REPRESENTATIVE)
+@pytest.mark.parametrize("family", [*REPRESENTATIVE, *CHAIN_FAMILIES])
 def test_the_oracle_is_believed(family: str) -> None:
     """The laws above verify long non-contiguous paths, not just rejections."""
     case = Case(family, GREEDY)
