@@ -42,7 +42,7 @@ class GenerationStats:
 
     Attributes:
         method: Drafter that ran.
-        mode: "tree", or "plain" when the call ran as plain `generate`.
+        mode: "tree" or "chain", or "plain" when the call ran as plain `generate`.
         mode_reason: Why this mode.
         options: Options of the method, as given or chosen.
         new_tokens: Emitted tokens over all rows, after the stop rules.

@@ -8,6 +8,9 @@ neither.
 
 Merged guesses leave nodes of the G (N - 1) allotment unused. They are spent on what the pool says
 comes after a guess, and the pool learns from every verified node, rejected ones included.
+
+Where the target takes only chains there is no room for a window beside the guesses: the longest
+guess is verified, or, when the pool has none, a Jacobi chain of W tokens.
 """
 
 from __future__ import annotations
@@ -149,6 +152,7 @@ class Lookahead(RowDrafter):
         self._windows: dict[int, JacobiWindow] = {}
         self._texts: dict[int, list[int]] = {}
         self._proposed: dict[int, int] = {}
+        self._chains: dict[int, list[int]] = {}  # next iterate of each row's Jacobi chain
 
     def start(self, state: BatchState) -> None:
         """Begins a call; a kept pool lives in the memory of the augmented model."""
@@ -175,6 +179,8 @@ class Lookahead(RowDrafter):
 
     def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
         """Guesses first, as a trie; then the window, shrunk to what the budget leaves."""
+        if self.chains_only:
+            return self._propose_chain(row, history[-1], budget)
         window = self._windows[row]
         if window.width < self._config.window and budget >= self._config.nodes:
             window = self._windows[row] = self._new_window(row)
@@ -184,6 +190,16 @@ class Lookahead(RowDrafter):
         window.grow(builder)
         self._proposed[row] = len(builder)
         return builder.build()
+
+    def _propose_chain(self, row: int, root: int, budget: int) -> TokenTree:
+        """The longest guess of the pool, else the Jacobi chain."""
+        builder = TreeBuilder(root)
+        self._add_guesses(builder, self._pools[row], budget + 1)
+        if len(builder) == 1:
+            chain, text = self._chains.get(row, []), self._texts[row]
+            fill = [self._generator.choice(text) for _ in range(len(chain), self._config.window)]
+            builder.add_path([*chain, *fill], _WINDOW_NODE, limit=budget + 1)
+        return builder.build().deepest_path()
 
     def _add_guesses(self, builder: TreeBuilder, pool: NgramPool, room: int) -> None:
         """Breadth first: all guesses below the root, then those below where they ended."""
@@ -208,7 +224,9 @@ class Lookahead(RowDrafter):
             if self._config.harvest:
                 for token, pick in zip(tree.tokens, outcome.picks, strict=False):
                     pool.add(token, (pick,), _FROM_WINDOW)
-            if len(tree) == self._proposed[row]:  # near the length limit, trees are cut
+            if self.chains_only:
+                self._chains[row] = outcome.picks[len(outcome.path) + 1 : len(tree)]
+            elif len(tree) == self._proposed[row]:  # near the length limit, trees are cut
                 self._windows[row].advance(tree.tokens[0], outcome.picks, pool)
         text.extend(outcome.tokens)
         if self._config.pool_from_prompt:
