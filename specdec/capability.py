@@ -21,10 +21,8 @@ from torch import Tensor
 
 from specdec.chain_target import ChainCall, ChainTarget
 from specdec.drafters.base import BatchState, RowDrafter
-from specdec.errors import UnsupportedModelError
 from specdec.hf_compat import accepts_position_ids, input_device
-from specdec.hf_steps import cache_argument, keeps_state, plain_logits, prepared_call
-from specdec.state_cache import why_not_revocable
+from specdec.hf_steps import keeps_state, plain_logits, prepared_call
 from specdec.target import HFTarget, Prompt
 from specdec.tree import TokenTree, TreeBatch
 from specdec.tree_cache import TreeCache
@@ -45,6 +43,8 @@ class Capability:
             "plain".
         reason: One sentence for the user.
         batched: Whether several rows can be verified at once; always true for trees.
+        padded: Whether the model's own left-padded rows are those rows without their padding, which
+            is what trees are given.
         error: Largest logit difference relative to the largest logit, tree against paths.
         noise: The same for a path run in two ways that are both right; the model's own rounding.
     """
@@ -54,6 +54,7 @@ class Capability:
     error: float = 0.0
     noise: float = 0.0
     batched: bool = True
+    padded: bool = True
 
 
 class NoDrafter(RowDrafter):
@@ -77,7 +78,9 @@ def probe(model: Any) -> Capability:
     """Runs the self-test; never raises for a model that merely cannot do it."""
     trees = _try_trees(model)
     if trees.mode == "tree":
-        return trees
+        return replace(
+            trees, padded=_attempt(model, "tree", "padding", _measure_padding).mode == "tree"
+        )
     several = _try_chains(model, rows=2)
     if several.mode == "chain":
         return replace(several, reason=f"{trees.reason}; its self-test verified single paths")
@@ -156,6 +159,22 @@ def _measure(model: Any) -> tuple[float, float]:
     return worst / scale, noise / scale  # torch's max keeps NaN, which passes no bound
 
 
+def _measure_padding(model: Any) -> tuple[float, float]:
+    """(error, noise) of plain decoding in a left-padded batch, against the row by itself."""
+    device, vocab = input_device(model), model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, vocab, (2, _PROMPTS[0] + 3), generator=generator).to(device)
+    prompt, text, padding = tokens[:, : _PROMPTS[0]], tokens[:, _PROMPTS[0] :], 2
+    mask = torch.ones_like(prompt)
+    mask[1, :padding] = 0
+    padded = plain_logits(model, prompt, *prepared_call(model, prompt, mask), text)[1]
+    row, alone = prompt[1:, padding:], text[1:]
+    own = plain_logits(model, row, *prepared_call(model, row, torch.ones_like(row)), alone)[0]
+    scale = max(float(own.abs().max()), 1e-6)
+    whole = _full_logits(model, [*row[0].tolist(), *alone[0].tolist()])[row.shape[1] :]
+    return _difference(padded, own) / scale, _difference(whole, own) / scale
+
+
 def _measure_chains(model: Any, rows: int) -> tuple[float, float]:
     """(chain error, rounding noise), relative to the largest logit, against plain decoding.
 
@@ -205,9 +224,6 @@ def _chain_target(
     model: Any, prompt: Tensor, config: Any, kwargs: dict[str, Any], padding: list[int]
 ) -> tuple[ChainTarget, BatchState]:
     """A chain target over a prompt of the self-test."""
-    reason = why_not_revocable(cache_argument(kwargs)[1])
-    if reason is not None:
-        raise UnsupportedModelError(reason)
     rows, width = prompt.shape
     state = BatchState(
         tokens=prompt.tolist(),

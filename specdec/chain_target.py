@@ -20,7 +20,7 @@ from torch import Tensor
 from specdec.drafters.base import BatchState, Drafter, Shape, TargetOutput
 from specdec.hf_compat import input_device, max_positions
 from specdec.hf_steps import cache_argument, prefill_as_plain, step_inputs
-from specdec.state_cache import StateCache, check_rows
+from specdec.state_cache import check_layers, revocable
 from specdec.tree import TreeBatch
 
 _SETTLING_CHUNK = 64  # tokens a forward when the state is brought up to the end of the text
@@ -65,7 +65,7 @@ class ChainTarget:
         self.model, self._call, self._state, self._taps = model, call, state, taps
         self.prefill_forwards = 0
         self._cache_name, cache = cache_argument(call.kwargs)
-        self.cache = StateCache(cache, call.padding)
+        self.cache = revocable(cache, call.padding)
         # Known tokens of each row that the state holds; the pending one never is.
         self._covered = [len(tokens) for tokens in state.tokens]
         self._device = input_device(model)
@@ -106,7 +106,7 @@ class ChainTarget:
         call = self._call
         kwargs = {**call.kwargs, self._cache_name: self.cache.cache, **self._wanted_states()}
         output = prefill_as_plain(self.model, call.input_ids, call.generation_config, kwargs)
-        check_rows(self.cache.cache, len(call.padding))
+        check_layers(self.cache.cache, len(call.padding))
         chunk = call.generation_config.prefill_chunk_size
         self.prefill_forwards = -(-(call.total - call.past) // chunk) if chunk else 1
         self._show_prompt(drafter, output)

@@ -19,6 +19,7 @@ _KNOWN_MODEL_KWARGS = frozenset({
     "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
     "inputs_embeds", "output_hidden_states", "output_attentions", "return_dict",
 })  # fmt: skip
+_CACHES = ("dynamic", "static", "hybrid", "hybrid_chunked", "sliding_window")
 _OTHER_DECODERS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "penalty_alpha",
                    "dola_layers", "token_healing", "constraints", "force_words_ids")  # fmt: skip
 
@@ -66,7 +67,7 @@ def _why_options_are_plain(chosen: Callable[[str], Any]) -> str | None:
     if chosen("use_cache") is False:
         return "use_cache is False"
     implementation = chosen("cache_implementation")
-    if implementation not in (None, "dynamic", "hybrid"):
+    if implementation not in (None, *_CACHES):
         return f"cache_implementation is {implementation!r}"
     return None
 
@@ -79,19 +80,25 @@ def why_prepared_is_plain(call: Prepared, found: Capability, shape: Shape = "any
         found: The model's self-test.
         shape: Trees that the drafter proposes.
     """
-    reasons = (_why_no_chains(call, found, shape) if found.mode == "chain" else _why_no_trees(call),
-               _why_model(call), _why_mask(call), _why_batch(call))  # fmt: skip
-    return next((reason for reason in reasons if reason is not None), None)
+    if found.mode == "chain":
+        reason = _why_no_chains(call, found, shape)
+    else:
+        reason = _why_no_trees(call, found)
+    checks = (_why_model, _why_mask, _why_batch)
+    return reason or next((why for check in checks if (why := check(call)) is not None), None)
 
 
-def _why_no_trees(call: Prepared) -> str | None:
+def _why_no_trees(call: Prepared, found: Capability) -> str | None:
+    if call.mask is not None and not found.padded:
+        return "the model's own text changes when a row is padded"
     window = hf_compat.untold_window(call.model.config)
     if window is not None and call.total + call.max_new_tokens > window[1]:
         return f"its {window[0]} of {window[1]} is applied inside the layers, not by a mask"
     unknown = [name for name in _given(call) if name not in _KNOWN_MODEL_KWARGS]
     if unknown:
         return f"the model input {unknown[0]!r} is not one that a token tree can carry"
-    reason = hf_cache.unsupported_cache(call.cache)
+    slots = call.total + call.max_new_tokens - 1
+    reason = hf_cache.unsupported_cache(call.cache, slots, call.model.config)
     if reason is None and not _default_positions(call):
         reason = "position_ids are not those of the attention mask"
     windowed = hf_compat.MaskKinds.of(call.model.config)
@@ -118,11 +125,14 @@ def _why_no_chains(call: Prepared, found: Capability, shape: Shape) -> str | Non
         return "its attention mask has holes and the model takes single paths only"
     if call.kwargs.get("cache_params") is not None and call.keeps_cache:
         return "the user gave cache_params"
-    return state_cache.why_not_revocable(call.cache)
+    padding = [int(row[0]) for row in call.slots()]
+    return state_cache.why_not_revocable(call.cache, padding)
 
 
 def _given(call: Prepared) -> list[str]:
-    return [name for name, value in call.kwargs.items() if value is not None]
+    """Names of the inputs that hold something; without images `generate` passes an empty dict."""
+    values = call.kwargs.items()
+    return [n for n, v in values if v is not None and not (isinstance(v, dict) and not v)]
 
 
 def _why_model(call: Prepared) -> str | None:

@@ -18,8 +18,8 @@ from transformers import cache_utils
 
 from specdec.errors import UnsupportedModelError
 
-_GROWING = ("keys", "values", "indexer_keys")
-"""Tensors with a slot dimension (the last but one); replaced, not written to, by an update."""
+_GROWING = {"keys": -2, "values": -2, "indexer_keys": -2, "indexer_position_ids": -1}
+"""Tensors that grow, and their slot dimension; replaced, not written to, by an update."""
 
 _FOLDED = ("conv_states", "recurrent_states")
 """Dictionaries of tensors without a slot dimension, written in place by an update."""
@@ -28,7 +28,7 @@ _FULL_SIZE = {  # what keeps all slots, in place of what forgets those outside i
     "DynamicSlidingWindowLayer": "DynamicLayer",
     "LinearAttentionAndSlidingWindowAttentionLayer": "LinearAttentionAndFullAttentionLayer",
 }
-_KNOWN = (
+_BY_ROW = (
     "DynamicLayer",
     "DynamicIndexedLayer",
     "LinearAttentionLayer",
@@ -38,21 +38,45 @@ _KNOWN = (
 )
 
 
-def why_not_revocable(cache: Any) -> str | None:
-    """Why a cache cannot be put back, or None when it can."""
+def why_not_revocable(cache: Any, padding: Sequence[int]) -> str | None:
+    """Why a cache cannot be put back, or None when it can.
+
+    Args:
+        cache: The cache of a prepared call.
+        padding: Padding slots in front of each row.
+    """
     if cache is None:
-        return "the call uses no cache"
-    if type(cache) is not cache_utils.DynamicCache:
+        return "generate prepares no cache for it"
+    if not isinstance(cache, cache_utils.DynamicCache):
         return f"the call uses a {type(cache).__name__}"
     if cache.offloading:
         return "the call uses an offloaded cache"
     for layer in cache.layers:
         name = type(layer).__name__
-        if name not in _KNOWN:
-            return f"the cache holds a {name}"
         if name in _FULL_SIZE and layer.is_initialized:
             return f"the user's cache holds a {name}, which has forgotten slots"
+    if _foreign(cache) and (len(padding) > 1 or any(padding)):
+        return f"rows and padding of a {_foreign(cache)} cannot be told apart"
     return None
+
+
+def _foreign(cache: Any) -> str | None:
+    """Name of a kind of cache or layer whose inside is not known, if there is one."""
+    kinds = [type(cache).__name__] if type(cache) is not cache_utils.DynamicCache else []
+    kinds += [type(layer).__name__ for layer in cache.layers]
+    return next((kind for kind in kinds if kind not in (*_BY_ROW, "DynamicCache")), None)
+
+
+def revocable(cache: Any, padding: Sequence[int]) -> StateCache:
+    """The cache of a call, such that rows can be put back.
+
+    Raises:
+        UnsupportedModelError: It cannot.
+    """
+    reason = why_not_revocable(cache, padding)
+    if reason is not None:
+        raise UnsupportedModelError(reason)
+    return WholeCache(cache, padding) if _foreign(cache) else StateCache(cache, padding)
 
 
 class StateCache:
@@ -74,6 +98,7 @@ class StateCache:
         self.cache = copy.copy(cache)
         self.cache.layers = [_own(layer) for layer in cache.layers]
         self.padding = list(padding)
+        self._own_padding = list(padding)  # plain's layout; what a row lags behind comes on top
         self._held: list[dict[str, Any]] = []
 
     @property
@@ -127,17 +152,18 @@ class StateCache:
             return self.put_back()
         back = [row for row, count in enumerate(kept) if count == 0]
         shift = [max(kept) - count for count in kept]
-        trim = min(pad + more for pad, more in zip(self.padding, shift, strict=True))
+        lags = zip(self.padding, shift, self._own_padding, strict=True)
+        trim = min(pad + more - own for pad, more, own in lags)
         old_width = self.width - new
         for layer, held in zip(self.cache.layers, self._held, strict=True):
             for name in _GROWING:
                 if getattr(layer, name, None) is not None and _is_filled(layer):
-                    tensor = getattr(layer, name)
+                    slots, dim = getattr(layer, name), _GROWING[name]
                     if not any(shift) and not trim:
-                        tensor = tensor[..., : old_width + kept[0], :]
+                        slots = slots.narrow(dim, 0, old_width + kept[0])
                     else:
-                        tensor = _aligned(tensor, [old_width + count for count in kept], trim)
-                    setattr(layer, name, tensor)
+                        slots = _aligned(slots, dim, [old_width + n for n in kept], trim)
+                    setattr(layer, name, slots)
             for name, tensors in _folded(layer).items():
                 for index, tensor in tensors.items():
                     if back and tensor is not None:
@@ -155,6 +181,50 @@ class StateCache:
                 layer = _windowed(layer, wanted)
             layers.append(layer)
         cache.layers = layers
+
+
+class WholeCache(StateCache):
+    """A cache whose layers are of a kind of their own: one row, put back as a whole.
+
+    The remembered copy is a deep one, which costs as much as the cache is long.
+    """
+
+    def __init__(self, cache: Any, padding: Sequence[int]) -> None:
+        self.cache = copy.deepcopy(cache)
+        self.padding = list(padding)
+        self._whole: Any = None
+
+    @property
+    def has_state(self) -> bool:
+        """True: nobody knows what the layers fold."""
+        return True
+
+    @property
+    def width(self) -> int:
+        """0: without padding there is nothing to mask."""
+        return 0
+
+    def hold(self) -> None:
+        """Remembers the present state."""
+        self._whole = copy.deepcopy(self.cache)
+
+    def put_back(self) -> None:
+        """Returns to what `hold` remembered."""
+        if self._whole is not None:
+            self.cache, self._whole = self._whole, None
+
+    def keep(self, kept: Sequence[int], new: int) -> None:
+        """Keeps the whole forward, or nothing of it."""
+        if kept[0] == 0:
+            return self.put_back()
+        if kept[0] != new:
+            raise ValueError(f"a state takes all {new} tokens or none, got {kept[0]}")
+        self._whole = None
+        return None
+
+    def hand_over(self, cache: Any) -> None:
+        """Gives everything to the cache of the call."""
+        vars(cache).update(vars(self.cache))
 
 
 def _own(layer: Any) -> Any:
@@ -197,19 +267,29 @@ def _is_filled(layer: Any) -> bool:
     return keys is not None and keys.ndim > 2
 
 
-def _aligned(slots: Tensor, counts: Sequence[int], trim: int) -> Tensor:
+def _aligned(slots: Tensor, dim: int, counts: Sequence[int], trim: int) -> Tensor:
     """The first `counts[b]` slots of every row, aligned on the right, `trim` columns fewer."""
-    width = max(counts) - trim
-    moved = slots.new_zeros(*slots.shape[:-2], width, slots.shape[-1])
+    width, row_dim = max(counts) - trim, 0 if dim == -2 else -2
+    shape = list(slots.shape)
+    shape[dim] = width
+    moved = slots.new_zeros(shape)
     for row, count in enumerate(counts):
         held = min(count, width)
-        moved[row, ..., width - held :, :] = slots[row, ..., count - held : count, :]
+        into = moved.select(row_dim, row).narrow(dim, width - held, held)
+        into.copy_(slots.select(row_dim, row).narrow(dim, count - held, held))
     return moved
 
 
-def check_rows(cache: Any, batch: int) -> None:
-    """Raises `UnsupportedModelError` when some state has no row dimension in front."""
+def check_layers(cache: Any, batch: int) -> None:
+    """Raises `UnsupportedModelError` when a layer holds something that could not be put back."""
     for layer in cache.layers:
+        if type(layer).__name__ not in _BY_ROW:
+            continue  # put back as a whole
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor) and value.ndim and name not in _GROWING:
+                raise UnsupportedModelError(
+                    f"a {type(layer).__name__} holds {name!r}, which is not known to be put back"
+                )
         for states in _folded(layer).values():
             for state in states.values():
                 if state is not None and state.shape[0] != batch:

@@ -266,24 +266,26 @@ class FlashLike:
     ) -> Any:
         assert mask is None or mask.ndim < 4, "flash attention was given a dense mask"
         self.widths.append(query.shape[2])
-        if mask is None:
-            causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(
-                key.shape[2] - query.shape[2]
-            )
-            mask = torch.zeros_like(causal, dtype=query.dtype).masked_fill(~causal, float("-inf"))
-            mask = mask.expand(query.shape[0], 1, -1, -1)
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(
+            key.shape[2] - query.shape[2]
+        )
+        seen = causal.expand(query.shape[0], 1, -1, -1)
+        if mask is not None:
+            seen = seen & mask[:, None, None, :].bool()
+        dense = torch.zeros_like(seen, dtype=query.dtype)
+        dense.masked_fill_(~seen, torch.finfo(query.dtype).min)
+        return sdpa_attention_forward(module, query, key, value, dense, **kwargs)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None
+def _padding_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+    return attention_mask
 
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> FlashLike:
     """Registered under a name that says flash, for one test."""
     fake = FlashLike()
-    for interface, function in ((AttentionInterface, fake), (AttentionMaskInterface, _no_mask)):
+    for interface, function in ((AttentionInterface, fake), (AttentionMaskInterface, _padding_mask)):
         mapping = dict(interface._global_mapping)
         mapping["fake_flash_attention"] = function
         monkeypatch.setattr(interface, "_global_mapping", mapping)
