@@ -13,9 +13,17 @@ class UnsupportedModelError(SpecdecError):
     """The object is not a decoder-only language model that `generate` can drive."""
 
 
+class VocabularyMismatchError(SpecdecError):
+    """A draft's token ids do not mean what the target's mean."""
+
+
 class DrafterError(SpecdecError):
     """A drafter broke its contract: malformed tree, token outside the vocabulary."""
 
 
 class FallbackWarning(UserWarning):
     """This call ran as plain `generate`; the message says why."""
+
+
+class DraftWarning(UserWarning):
+    """A drafter proposes nothing for some row from here on; the message says why."""

@@ -3,7 +3,8 @@
 `torch.multinomial(p, 1)` draws exponential noise e and returns argmax(p / e). So the token that
 plain sampling would emit as s-th is argmax(p / e_s), whatever the draft: with the noise of step s
 kept on a tape, greedy decoding and sampling become the same pick, and the same seed gives the same
-text. Knows nothing about drafts, caches or models.
+text. Knows nothing about drafts, caches or models; drafts that were sampled themselves go to
+`rejection.py`, node by node like all others.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specdec import rejection
 from specdec.tree import TreeBatch
 
 Processor = Callable[[Tensor, Tensor], Tensor]
@@ -69,6 +71,7 @@ class NoiseTape:
         self._draws: dict[int, Tensor] = {}
         self._states: dict[int, Tensor] = {}  # generator state before each draw
         self._drawn = 0
+        self._left = False
 
     def _rng(self) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
         if self._device.type == "cpu":
@@ -82,21 +85,35 @@ class NoiseTape:
     def step(self, step: int, vocab_size: int) -> Tensor:
         """[B, V] noise of emitted token `step`; draws as far as needed."""
         get_state, _ = self._rng()
-        while self._drawn <= step:
+        while not self._left and self._drawn <= step:
             self._states[self._drawn] = get_state()
-            draw = torch.empty(self._batch, vocab_size, dtype=torch.float32, device=self._device)
-            self._draws[self._drawn] = draw.exponential_(1)
+            self._draws[self._drawn] = self._draw(vocab_size)
             self._drawn += 1
+        if self._left and step not in self._draws:  # off the tape: drawn when it is asked for
+            self._draws[step] = self._draw(vocab_size)
         return self._draws[step]
+
+    def _draw(self, vocab_size: int) -> Tensor:
+        draw = torch.empty(self._batch, vocab_size, dtype=torch.float32, device=self._device)
+        return draw.exponential_(1)
+
+    def leave(self) -> None:
+        """Gives up the law of the seed: others draw from the generator too, in their own order.
+
+        Steps are still drawn once each, but the generator stays where the call left it.
+        """
+        self._left = True
+        self._states.clear()
 
     def release(self, below: int) -> None:
         """Forgets the draws before step `below`."""
         for step in [s for s in self._draws if s < below]:
-            del self._draws[step], self._states[step]
+            del self._draws[step]
+            self._states.pop(step, None)
 
     def finish(self, steps: int) -> None:
         """Leaves the generator where `steps` draws of plain `generate` would leave it."""
-        if steps < self._drawn:
+        if steps < self._drawn and not self._left:
             self._rng()[1](self._states[steps])
 
 
@@ -147,6 +164,7 @@ class TokenPicker:
         self._along_path, self._needs_prefix = along_path, needs_prefix
         self._everywhere: Tensor | None = None  # scores at all nodes of the last round, or
         self._walked: dict[tuple[int, int], Tensor] = {}  # at those that the lazy walk visited
+        self._drafted: tuple[Tensor, Tensor] | None = None  # sampled child of each node, its law
 
     def picks(
         self, trees: TreeBatch, logits: Tensor, state: WalkContext, stops: StopCheck
@@ -154,7 +172,8 @@ class TokenPicker:
         """[B, T] int64 picks; -1 at nodes that a lazy walk did not visit.
 
         Args:
-            trees: Proposed trees.
+            trees: Proposed trees. With a `draft_law`, a call that samples picks by rejection: exact
+                in distribution, outside the law of the seed.
             logits: [B, T, V] target logits, any float dtype.
             state: The rows' progress.
             stops: Consulted by the lazy walk, which must not pick beyond a row's last token.
@@ -164,11 +183,20 @@ class TokenPicker:
             return self._everywhere.argmax(-1).to(trees.tokens.device)
         # `generate` picks where its input ids live, with that device's generator.
         logits = logits.to(self._prefix.device)
+        self._drafted = self._sampled_children(trees)
         if self._along_path and (self._needs_prefix or trees.size > 1):
             picks = self._pick_along_paths(trees, logits, state, stops)
         else:
             picks = self._pick_everywhere(trees, logits, state)
         return picks.to(trees.tokens.device)
+
+    def _sampled_children(self, trees: TreeBatch) -> tuple[Tensor, Tensor] | None:
+        """(tokens [B, T], laws [B, T, V]) where this round is decided by rejection, else None."""
+        if self._noise is None or trees.draft_law is None or trees.size == 1:
+            return None
+        self._noise.leave()
+        drafted, laws = rejection.children(trees)
+        return drafted.to(self._prefix.device), laws.to(self._prefix.device)
 
     @property
     def picks_are_argmax(self) -> bool:
@@ -193,6 +221,11 @@ class TokenPicker:
         self._everywhere = scores
         if self._noise is None:
             return scores.argmax(-1)
+        if self._drafted is not None:
+            drafted, draft_law = self._drafted
+            law = rejection.law_of(scores)
+            picks = rejection.draw(law, draft_law, drafted)
+            return torch.where(law.sum(-1) > 0, picks, NOT_A_NUMBER)
         levels = trees.max_depth + 1
         noise = [  # each row stands at its own step
             [self._noise.step(state.emitted(row) + level, scores.shape[-1])[row]
@@ -230,15 +263,21 @@ class TokenPicker:
         if process is not None:
             scores = process(self._prefix.row(row, index), scores)
         self._walked[row, node] = scores[0]
-        if self._noise is None:
-            token = int(scores.argmax(-1))
-        else:
-            noise = self._noise.step(index, scores.shape[-1])[row]
-            probabilities = scores.softmax(-1)[0]
-            raise_unless_finite(0 if probabilities.sum() > 0 else NOT_A_NUMBER)
-            token = int((probabilities / noise).argmax(-1))
+        token = self._choose(row, index, node, scores[0])
         self._prefix.write(row, index, token)
         return token
+
+    def _choose(self, row: int, index: int, node: int, scores: Tensor) -> int:
+        """The token that processed scores [V] give at a node."""
+        if self._noise is None:
+            return int(scores.argmax(-1))
+        probabilities = scores.softmax(-1)
+        raise_unless_finite(0 if probabilities.sum() > 0 else NOT_A_NUMBER)
+        if self._drafted is not None:
+            drafted, draft_law = (each[row, node] for each in self._drafted)
+            return int(rejection.draw(rejection.law_of(scores), draft_law, drafted))
+        noise = self._noise.step(index, scores.shape[-1])[row]
+        return int((probabilities / noise).argmax(-1))
 
     def release(self, emitted: Sequence[int]) -> None:
         """Drops noise that every row has used."""
