@@ -1,0 +1,170 @@
+"""Suffix decoding: what followed the text's suffix before, in this text and in stored ones.
+
+Oliaro et al., "SuffixDecoding" (arXiv 2411.04975), on a suffix automaton as in SAM decoding (Hu et
+al., arXiv 2411.10666). Free, like prompt lookup, but it knows every occurrence and how often each
+continuation came. With a store it also knows what the model wrote in other calls.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specdec.drafters.base import BatchState, RowDrafter, RowRound
+from specdec.errors import ConfigError
+from specdec.sources.suffix_draft import Limits, View, draft_tree
+from specdec.sources.suffix_index import NO_MATCH, Match, SuffixIndex
+from specdec.sources.suffix_store import SuffixStore, check_names
+from specdec.tokenizers import tokenizer_fingerprint, tokenizer_in
+from specdec.tree import MAX_NODES, TokenTree
+
+_FROM_TEXT, _FROM_STORE = 0, 1
+_STORE_NOVELTY = 2.0  # other texts are less like this one; measured against 1 and 4
+_STORE_CONTEXT = 64  # prompt tokens matched with the store; longer matches change no draft
+
+
+@dataclass(frozen=True)
+class SuffixConfig:
+    """Options of `suffix`."""
+
+    max_depth: int = 24
+    """Deepest level of a tree."""
+    max_nodes: int = 32
+    """Most nodes of a tree."""
+    nodes_per_match: float = 4.0
+    """Nodes allowed per matched token: a longer match is trusted further."""
+    extra_nodes: int = 4
+    """Nodes allowed besides those."""
+    min_probability: float = 0.1
+    """Least estimated probability of a node, the path to it included."""
+    store: str | Path | None = None
+    """Folder in which generated texts are kept for other calls and processes; none by default."""
+    space: str = "default"
+    """Part of the store; spaces share nothing."""
+    tokenizer: Any = None
+    """The model's tokenizer, or its fingerprint; a store needs it."""
+    store_tokens: int = 200_000
+    """Stored tokens held in memory, the newest."""
+
+    def __post_init__(self) -> None:
+        """Checks the ranges; raises `ConfigError`."""
+        if not 1 <= self.max_depth <= MAX_NODES or not 1 <= self.max_nodes <= MAX_NODES:
+            raise ConfigError(
+                f"suffix takes max_depth and max_nodes from 1 to {MAX_NODES}, got "
+                f"{self.max_depth} and {self.max_nodes}"
+            )
+        if not _is_number(self.nodes_per_match, 0, MAX_NODES) or self.extra_nodes < 0:
+            raise ConfigError(
+                f"suffix needs nodes_per_match from 0 to {MAX_NODES} and extra_nodes >= 0, got "
+                f"{self.nodes_per_match!r} and {self.extra_nodes}"
+            )
+        if not _is_number(self.min_probability, 1e-6, 1):
+            raise ConfigError(
+                f"suffix needs min_probability from 1e-6 to 1, got {self.min_probability!r}"
+            )
+        if self.store_tokens < 2:
+            raise ConfigError(f"suffix needs store_tokens >= 2, got {self.store_tokens}")
+        self._check_store()
+
+    def _check_store(self) -> None:
+        if self.store is not None and (not isinstance(self.store, str | Path) or not self.store):
+            raise ConfigError(f"store must be the path of a folder, got {self.store!r}")
+        if self.store is not None and self.tokenizer is None:
+            raise ConfigError(
+                "a store needs tokenizer=, the model's tokenizer or its fingerprint: stored token "
+                "ids mean nothing without the tokenizer that made them"
+            )
+        fingerprint = self.tokenizer if isinstance(self.tokenizer, str) else "0" * 64
+        check_names(self.space, fingerprint)
+        if self.tokenizer is not None and not isinstance(self.tokenizer, str):
+            tokenizer_in(self.tokenizer)
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and low <= value <= high  # NaN is in no range
+
+
+class Suffix(RowDrafter):
+    """One tree a round, from the row's own text and, if asked for, from the store."""
+
+    Config = SuffixConfig
+    source_names = ("text", "store")
+
+    def __init__(self, config: SuffixConfig) -> None:
+        super().__init__(config)
+        self.max_nodes = config.max_nodes
+        self._config = config
+        self._texts: dict[int, SuffixIndex] = {}
+        self._places: dict[int, list[tuple[SuffixIndex, Match]]] = {}  # of a row in the store
+        self._store: SuffixStore | None = None
+
+    def start(self, state: BatchState) -> None:
+        """Begins a call; looks for what has been added to the store."""
+        super().start(state)
+        if self._config.store is not None:
+            self._store = self._open_store(self._config.store, state.memory)
+            self._store.refresh()
+
+    def _open_store(self, folder: str | Path, memory: dict[str, Any]) -> SuffixStore:
+        """The store and the fingerprint live as long as the augmented model: both take a while."""
+        config, fingerprint = self._config, self._config.tokenizer
+        if not isinstance(fingerprint, str):
+            known = memory.get("suffix.tokenizer")
+            if known is None or known[0] is not config.tokenizer:
+                known = (config.tokenizer, tokenizer_fingerprint(config.tokenizer))
+                memory["suffix.tokenizer"] = known
+            fingerprint = known[1]
+        where = (str(folder), config.space, fingerprint, config.store_tokens)
+        store: SuffixStore = memory.setdefault(f"suffix.store {where}", SuffixStore(*where))
+        return store
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._store is None else self._store.locked()
+
+    def start_row(self, row: int, prompt: list[int]) -> None:
+        """Indexes the prompt and finds its end in the store."""
+        self._texts[row] = SuffixIndex()
+        self._texts[row].extend(prompt)
+        self._places[row] = []
+        if self._store is not None:
+            with self._reading():
+                self._places[row] = [
+                    (index, index.follow(NO_MATCH, prompt[-_STORE_CONTEXT:]))
+                    for index in self._store.indexes
+                ]
+
+    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
+        """The most probable continuations; one path where the target takes only chains."""
+        config, text = self._config, self._texts[row]
+        views = [View(text, text.match(), _FROM_TEXT)]
+        views += [
+            View(index, match, _FROM_STORE, _STORE_NOVELTY) for index, match in self._places[row]
+        ]
+        longest = max(view.match.length for view in views)
+        allowed = int(config.nodes_per_match * longest) + config.extra_nodes
+        limits = Limits(
+            min(budget, config.max_nodes, allowed),
+            config.max_depth,
+            config.min_probability,
+            self.chains_only,
+        )
+        with self._reading():
+            tokens, parents, scores, sources = draft_tree(views, limits)
+        return TokenTree([history[-1], *tokens], [-1, *parents], [0.0, *scores], [0, *sources])
+
+    def observe_row(self, row: int, outcome: RowRound) -> None:
+        """Indexes the new text and follows it in the store."""
+        self._texts[row].extend(outcome.tokens)
+        with self._reading():
+            self._places[row] = [
+                (index, index.follow(match, outcome.tokens)) for index, match in self._places[row]
+            ]
+
+    def end(self, state: BatchState) -> None:
+        """Adds what the rows emitted to the store; prompts stay out of it."""
+        if self._store is not None:
+            for tokens, prompt_length in zip(state.tokens, state.prompt_lengths, strict=True):
+                self._store.add(tokens[prompt_length:])
