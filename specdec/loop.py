@@ -92,6 +92,8 @@ def speculative_generate(target: TargetModel, drafter: Drafter, call: Call) -> N
         raise
     finally:
         call.picker.finish(max(map(state.emitted, range(len(state.tokens)))))
+        if hasattr(drafter, "end"):
+            drafter.end(state)
 
 
 def _prefill(target: TargetModel, drafter: Drafter, call: Call) -> None:
@@ -114,9 +116,12 @@ def _propose(target: TargetModel, drafter: Drafter, call: Call) -> TreeBatch:
             f"{type(drafter).__name__}.propose must return a TreeBatch of {len(state.active)} "
             f"rows, got {type(trees).__name__}"
         )
-    if state.shape == "chain" and trees.size > 1:
-        trees = trees.as_chains()
-    fits = trees.max_depth <= state.depth_limit and (state.depth_limit > 0 or trees.size == 1)
+    if trees.size > 1:
+        # A drafter that builds trees on the device is not asked what it put there: whatever it is,
+        # it can be verified and cannot change the text (I5).
+        trees = trees.rooted(state.pending, state.vocab_size)
+        trees = trees.as_chains() if state.shape == "chain" else trees
+    fits = trees.size > 1 and 0 < state.depth_limit >= trees.max_depth
     return trees if fits else TreeBatch.roots(state.pending)
 
 

@@ -13,7 +13,11 @@ from specdec.errors import ConfigError
 _BUILT_IN: Mapping[str, str] = {
     "none": "specdec.drafters.none:NoDraft",
     "lookahead": "specdec.drafters.lookahead:Lookahead",
+    "jacobi": "specdec.drafters.jacobi:Jacobi",
     "prompt_lookup": "specdec.drafters.prompt_lookup:PromptLookup",
+    "suffix": "specdec.drafters.suffix:Suffix",
+    "draft_model": "specdec.drafters.draft_model:DraftModel",
+    "recycling": "specdec.drafters.recycling:Recycling",
 }
 
 

@@ -264,6 +264,11 @@ class TreeBatch:
             _derived=[mask, order.expand(batch, size)],
         )
 
+    def rooted(self, pending: Tensor, vocab_size: int) -> TreeBatch:
+        """The same trees with `pending` [B] at their roots, and no id that cannot be looked up."""
+        tokens = torch.cat([pending[:, None], self.tokens[:, 1:]], dim=1)
+        return replace(self, tokens=tokens.clamp(0, vocab_size - 1))
+
     def as_chains(self) -> TreeBatch:
         """The same nodes as one path a row, in their order: whatever it was, it can be verified."""
         chains = TreeBatch.chains(self.tokens)

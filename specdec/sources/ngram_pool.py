@@ -26,7 +26,9 @@ class NgramPool:
         entries.pop(gram, None)
         entries[gram] = origin  # a dict keeps insertion order: the first entry is the oldest
         if len(entries) > self._guesses:
-            del entries[next(iter(entries))]
+            # A kept pool may be shared by threads: copies are taken in one step, keys may be gone.
+            for oldest in list(entries)[: len(entries) - self._guesses]:
+                entries.pop(oldest, None)
 
     def add_with_tails(self, key: int, followers: Sequence[int], origin: int = 0) -> None:
         """Stores an n-gram and every shorter one that it ends with, down to two tokens."""
@@ -41,7 +43,7 @@ class NgramPool:
 
     def guesses(self, key: int) -> list[tuple[tuple[int, ...], int]]:
         """(followers, origin) stored under `key`, newest first."""
-        return list(reversed(self._followers.get(key, {}).items()))
+        return list(self._followers.get(key, {}).items())[::-1]
 
     def paths(self, ids: Sequence[int]) -> list[tuple[list[int], float]]:
         """Continuations of the last token of `ids`, newest first, with a falling score."""

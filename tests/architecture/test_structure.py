@@ -14,9 +14,13 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 
 # A module may import from its own layer and from those before it.
 LAYERS = (
-    {"errors", "tree", "config", "stats", "sources", "verify", "options", "terminal"},
-    {"sampling", "tree_cache", "hf_compat", "hf_cache"},
-    {"target", "capability", "rejection", "exactness", "drafters.base", "registry", "stop_rules"},
+    {"errors", "tree", "config", "stats", "sources", "verify", "options", "terminal", "tokenizers"}
+    | {"rejection"},
+    {"sampling", "tree_cache", "state_cache", "hf_compat", "hf_cache", "hf_steps"},
+    {"target", "chain_target", "capability", "exactness", "drafters.base", "registry"}
+    | {"stop_rules"}
+    | {"draft_loading", "draft_runner"}
+    | {"prompt_target", "prompt_check"},
     {"loop"},
     {"drafters", "heads", "tuning"},
     {"augment", "hf_generate", "hf_call", "hf_fallback", "hf_outputs"},

@@ -163,6 +163,10 @@ def options_of(method: str, truth: Truth, case: Case) -> dict[str, Any]:
         return {"draft": draft_of(case.family, case.dtype), "num_draft_tokens": 4, "top_k": 2}
     if method == "lookahead":
         return {"window": 4, "ngram": 4, "guesses": 4}
+    if method == "jacobi":
+        return {"block": 6, "recycle": 2, "ngram": 4}
+    if method == "recycling":
+        return {"nodes": 12, "top_k": 3}
     return {"truth": truth} if method in THROW_AWAY else {}
 
 

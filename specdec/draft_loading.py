@@ -1,0 +1,172 @@
+"""Finds the draft model of a call and makes sure, before any forward, that it fits the target.
+
+What is expensive (loading a checkpoint, comparing tokenizers, the self-test) is done once and kept
+in the memory of the augmented model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from specdec.capability import probe
+from specdec.errors import ConfigError, VocabularyMismatchError
+from specdec.hf_compat import unwrap, vocabulary_size
+from specdec.tokenizers import tokenizer_fingerprint
+
+_MEMORY = "draft_model.drafts"
+_MOST_KEPT = 4  # drafts that the memory of one target holds at a time
+_MOST_PADDING = 512  # ids by which embeddings of one vocabulary are seen to differ
+
+
+@dataclass
+class ReadyDraft:
+    """A draft model that was loaded and tested.
+
+    Attributes:
+        source: What the user named: the model itself, a folder or a hub id.
+        model: The model, unwrapped.
+        vocab_size: Ids that it has embeddings for.
+        compared: The pair of tokenizers that were found to be the same.
+        reason: What the self-test found; empty before it.
+        runs_ragged: Whether it can run rows of different length at once, as the self-test says.
+    """
+
+    source: Any
+    model: Any
+    vocab_size: int
+    compared: tuple[Any, Any] | None = None
+    reason: str = ""
+    runs_ragged: bool = True
+
+
+def check_draft(draft: Any) -> None:
+    """Checks what can be told without loading anything or running a forward.
+
+    Raises:
+        ConfigError: It is neither a causal language model nor the name of one.
+    """
+    if isinstance(draft, str):
+        _check_name(draft)
+        return
+    config = getattr(draft, "config", None)
+    wanted = "draft_model takes draft=: a loaded causal language model, a folder or a hub id"
+    if config is None or not hasattr(draft, "get_output_embeddings"):
+        raise ConfigError(f"{wanted}; got {type(draft).__name__}")
+    if getattr(config, "is_encoder_decoder", False) or draft.get_output_embeddings() is None:
+        raise ConfigError(
+            f"{wanted}; {type(draft).__name__} is none; load it with AutoModelForCausalLM"
+        )
+
+
+def _check_name(name: str) -> None:
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"draft {name!r} holds no model: there is no config.json in it")
+    elif name and path.exists():
+        raise ConfigError(f"draft {name!r} is a file; name the model's folder or a hub id")
+    elif not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"there is no folder {name!r} for draft; name a folder or a hub id")
+
+
+def ready_draft(
+    draft: Any,
+    tokenizers: tuple[Any, Any],
+    target_vocab: int,
+    device: torch.device,
+    memory: dict[str, Any],
+) -> ReadyDraft:
+    """The draft model of a call, loaded, compared and tested; from `memory` where possible.
+
+    Args:
+        draft: A model, a folder or a hub id.
+        tokenizers: The target's and the draft's, None where they are not given.
+        target_vocab: Ids that the target has embeddings for.
+        device: Where a draft that is loaded here goes.
+        memory: Survives from call to call.
+
+    Raises:
+        ConfigError: The draft cannot be loaded or cannot draft.
+        VocabularyMismatchError: Its ids do not mean what the target's mean.
+    """
+    drafts: dict[str, ReadyDraft] = memory.setdefault(_MEMORY, {})
+    key = f"{draft} on {device}" if isinstance(draft, str) else f"object {id(draft)}"
+    found = drafts.get(key)
+    if found is None or not (found.source is draft or found.source == key):
+        model = _load(draft, device) if isinstance(draft, str) else unwrap(draft)
+        source = key if isinstance(draft, str) else draft
+        found = ReadyDraft(source, model, vocabulary_size(model))
+        while len(drafts) >= _MOST_KEPT:
+            drafts.pop(next(iter(drafts)))
+        drafts[key] = found
+    _compare(found, draft, tokenizers, target_vocab)
+    if not found.reason:
+        capability = probe(found.model)
+        if capability.mode == "plain":
+            raise ConfigError(
+                f"draft {type(found.model).__name__} cannot draft, because {capability.reason}; "
+                "choose a draft model with plain attention"
+            )
+        found.reason, found.runs_ragged = capability.reason, capability.mode == "tree"
+    return found
+
+
+def _load(name: str, device: torch.device) -> Any:
+    """The checkpoint, in its own dtype. Code that comes with a checkpoint is never run."""
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name,
+            dtype="auto",
+            trust_remote_code=False,
+        )
+        return model.eval().to(device)
+    except Exception as problem:  # any failure to read foreign files means that they are wrong
+        raise ConfigError(f"cannot load draft {name!r}: {_brief(problem)}") from problem
+
+
+def _compare(found: ReadyDraft, draft: Any, tokenizers: tuple[Any, Any], target_vocab: int) -> None:
+    """Raises `VocabularyMismatchError` unless both models speak of the same tokens."""
+    ours, theirs = tokenizers
+    if (
+        found.compared is not None
+        and found.compared[0] is ours
+        and theirs in (None, found.compared[1])
+    ):
+        return
+    if ours is not None and theirs is None and isinstance(draft, str):
+        theirs = _tokenizer_of(draft)
+    if ours is not None and theirs is not None:
+        if tokenizer_fingerprint(ours) != tokenizer_fingerprint(theirs):
+            raise VocabularyMismatchError(
+                f"the draft's tokenizer is not the target's: {len(theirs)} and {len(ours)} tokens, "
+                "or other rules; choose a draft of the target's own family"
+            )
+        found.compared = (ours, theirs)
+        return
+    difference, larger = abs(found.vocab_size - target_vocab), max(found.vocab_size, target_vocab)
+    if difference > min(_MOST_PADDING, larger // 16):
+        raise VocabularyMismatchError(
+            f"the draft has {found.vocab_size} token ids and the target {target_vocab}, more apart "
+            "than padded embeddings are; choose a draft with the target's tokenizer, or pass "
+            "tokenizer= and draft_tokenizer= to show that it has it"
+        )
+
+
+def _tokenizer_of(name: str) -> Any:
+    """The tokenizer beside a checkpoint, or None where there is none."""
+    path = Path(name).expanduser()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            str(path) if path.is_dir() else name, trust_remote_code=False
+        )
+    except Exception:  # noqa: BLE001 - without one, the sizes have to do
+        return None
+
+
+def _brief(problem: BaseException) -> str:
+    return " ".join(str(problem).split())[:200] or type(problem).__name__

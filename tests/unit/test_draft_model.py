@@ -1,0 +1,474 @@
+"""A draft model: its cache, its trees, what it refuses, and what it only warns about."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import specdec
+from helpers.families import CHAIN_FAMILIES, FAMILIES, VOCAB, draft_of, model_of
+from helpers.laws import GREEDY, SAMPLED, Case, prompts, reference
+from helpers.spies import Seen, cache_error, watch_calls
+from specdec import SpecConfig, draft_loading
+from specdec.draft_runner import RaggedRunner
+from specdec.drafters.base import BatchState, RoundResult
+from specdec.drafters.draft_model import DraftModel, DraftModelConfig
+from specdec.errors import ConfigError, DraftWarning, VocabularyMismatchError
+from specdec.registry import methods
+from specdec.stats import RoundRecord
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings() -> Any:
+    """A draft that silently gives up would pass every test of the text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DraftWarning)
+        yield
+
+
+def llama(**options: Any) -> Any:
+    """A draft with another shape than the target's, in float64."""
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(**{
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "max_position_embeddings": 256, **options,
+    })  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval().to(torch.float64)
+
+
+def call(case: Case, **options: Any) -> Any:
+    """A call of the case's model with a draft; checks its text and returns the statistics."""
+    sequences, _ = case.generate(specdec=SpecConfig("draft_model", options))
+    assert torch.equal(sequences, reference(case)[0])
+    stats = specdec.last_stats(case.model)
+    assert (stats.method, stats.mode) == ("draft_model", FAMILIES[case.family].mode)
+    return stats
+
+
+# The draft's cache
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_the_cache_holds_the_text_after_every_round(
+    family: str, rows: int, top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as the draft has seen it: all but the last token, and but what it did not draft."""
+    draft = draft_of(family)
+    errors: list[float] = []
+    lags: set[int] = set()
+    uneven: list[bool] = []
+
+    def watch(seen: Seen, result: RoundResult, record: RoundRecord) -> None:
+        drafter: Any = seen.drafter
+        if record.index == 0 or not all(seen.call.state.active):
+            return
+        cache, known = drafter._runner.cache, drafter._known
+        texts = [text[: n + 1] for text, n in zip(seen.texts(), known, strict=True)]
+        lags.update(len(text) - n for text, n in zip(seen.texts(), known, strict=True))
+        uneven.append(len({len(path) for path in record.paths}) > 1)
+        cache.set_lengths(known)
+        errors.append(cache_error(draft, cache, texts))
+
+    watch_calls(monkeypatch, watch)
+    stats = call(Case(family, GREEDY, rows), draft=draft, num_draft_tokens=4, top_k=top_k)
+    assert len(errors) > 5
+    assert max(errors) <= 1e-12
+    assert lags == {1, 2}  # the bonus alone, or behind a token that was never fed
+    assert rows == 1 or any(uneven)
+    assert 1.5 < stats.acceptance_length < 4.9
+
+
+@pytest.mark.parametrize("budgets", [[0], [4, 0, 0, 0], [4, *[0] * 20], [1, 3, 2]])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_rounds_without_a_budget_are_caught_up(
+    rows: int, budgets: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty tokens at once are a prefill again, a few are one forward."""
+    rounds: list[int] = []
+
+    class Policy:
+        def nodes(self, state: BatchState) -> int:
+            rounds.append(budgets[len(rounds) % len(budgets)])
+            return rounds[-1]
+
+    from specdec import hf_generate
+
+    monkeypatch.setattr(hf_generate, "FixedBudget", lambda size: Policy())
+    case = Case("llama", GREEDY, rows)
+    stats = call(case, draft=case.model, num_draft_tokens=4)
+    wanted = sum(rounds) * rows
+    assert stats.drafted_nodes <= wanted
+    assert rows > 1 or stats.tokens_by_source["draft"] == stats.drafted_nodes
+
+
+@pytest.mark.parametrize("family", [*CHAIN_FAMILIES, "llama", "gpt_oss", "llama4_text"])
+def test_a_perfect_draft_is_believed_to_the_end(family: str) -> None:
+    """The draft is the target itself: tau is depth + 1; one row of a draft that is a chain."""
+    case = Case(family, GREEDY, 1, FAMILIES[family].widest)
+    stats = call(case, draft=case.model, num_draft_tokens=12)
+    assert stats.histogram == {13: 3}  # 39 tokens after the first
+    assert stats.tokens_by_source == {"target": 4, "draft": 36}
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_several_rows_of_a_perfect_draft(family: str) -> None:
+    if family == "bloom":
+        case = Case(family, GREEDY, 4, torch.float32)
+        with pytest.raises(ConfigError, match=r"one row at a time, got 4 rows: .*; generate row"):
+            call(case, draft=case.model)
+        return
+    assert call(Case(family, GREEDY, 4), draft=model_of(family)).acceptance_length > 5.5
+
+
+def test_siblings_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes: list[int] = []
+
+    def watch(seen: Seen, result: RoundResult, record: RoundRecord) -> None:
+        nodes.extend(node for path in record.paths for node in path)
+        for path in record.paths:  # nothing hangs below a sibling
+            assert all((node - 1) % 3 == 0 for node in path[:-1])
+
+    watch_calls(monkeypatch, watch)
+    case = Case("llama", SAMPLED, 4)
+    options = {"draft": draft_of("llama"), "num_draft_tokens": 3}
+    alone = call(case, **options)
+    trees = call(case, **options, top_k=3)
+    assert any((node - 1) % 3 for node in nodes)
+    assert trees.tokens_by_source["draft sibling"] > 5
+    assert trees.rounds < alone.rounds
+
+
+def test_a_budget_cuts_siblings_before_the_trunk() -> None:
+    """Six nodes of twelve: trunk, sibling, trunk, and so on; the last level is cut short."""
+    case, draft = Case("llama", GREEDY), FAMILIES["llama"].build(torch.float64)
+    config = SpecConfig("draft_model", {"draft": draft, "top_k": 2}, budget=5)
+    case.generate(specdec=config)  # the self-test counts no forwards
+    forwards: list[int] = []
+    draft.register_forward_hook(lambda *_: forwards.append(1))
+    sequences, _ = case.generate(specdec=config)
+    assert torch.equal(sequences, reference(case)[0])
+    stats = specdec.last_stats(case.model)
+    assert stats.histogram[4] == 9  # three levels, and the bonus
+    assert stats.drafted_nodes == 5 * 9 + 4  # the last round has two levels left
+    assert len(forwards) == 3 * 9 + 2
+
+
+class Reads(TorchDispatchMode):
+    """Counts reads of a value, which would wait for an accelerator."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+        self.count += func.overloadpacket in waits
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_round_costs_one_forward_a_token_and_no_read(
+    rows: int, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft, counts, reads = draft_of("llama"), [], Reads()  # type: ignore[no-untyped-call]
+    forwards = 0
+
+    def count(*_: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    def propose(self: DraftModel, state: BatchState, budget: int) -> Any:
+        nonlocal forwards
+        forwards = 0
+        with reads, monkeypatch.context() as patch:
+            for name in ("tolist", "numpy", "cpu"):
+                patch.setattr(torch.Tensor, name, None)
+            trees = plain_propose(self, state, budget)
+        counts.append((forwards, trees.max_depth))
+        return trees
+
+    plain_propose = DraftModel.propose
+    monkeypatch.setattr(DraftModel, "propose", propose)
+    options = {"draft": draft, "num_draft_tokens": 3, "draft_sampling": sampled}
+    case = Case("llama", GREEDY, rows)
+    call(case, **options)
+    counts.clear()
+    handle = draft.register_forward_hook(count)
+    try:
+        call(case, **options)
+    finally:
+        handle.remove()
+    assert len(counts) > 5
+    assert all(made == depth for made, depth in counts)
+    assert max(made for made, _ in counts) == 3
+    assert reads.count == 0
+
+
+# What it must not touch
+
+
+def test_the_draft_is_left_as_it_was() -> None:
+    """Training mode with dropout, module by module, and no gradients."""
+    case = Case("llama", GREEDY, 4)
+    wanted = call(case, draft=draft_of("llama"))
+    draft = copy.deepcopy(draft_of("llama"))
+    draft.train()
+    for layer in draft.model.layers:
+        layer.self_attn.attention_dropout = 0.9
+    draft.model.layers[0].eval()
+    modes = [module.training for module in draft.modules()]
+    assert call(case, draft=draft).histogram == wanted.histogram
+    assert [module.training for module in draft.modules()] == modes
+    assert all(parameter.grad is None for parameter in draft.parameters())
+
+
+def test_another_dtype_and_shape() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        call(Case("gemma3", SAMPLED, 4), draft=copy.deepcopy(llama()).to(dtype), top_k=2)
+
+
+def test_a_sampled_draft_is_drawn_anew_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From where torch's generator stands, which is not moved by it."""
+    calls = watch_calls(monkeypatch)
+    case = Case("llama", SAMPLED)
+    config = SpecConfig("draft_model", {"draft": draft_of("llama"), "draft_sampling": True})
+
+    def seed() -> int:
+        case.model.generate(
+            **prompts(1), do_sample=True, max_new_tokens=8, specdec=config, pad_token_id=0
+        )
+        drafter: Any = calls[-1].drafter
+        return int(drafter._generator.initial_seed())
+
+    torch.manual_seed(0)
+    seeds = [seed(), seed(), seed()]
+    assert len(set(seeds)) == 3
+    torch.manual_seed(0)
+    assert seed() == seeds[0]
+
+
+# Contexts, ids and vocabularies
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    ("architecture", "positions"),
+    [("llama", 3), ("llama", 12), ("llama", 30), ("gpt2", 16), ("gpt2", 30)],
+)
+def test_a_draft_with_a_short_context_stops_drafting(
+    architecture: str, rows: int, positions: int
+) -> None:
+    """One warning; no position beyond a learned table is ever asked for."""
+    if architecture == "llama":
+        draft = llama(max_position_embeddings=positions)
+    else:
+        config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2,
+                                         n_positions=positions)  # fmt: skip
+        draft = transformers.GPT2LMHeadModel(config).eval()
+    case = Case("llama", GREEDY, rows)
+    with pytest.warns(DraftWarning, match=f"context of {positions} tokens is full") as caught:
+        stats = call(case, draft=draft)
+    assert len(caught) == 1
+    shortest = 12 if rows == 1 else 5  # prompts of 11 tokens, and of 4, with the first new one
+    assert (stats.drafted_nodes > 0) == (shortest + 4 <= positions)
+
+
+def test_equal_contexts_end_without_a_warning() -> None:
+    """The target's own last position comes first."""
+    torch.manual_seed(0)
+    model = specdec.augment(llama(max_position_embeddings=40), "draft_model", draft=llama())
+    wanted = model.generate(**prompts(4), max_new_tokens=29, specdec=False)
+    assert torch.equal(model.generate(**prompts(4), max_new_tokens=29), wanted)
+    config = SpecConfig("draft_model", {"draft": model})
+    assert torch.equal(model.generate(**prompts(4), max_new_tokens=29, specdec=config), wanted)
+
+
+def test_ids_that_the_draft_lacks_stop_its_row_only() -> None:
+    """Ids of the target's padding: the sizes are close enough."""
+    torch.manual_seed(0)
+    target = specdec.augment(llama(vocab_size=VOCAB + 4), "none")
+    with torch.no_grad():
+        target.lm_head.weight[VOCAB:] = 0  # never emitted
+    ids = prompts(4)["input_ids"].clone()
+    ids[2, -2] = VOCAB + 1
+    mask = prompts(4)["attention_mask"]
+    wanted = target.generate(ids, attention_mask=mask, max_new_tokens=20, specdec=False)
+    config = SpecConfig("draft_model", {"draft": llama()})
+    with pytest.warns(
+        DraftWarning, match=rf"has {VOCAB} token ids, and a text holds id {VOCAB + 1}"
+    ):
+        found = target.generate(ids, attention_mask=mask, max_new_tokens=20, specdec=config)
+    assert torch.equal(found, wanted)
+    assert specdec.last_stats(target).drafted_nodes > 20
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_ids_that_the_target_lacks_are_never_proposed(
+    sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft, seen = llama(vocab_size=VOCAB + 4), []
+    with torch.no_grad():
+        draft.lm_head.weight[VOCAB:] = draft.lm_head.weight[:4] * 3  # the likeliest ones
+
+    def watch(_: Seen, result: RoundResult, record: RoundRecord) -> None:
+        seen.extend(result.trees.tokens.flatten().tolist())
+        if sampled and record.index:
+            law = result.trees.draft_law
+            assert law is not None or result.trees.size == 1
+            if law is not None:
+                assert float((law[:, 1:].sum(-1) - 1).abs().max()) < 1e-6
+
+    watch_calls(monkeypatch, watch)
+    call(Case("llama", GREEDY, 4), draft=draft, draft_sampling=sampled, top_k=1 if sampled else 3)
+    assert len(seen) > 100
+    assert max(seen) < VOCAB
+
+
+@pytest.mark.parametrize(("sizes", "fits"), [
+    ((512, 500), True), ((32_000, 32_064), True), ((151_936, 152_064), True),
+    ((32_000, 32_768), False), ((96, 64), False), ((50_257, 32_000), False),
+])  # fmt: skip
+def test_vocabularies_of_different_size(sizes: tuple[int, int], fits: bool) -> None:
+    """Padding explains a few ids."""
+    for one, other in (sizes, sizes[::-1]):
+        found = draft_loading.ReadyDraft("x", None, one)
+        if fits:
+            draft_loading._compare(found, None, (None, None), other)
+        else:
+            with pytest.raises(VocabularyMismatchError, match=f"{one} token ids .* {other}"):
+                draft_loading._compare(found, None, (None, None), other)
+
+
+def tokenizer(words: str) -> Any:
+    vocabulary = {word: index for index, word in enumerate(words)}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token=words[0]))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_tokenizers_are_compared_before_any_forward(tmp_path: Path) -> None:
+    draft, forwards = llama(vocab_size=VOCAB + 40), []
+    handle = draft.register_forward_hook(lambda *_: forwards.append(1))
+    case = Case("llama", GREEDY)
+    pair = {"tokenizer": tokenizer("abcdef"), "draft_tokenizer": tokenizer("abcdfe")}
+    with pytest.raises(VocabularyMismatchError, match="tokenizer is not the target's"):
+        call(case, draft=draft, **pair)
+    with pytest.raises(VocabularyMismatchError, match="136 token ids and the target 96"):
+        call(case, draft=draft)
+    assert forwards == []
+    handle.remove()
+    pair["draft_tokenizer"] = tokenizer("abcdef")  # the same: then sizes say nothing
+    call(case, draft=draft, **pair)
+    draft.save_pretrained(tmp_path)
+    tokenizer("abcdfe").save_pretrained(tmp_path)
+    with pytest.raises(VocabularyMismatchError, match="tokenizer is not the target's"):
+        call(case, draft=tmp_path, tokenizer=tokenizer("abcdef"))
+    call(case, draft=str(tmp_path), tokenizer=tokenizer("abcdfe"))
+
+
+# Options and loading
+
+
+def test_a_folder_is_loaded_and_tested_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama().save_pretrained(tmp_path)
+    made: list[str] = []
+    for name in ("_load", "probe"):
+        plain = getattr(draft_loading, name)
+        monkeypatch.setattr(
+            draft_loading, name, lambda *a, plain=plain, name=name: made.append(name) or plain(*a)
+        )
+    target = specdec.augment(FAMILIES["llama"].build(torch.float64), "draft_model", draft=tmp_path)
+    wanted = target.generate(**prompts(4), max_new_tokens=20, specdec=False)
+    for _ in range(3):
+        assert torch.equal(target.generate(**prompts(4), max_new_tokens=20), wanted)
+        assert specdec.last_stats(target).drafted_nodes > 20
+    assert made == ["_load", "probe"]
+    others = [draft_of("llama"), target]
+    for draft in [*others, *others]:
+        target.generate(**prompts(1), max_new_tokens=4,
+                        specdec=SpecConfig("draft_model", {"draft": draft}))  # fmt: skip
+    assert made == ["_load", "probe", "probe", "probe"]
+
+
+def test_an_augmented_model_with_a_draft_can_be_copied() -> None:
+    model = specdec.augment(llama(), "draft_model", draft=llama())
+    wanted = model.generate(**prompts(1), max_new_tokens=8)
+    assert torch.equal(copy.deepcopy(model).generate(**prompts(1), max_new_tokens=8), wanted)
+    assert len(str(specdec.last_stats(model))) < 400
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({}, "draft_model needs draft="),
+    ({"draft": 7}, "a folder or a hub id; got int"),
+    ({"draft": torch.nn.Linear(2, 2)}, "got Linear"),
+    ({"draft": "./not-here"}, "no folder './not-here'"),
+    ({"draft": "/not/here"}, "no folder"),
+    ({"draft": ""}, "no folder ''"),
+    ({"draft": "pyproject.toml"}, "is a file"),
+    ({"draft": "specdec"}, "no config.json in it"),
+    ({"draft": "x/y", "num_draft_tokens": 0}, "num_draft_tokens >= 1"),
+    ({"draft": "x/y", "num_draft_tokens": 4.0}, "must be int"),
+    ({"draft": "x/y", "top_k": 0}, "top_k >= 1"),
+    ({"draft": "x/y", "top_k": 1000}, "4096 nodes"),
+    ({"draft": "x/y", "top_k": 2, "draft_sampling": True}, "leave top_k at 1"),
+    ({"draft": "x/y", "temperature": 0}, "above 0, got 0"),
+    ({"draft": "x/y", "temperature": "hot"}, "got 'hot'"),
+    ({"draft": "x/y", "temperature": float("nan")}, "above 0, got nan"),
+    ({"draft": "x/y", "depth": 3}, "has no option 'depth'"),
+])  # fmt: skip
+def test_wrong_options_are_refused_when_augmenting(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        specdec.augment(model_of("llama"), "draft_model", **options)
+    with pytest.raises(ConfigError, match=message):
+        methods.configure("draft_model", options)
+
+
+def test_what_cannot_draft_is_refused(tmp_path: Path) -> None:
+    encoder = transformers.T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1,
+                                    num_heads=2)  # fmt: skip
+    with pytest.raises(ConfigError, match="T5ForConditionalGeneration is none"):
+        DraftModelConfig(draft=transformers.T5ForConditionalGeneration(encoder))
+    case = Case("llama", GREEDY)
+    with pytest.raises(ConfigError, match="top_k must be at most the 96 tokens"):
+        call(case, draft=draft_of("llama"), top_k=97)
+    draft = llama()
+    draft.forward = lambda *args, **kwargs: 1 / 0
+    with pytest.raises(ConfigError, match="LlamaForCausalLM cannot draft, because "):
+        call(case, draft=draft)
+    (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
+    with pytest.raises(ConfigError, match="cannot load draft"):
+        call(case, draft=str(tmp_path))
+    assert torch.equal(case.generate(specdec=SpecConfig("none"))[0], reference(case)[0])
+
+
+# The runner by itself
+
+
+@torch.no_grad()
+def test_catching_up_in_any_portions_gives_the_logits_of_one_forward() -> None:
+    model = draft_of("gemma3")
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(1, VOCAB, (3, 60), generator=generator).tolist()
+    runner, known = RaggedRunner(model, 3, 8), [0, 0, 0]
+    for stops in ([5, 9, 7], [6, 11, 8], [8, 12, 40], [50, 13, 41], [51, 14, 0], [53, 15, 0]):
+        now = [text[:stop] for text, stop in zip(texts, stops, strict=True)]
+        logits = runner.catch_up(now, known)
+        for row, text in enumerate(now):
+            if text:
+                wanted = model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
+                assert torch.allclose(logits[row], wanted, atol=0, rtol=1e-9)
+        runner.step(torch.tensor([1, 2, 3]))
+        known = runner.go_back(stops)
