@@ -10,7 +10,8 @@ the re-fed tokens; a round's budget pays for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from specdec.drafters.base import BatchState, Drafter, Shape, TargetOutput
 from specdec.hf_compat import input_device, max_positions
-from specdec.hf_steps import cache_argument, prefill_as_plain, step_inputs
+from specdec.hf_steps import cache_argument, max_slots, prefill_as_plain, step_inputs
 from specdec.state_cache import check_layers, revocable
 from specdec.tree import TreeBatch
 
@@ -69,7 +70,7 @@ class ChainTarget:
         # Known tokens of each row that the state holds; the pending one never is.
         self._covered = [len(tokens) for tokens in state.tokens]
         self._device = input_device(model)
-        self._limit = max_positions(model.config)
+        self._limit, self._slots = max_positions(model.config), max_slots(model.config)
         self._last_positions: Tensor | None = call.kwargs.get("position_ids")
         self._prompt = list(self._covered)
         lengths = [call.total - padding for padding in call.padding]
@@ -99,21 +100,34 @@ class ChainTarget:
 
     def depth_limit(self) -> int:
         """Levels below the root for which every row has a position."""
-        return self._limit - 1 - self._longest
+        return min(self._limit - 1 - self._longest, self._slots - 1 - self.cache.width)
 
     def prefill(self, drafter: Drafter) -> TargetOutput:
         """Runs the prompt as plain `generate` runs it; logits [B, 1, V] of the last tokens."""
         call = self._call
         kwargs = {**call.kwargs, self._cache_name: self.cache.cache, **self._wanted_states()}
-        output = prefill_as_plain(self.model, call.input_ids, call.generation_config, kwargs)
+        with self._collected_features() as features:
+            output = prefill_as_plain(self.model, call.input_ids, call.generation_config, kwargs)
         check_layers(self.cache.cache, len(call.padding))
         chunk = call.generation_config.prefill_chunk_size
         self.prefill_forwards = -(-(call.total - call.past) // chunk) if chunk else 1
-        self._show_prompt(drafter, output)
+        self._show_prompt(drafter, [part for part in features if part is not None])
         return TargetOutput(output.logits[:, -1:])
 
     def _wanted_states(self) -> dict[str, Any]:
         return {"output_hidden_states": [tap + 1 for tap in self._taps]} if self._taps else {}
+
+    @contextmanager
+    def _collected_features(self) -> Iterator[list[Tensor | None]]:
+        """[B, n, F] features of every forward: a prefill in chunks returns the last one's alone."""
+        found: list[Tensor | None] = []
+        hook = self.model.register_forward_hook(
+            lambda _model, _inputs, output: found.append(self._features(output))
+        )
+        try:
+            yield found
+        finally:
+            hook.remove()
 
     def _features(self, output: Any) -> Tensor | None:
         """[B, n, F] tapped hidden states, concatenated."""
@@ -121,17 +135,19 @@ class ChainTarget:
             return None
         return torch.cat([output.hidden_states[tap + 1] for tap in self._taps], -1)
 
-    def _show_prompt(self, drafter: Drafter, output: Any) -> None:
-        """Hands the prompt to the drafter, rows of one length at a time."""
-        call, features = self._call, self._features(output)
+    def _show_prompt(self, drafter: Drafter, chunks: Sequence[Tensor]) -> None:
+        """Hands the prompt to the drafter, rows of one length and offset at a time."""
+        call, features = self._call, torch.cat(list(chunks), 1) if chunks else None
         if call.kwargs.get("inputs_embeds") is not None:
             return
         ids = call.input_ids.to(self._device)
-        new = [call.total - max(call.past, padding) for padding in call.padding]
-        for count in sorted(set(new)):
-            rows = [row for row, n in enumerate(new) if n == count]
+        new = [
+            (call.total - max(call.past, padding), max(call.past - padding, 0))
+            for padding in call.padding
+        ]
+        for count, offset in sorted(set(new)):
+            rows = [row for row, part in enumerate(new) if part == (count, offset)]
             shown = None if features is None else features[rows, -count:]
-            offset = call.total - count - call.padding[rows[0]] if call.past else 0
             drafter.observe_prefill(rows, ids[rows, ids.shape[1] - count :], shown, offset)
 
     @torch.no_grad()
@@ -142,7 +158,7 @@ class ChainTarget:
         tokens = trees.tokens
         if again:
             tokens = self._behind(tokens, missing)
-        output = self._feed(tokens, size + again - min(missing))
+        output = self._feed(tokens, [n + size for n in missing], size + again - min(missing))
         logits, features = output.logits, self._features(output)
         if len(set(missing)) > 1:
             # The head ran over the last `size + again - min(missing)` tokens of every row.
@@ -171,20 +187,23 @@ class ChainTarget:
         ]
         return both.gather(1, torch.tensor(order, device=tokens.device))
 
-    def _feed(self, tokens: Tensor, heads: int) -> Any:
-        """Runs `tokens` [B, q] on top of the state, which can be put back until it is committed."""
+    def _feed(self, tokens: Tensor, live: Sequence[int], heads: int) -> Any:
+        """Runs `tokens` [B, q] on top of the state, which can be put back until it is committed.
+
+        Row b holds `live[b]` tokens, and filling behind them; the last `heads` get logits.
+        """
         self._fed = tokens.shape[1]
         self.cache.hold()
         kwargs = {
             **self._call.kwargs,
             self._cache_name: self.cache.cache,
             "attention_mask": self.cache.mask(self._fed, tokens.device),
-            "position_ids": self._positions(self._fed),
+            "position_ids": self._positions(self._fed, live),
             **self._wanted_states(),
         }
         return self.model(**step_inputs(self.model, tokens, kwargs, heads), return_dict=True)
 
-    def _positions(self, count: int) -> Tensor | None:
+    def _positions(self, count: int, live: Sequence[int]) -> Tensor | None:
         """Positions of the coming tokens in the layout of the model, [..., B, count]."""
         known = self._last_positions
         if known is None:
@@ -194,8 +213,10 @@ class ChainTarget:
         ]
         start = known[..., -1] + 1 + torch.tensor(fed, device=known.device)
         positions = start[..., None] + torch.arange(count, device=known.device)
-        # Filling behind a short row may lie beyond a learned table; nobody looks at its outcome.
-        return positions.clamp(max=self._limit - 1).to(self._device)
+        # Filling may lie beyond a learned table, and nobody looks at its outcome. The text itself
+        # may go beyond what a model declares, as with plain `generate`.
+        last = start + torch.tensor(live, device=known.device) - 1
+        return positions.minimum(last.clamp(min=self._limit - 1)[..., None]).to(self._device)
 
     def commit(self, path: Tensor, accepted: Sequence[Sequence[int]], rows: Sequence[bool]) -> None:
         """Keeps what was accepted, or, where a state took a rejected token too, goes back."""
@@ -231,7 +252,7 @@ class ChainTarget:
                 return
             count = min([len(tokens) for tokens in left if tokens] + [_SETTLING_CHUNK])
             fed = [(tokens + [0] * count)[:count] for tokens in left]
-            self._feed(torch.tensor(fed, device=self._device), 1)
             kept = [count if tokens else 0 for tokens in left]
+            self._feed(torch.tensor(fed, device=self._device), kept, 1)
             self.cache.keep(kept, count)
             self._covered = [c + n for c, n in zip(self._covered, kept, strict=True)]

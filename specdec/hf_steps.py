@@ -6,6 +6,7 @@ self-test measures against them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,11 @@ def keeps_state(model: Any) -> bool:
     except Exception:  # noqa: BLE001 - configs that the cache cannot read are not known to
         return False
     return any(hasattr(layer, "recurrent_states") for layer in layers)
+
+
+def max_slots(config: Any) -> int:
+    """Slots, padding included, that a model's table of distances reaches (MPT); else unlimited."""
+    return getattr(config.get_text_config(), "max_seq_len", None) or sys.maxsize
 
 
 def prefill_as_plain(model: Any, input_ids: Tensor, config: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -98,8 +104,18 @@ def plain_logits(
     model: Any, prompt: Tensor, config: Any, kwargs: Mapping[str, Any], tokens: Tensor
 ) -> Tensor:
     """[B, n, V] logits after each of `tokens` [B, n], fed one by one as plain decoding would."""
-    kwargs, rows = dict(kwargs), []
     output = prefill_as_plain(model, prompt, config, kwargs)
+    return logits_after(model, prompt, output, kwargs, tokens)
+
+
+def logits_after(
+    model: Any, prompt: Tensor, output: Any, kwargs: Mapping[str, Any], tokens: Tensor
+) -> Tensor:
+    """[B, n, V] logits after each of `tokens` [B, n] behind a prompt whose forward gave `output`.
+
+    Goes on in the cache of `output`.
+    """
+    kwargs, rows = dict(kwargs), []
     for step in range(tokens.shape[1]):
         kwargs = model._update_model_kwargs_for_generation(output, kwargs)
         prompt = torch.cat([prompt, tokens[:, step : step + 1]], dim=1)

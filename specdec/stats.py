@@ -81,7 +81,7 @@ class GenerationStats:
 
     def __str__(self) -> str:
         """A few readable lines."""
-        options = ", ".join(f"{name} {value}" for name, value in self.options.items())
+        options = ", ".join(f"{name} {_brief(value)}" for name, value in self.options.items())
         won = ", ".join(f"{name} {count}" for name, count in self.tokens_by_source.most_common())
         seconds = ", ".join(f"{stage} {value:.3f}" for stage, value in self.seconds.items())
         return (
@@ -114,3 +114,9 @@ class GenerationStats:
                 self.tokens_by_source[source_names[source]] += 1
             self.tokens_by_source["target"] += len(tokens) - len(won)
         self.seconds.update(record.seconds)
+
+
+def _brief(value: object) -> str:
+    """The value, or the type of an object whose own text would fill a page, as a model's does."""
+    text = str(value)
+    return text if len(text) <= 80 and "\n" not in text else type(value).__name__

@@ -1,20 +1,23 @@
-"""Looks into a running call: its loop objects, and its cache against a fresh prefill."""
+"""Looks into a running call: its loop objects, forwards, and its cache against plain's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
+from helpers.laws import Case
 from specdec import hf_generate, loop
+from specdec.chain_target import ChainTarget
 from specdec.drafters.base import Drafter, RoundResult
 from specdec.loop import Call
 from specdec.stats import RoundRecord
-from specdec.target import HFTarget
 from specdec.tree_cache import TreeCache
 
 # Inside, these compute in float32 whatever the model's dtype: norms, rotary angles, routers.
@@ -25,7 +28,7 @@ UPCASTING = ("deepseek_v3", "gemma3n", "gemma3n_kvshare", "gemma4", "gptj", "lla
 class Seen:
     """The objects of one call of the main loop."""
 
-    target: HFTarget
+    target: Any
     drafter: Drafter
     call: Call
 
@@ -75,3 +78,130 @@ def cache_error(model: Any, cache: TreeCache, texts: Sequence[Sequence[int]]) ->
 def tolerance(family: str) -> float:
     """What a cache may differ by in float64."""
     return 1e-6 if family in UPCASTING else 1e-12
+
+
+# Chain mode: states
+
+UPCASTING_STATES = ("qwen3_next", "qwen3_5", "falcon_h1", "mamba2", "bamba")
+"""These scan in float32; BLOOM and MPT exist in it alone."""
+
+_FOLDED = ("conv_states", "recurrent_states")
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What a layer of a cache holds, copied: slots [B, H, S, D] and states [B, ...], by name."""
+
+    slots: dict[str, Tensor]
+    folded: dict[str, Tensor]
+
+
+def layer_states(cache: Any) -> list[LayerState]:
+    """Copies of what the layers of a Hugging Face cache hold."""
+    found = []
+    for layer in cache.layers:
+        slots = {
+            name: tensor.clone()
+            for name in ("keys", "values")
+            if (tensor := getattr(layer, name, None)) is not None and tensor.ndim == 4
+        }
+        folded = {
+            f"{name} {index}": state.clone()
+            for name in _FOLDED
+            for index, state in getattr(layer, name, {}).items()
+            if state is not None
+        }
+        found.append(LayerState(slots, folded))
+    return found
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a forward or a call returned, under either of its names."""
+    return getattr(output, "past_key_values", None) or output.cache_params
+
+
+@contextmanager
+def watched_forwards(model: Any, watcher: Callable[[dict[str, Any], Any], None]) -> Iterator[None]:
+    """Shows `watcher` the keyword arguments and the output of every forward of a block."""
+    hook = model.register_forward_hook(
+        lambda _model, _args, kwargs, output: watcher(kwargs, output), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def plain_states(case: Case) -> list[list[LayerState]]:
+    """Layer states after the prompt and 0, 1, 2, ... further tokens of plain `generate`."""
+    found: list[list[LayerState]] = []
+    with watched_forwards(case.model, lambda _, out: found.append(layer_states(cache_of(out)))):
+        case.generate(specdec=False)
+    return found
+
+
+def covered_tokens(seen: Seen) -> list[int]:
+    """Tokens of each row behind its prompt that the state holds."""
+    target, lengths = seen.target, seen.call.state.prompt_lengths
+    assert isinstance(target, ChainTarget)
+    return [covered - prompt for covered, prompt in zip(target._covered, lengths, strict=True)]
+
+
+def state_error(seen: Seen, plain: Sequence[Sequence[LayerState]]) -> float:
+    """Largest difference from plain's states after just as many tokens, relative; row by row.
+
+    Also checks that attention layers hold as many slots of a row, aligned on the right.
+    """
+    cache, worst = seen.target.cache, 0.0
+    for row, covered in enumerate(covered_tokens(seen)):
+        tokens = seen.call.state.prompt_lengths[row] + covered
+        if cache.width:
+            assert cache.width - cache.padding[row] == tokens
+        for ours, theirs in zip(layer_states(cache.cache), plain[covered], strict=True):
+            assert ours.slots.keys() == theirs.slots.keys()
+            assert ours.folded.keys() == theirs.folded.keys()
+            for name, slots in ours.slots.items():
+                shown = min(tokens, theirs.slots[name].shape[2])  # a window has forgotten the rest
+                pair = slots[row, :, -shown:], theirs.slots[name][row, :, -shown:]
+                worst = max(worst, relative_error(*pair))
+            for name, state in ours.folded.items():
+                worst = max(worst, relative_error(state[row], theirs.folded[name][row]))
+    return worst
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Largest difference over the largest value."""
+    assert got.shape == wanted.shape
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+
+
+def state_tolerance(case: Case) -> float:
+    """What a state may differ by: wrong ones differ by a hundredth of their size and more."""
+    exact = case.model.dtype == torch.float64 and case.family not in UPCASTING_STATES
+    return 1e-12 if exact else 1e-4
+
+
+def same_states(ours: Any, theirs: Any) -> float:
+    """Largest difference between two caches, relative; layers, lengths and flags must be equal."""
+    assert type(ours) is type(theirs)
+    assert len(ours.layers) == len(theirs.layers)
+    for mine, other in zip(ours.layers, theirs.layers, strict=True):
+        assert type(mine) is type(other)
+        assert _flags(mine) == _flags(other)
+    worst = 0.0
+    for mine, other in zip(layer_states(ours), layer_states(theirs), strict=True):
+        got, wanted = {**mine.slots, **mine.folded}, {**other.slots, **other.folded}
+        assert got.keys() == wanted.keys()
+        for name, tensor in got.items():
+            assert tensor.dtype == wanted[name].dtype
+            worst = max(worst, relative_error(tensor, wanted[name]))
+    return worst
+
+
+def _flags(layer: Any) -> dict[str, Any]:
+    """Attributes of a layer that are neither tensors nor states."""
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if not isinstance(value, Tensor) and name not in _FOLDED
+    }
