@@ -14,7 +14,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from specdec import SpecConfig
 from specdec.demo import load_target, load_tokenizer
 from specdec.sources.suffix_store import SuffixStore
 from specdec.tokenizers import tokenizer_fingerprint
+from specdec_bench.drafts import first_layers
 from specdec_bench.paired import ratio, time_arms
 from specdec_bench.text import loop_start
 
@@ -78,15 +78,6 @@ def read_prompts(options: Options) -> list[Tensor]:
     texts = [json.loads(line)["prompt"] for line in lines if line.strip()]
     texts = texts[:: max(1, len(texts) // options.prompts)][: options.prompts]
     return [tokenizer(text, return_tensors="pt").input_ids[:, :512] for text in texts]
-
-
-def first_layer(model: Any) -> Any:
-    """A draft model: the target with its first layer only, embeddings and head shared."""
-    config = deepcopy(model.config)
-    config.num_hidden_layers = 1
-    draft = type(model)(config).to(model.dtype).eval()
-    draft.load_state_dict(model.state_dict(), strict=False)
-    return draft
 
 
 @dataclass
@@ -140,7 +131,7 @@ def make_arms(
     model: Any, units: Units, folder: str, tokenizer: Any, only: tuple[str, ...]
 ) -> dict[str, Callable[[int], Tensor]]:
     """Name -> function of a prompt's index."""
-    plain, draft = type(model).generate, first_layer(model)
+    plain, draft = type(model).generate, first_layers(model)
 
     def hugging_face(**extra: Any) -> Callable[[int], Tensor]:
         return lambda u: plain(model, units.prompts[u], **limits(units.cuts[u]), **extra)

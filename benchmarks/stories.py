@@ -1,7 +1,7 @@
 """Tokens per forward and time on a tiny story model, beside Hugging Face's prompt lookup.
 
-Five story openings, 120 tokens each, greedy, fp32, one thread; every text is compared with plain
-`generate`. Drafter state is fresh for each prompt. Run:
+Five story openings (or fifty), 120 tokens each, greedy, fp32, one thread; every text is compared
+with plain `generate`. Drafter state is fresh for each prompt. Run:
 
     python benchmarks/stories.py --model PATH_TO_STORIES260K
 """
@@ -22,9 +22,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specdec
 from specdec.stats import RoundRecord
+from specdec_bench.drafts import first_layers
 from specdec_bench.paired import ratio, time_arms
 
+_NAMES = ("Lily", "Tim", "Mia", "Ben", "Sue", "Max", "Anna", "Jack", "Lucy", "Sam")
+_BEGINNINGS = (
+    "Once upon a time, there was a little bear named {}.",
+    "One day, {} found a shiny key in the garden.",
+    "{} liked to play with a red ball.",
+    "It was raining, and {} was sad.",
+    "{} and a big dog went to the park.",
+)
+
 OPENINGS = {
+    "fifty": tuple(start.format(name) for start in _BEGINNINGS for name in _NAMES),
     "long": (
         "Once upon a time, there was a little girl named Lily.",
         "One day, a boy named Tim went to the park with his mom.",
@@ -50,6 +61,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "lookahead",
         {"window": 7, "ngram": 5, "guesses": 7, "extend_guesses": False, "harvest": False},
     ),
+    "suffix": ("suffix", {}),
+    "jacobi": ("jacobi", {}),
+    "recycling, 16 nodes": ("recycling", {"nodes": 16, "top_k": 4}),
+    "recycling": ("recycling", {}),
+    "draft_model, first two layers": ("draft_model", {"num_draft_tokens": 3}),
+    "draft_model, the same, top 3": ("draft_model", {"num_draft_tokens": 3, "top_k": 3}),
 }
 
 
@@ -59,8 +76,8 @@ class Options:
 
     model: Path
     """Folder of the story model."""
-    openings: Literal["long", "short"] = "long"
-    """Which five openings."""
+    openings: Literal["long", "short", "fifty"] = "long"
+    """Which openings."""
     tokens: int = 120
     """New tokens a story."""
     repeats: int = 8
@@ -95,11 +112,13 @@ def main() -> None:
     model.register_forward_pre_hook(lambda *_: forwards.update(["all"]))
     plain: Callable[..., torch.Tensor] = type(model).generate
     texts = [plain(model, ids, **length) for ids in prompts]
+    draft = first_layers(model, 2)
     new_tokens = sum(t.shape[1] - p.shape[1] for t, p in zip(texts, prompts, strict=True))
 
     def speculative(name: str, **extra: Any) -> Callable[[int], torch.Tensor]:
         method, chosen = METHODS[name]
-        config = specdec.SpecConfig(method=method, options=chosen, **extra)
+        options = {**chosen, "draft": draft} if method == "draft_model" else chosen
+        config = specdec.SpecConfig(method=method, options=options, **extra)
         return lambda unit: model.generate(prompts[unit], specdec=config, **length)
 
     specdec.augment(model, "none")
