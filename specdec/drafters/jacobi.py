@@ -1,0 +1,168 @@
+"""Jacobi decoding (Santilli et al., arXiv 2305.10427): a block of guesses, refined round by round.
+
+The block hangs below the pending token as a chain. Every round the target's picks along it become
+the next block, moved on by the tokens that were emitted: a fixed-point iteration whose fixed point
+is the greedy text. Models trained for it get many tokens right at once (Consistency LLMs, arXiv
+2403.00835); ordinary ones hardly any. So rejected guesses are recycled, as Jacobi Forcing does:
+wherever the target agreed with a guess it was shown, the run of its picks is kept as an n-gram, and
+n-grams that begin with the pending token are verified as further branches.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass
+
+from specdec.drafters.base import BatchState, Needs, RowDrafter, RowRound
+from specdec.errors import ConfigError
+from specdec.sources.ngram_pool import NgramPool
+from specdec.tree import MAX_NODES, TokenTree, TreeBuilder
+
+_FIXED_POINT, _FILL, _RECYCLED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class JacobiConfig:
+    """Options of `jacobi`."""
+
+    block: int = 16
+    """Guessed tokens of the chain; models trained for Jacobi decoding take longer ones."""
+    recycle: int = 4
+    """n-grams kept for a token and verified as branches; 0 for the chain alone."""
+    ngram: int = 8
+    """Most tokens of a recycled n-gram, its first one included."""
+    seed: int = 0
+    """Seed of the guesses that fill the block; independent of torch's generators."""
+
+    def __post_init__(self) -> None:
+        """Checks the ranges; raises `ConfigError`."""
+        impossible = self.block < 1 or self.recycle < 0 or self.ngram < 2
+        if impossible or self.nodes > MAX_NODES:
+            raise ConfigError(
+                "jacobi needs block >= 1, recycle >= 0 and ngram >= 2, and at most "
+                f"{MAX_NODES} nodes, block + recycle * (ngram - 1), got block={self.block}, "
+                f"recycle={self.recycle}, ngram={self.ngram}"
+            )
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of a full step below the root."""
+        return self.block + self.recycle * (self.ngram - 1)
+
+
+class _Row:
+    """What is known of one row: its text, the guesses that go on, the recycled n-grams."""
+
+    def __init__(self, prompt: list[int], config: JacobiConfig) -> None:
+        self.text, self.guesses, self.length = list(prompt), list[int](), 0
+        self.pool = NgramPool(config.recycle) if config.recycle else None
+        if self.pool is not None:
+            self.pool.add_text(prompt, config.ngram)
+
+
+class Jacobi(RowDrafter):
+    """Fixed-point block decoding; sources are refined guesses, fresh ones, and recycled n-grams."""
+
+    Config = JacobiConfig
+    needs = Needs(node_picks=True)
+    source_names = ("fixed point", "fill", "recycled")
+
+    def __init__(self, config: JacobiConfig) -> None:
+        super().__init__(config)
+        self._config = config
+        self.max_nodes = config.nodes
+        self._generator = random.Random(config.seed)
+        self._vocab_size = 0
+        self._rows: dict[int, _Row] = {}
+
+    def start(self, state: BatchState) -> None:
+        """Begins a call."""
+        super().start(state)
+        self._vocab_size = state.vocab_size
+
+    def start_row(self, row: int, prompt: list[int]) -> None:
+        """Collects the prompt's n-grams; the first block is all fresh guesses."""
+        self._rows[row] = _Row(prompt, self._config)
+
+    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
+        """The block first, then recycled n-grams; a smaller budget shrinks both alike."""
+        config, known = self._config, self._rows[row]
+        share = budget if self.chains_only else -(-budget * config.block // config.nodes)
+        builder = TreeBuilder(history[-1])
+        known.length = min(config.block, share)
+        if self.chains_only and known.pool is not None:
+            self._add_newest(builder, known.pool, known.length)
+        self._add_block(builder, known)
+        if not self.chains_only and known.pool is not None:
+            self._add_recycled(builder, known.pool, min(budget, config.nodes) + 1)
+        return builder.build()
+
+    def _add_newest(self, builder: TreeBuilder, pool: NgramPool, length: int) -> None:
+        """Where only a chain can be verified, what the pool knows goes before the guesses."""
+        node: int | None = 0
+        while node is not None and len(builder) <= length:
+            found = pool.guesses(builder.tokens[node])
+            if not found:
+                return
+            node = builder.add_path(found[0][0], _RECYCLED, limit=length + 1, start=node)
+
+    def _add_block(self, builder: TreeBuilder, known: _Row) -> None:
+        """The guesses that go on, then tokens drawn from the text up to the block's length."""
+        for depth in range(len(builder), known.length + 1):
+            refined = depth <= len(known.guesses)
+            token = known.guesses[depth - 1] if refined else self._fresh_guess(known, builder)
+            builder.add(depth - 1, token, _FIXED_POINT if refined else _FILL)
+
+    def _fresh_guess(self, known: _Row, builder: TreeBuilder) -> int:
+        """A token of the row's text; the pending one where the model cannot take that."""
+        token = self._generator.choice(known.text)
+        return token if 0 <= token < self._vocab_size else builder.tokens[0]
+
+    def _add_recycled(self, builder: TreeBuilder, pool: NgramPool, limit: int) -> None:
+        """Breadth first: n-grams below the root, then those below where they ended."""
+        open_ends, seen = deque([(0, 0)]), {0}
+        while open_ends:
+            start, depth = open_ends.popleft()
+            for gram, _ in pool.guesses(builder.tokens[start]):
+                if depth + len(gram) > 2 * (self._config.ngram - 1):
+                    continue
+                end = builder.add_path(gram, _RECYCLED, limit=limit, start=start)
+                if end is None:
+                    return
+                if end not in seen:
+                    seen.add(end)
+                    open_ends.append((end, depth + len(gram)))
+
+    def observe_row(self, row: int, outcome: RowRound) -> None:
+        """The picks after the accepted nodes are the next guesses."""
+        known, picks = self._rows[row], outcome.picks
+        known.text.extend(outcome.tokens)
+        if picks is None:
+            return
+        end = min(known.length, len(outcome.tree) - 1)  # near the length limit, trees are cut
+        known.guesses = picks[len(outcome.path) + 1 : end + 1]
+        if known.pool is not None:
+            recycle(outcome.tree, picks, known.pool, self._config.ngram)
+            new_from = len(known.text) - len(outcome.tokens)
+            known.pool.add_text(known.text, self._config.ngram, start=new_from)
+
+
+def recycle(tree: TokenTree, picks: list[int], pool: NgramPool, ngram: int) -> None:
+    """Stores, for every node, how the target went on from there, as far as the tree shows it.
+
+    Args:
+        tree: A verified tree.
+        picks: The target's choice at every node.
+        pool: Takes n-grams of two to `ngram` tokens; those of nodes near the root are the newest.
+        ngram: Most tokens of an n-gram.
+    """
+    children = {(tree.parents[node], tree.tokens[node]): node for node in range(1, len(tree))}
+    for node in reversed(range(len(tree))):
+        run, at = list[int](), node
+        while len(run) < ngram - 1:
+            run.append(picks[at])
+            if (at, picks[at]) not in children:
+                break
+            at = children[at, picks[at]]
+        pool.add(tree.tokens[node], run)
