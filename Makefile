@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraint
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check laws docs demo-target clean
+.PHONY: help demo test check laws mutants models docs demo-target clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,7 +20,13 @@ test: .venv/.dev ## the test suite without the slow grids
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests -m "not slow"
 
 laws: .venv/.dev ## the law suite with its full grids (slow)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/laws
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/laws tests/hf/test_long.py
+
+mutants: .venv/.dev ## plants known faults; a test must catch each (ARGS="--only NAME", "--list")
+	$(TEST_ENV) PYTHONPATH=tests $(BIN)/python -m mutants.run $(ARGS)
+
+models: .venv/.dev ## every causal LM class of transformers, built tiny: writes docs/models.md (slow)
+	$(TEST_ENV) $(BIN)/python tests/sweep/run.py --write docs/models.md $(ARGS)
 
 check: .venv/.dev ## lint, format, types, import direction and size limits
 	$(BIN)/ruff check .

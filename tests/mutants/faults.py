@@ -1,0 +1,14 @@
+"""All planted faults. A new part of the library brings a module of its own, named here.
+
+The bug classes are those that speculative decoders are known to have had.
+"""
+
+from mutants.fault import Fault
+from mutants.faults_call import CALL
+from mutants.faults_chain import CHAIN
+from mutants.faults_drafters import DRAFTERS
+from mutants.faults_rejection import REJECTION
+from mutants.faults_round import ROUND
+from mutants.faults_target import TARGET
+
+FAULTS: tuple[Fault, ...] = (*ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION)

@@ -1,0 +1,5 @@
+"""Faults in rejection sampling: the draft's law, acceptance and the residual."""
+
+from mutants.fault import Fault
+
+REJECTION: tuple[Fault, ...] = ()

@@ -1,0 +1,261 @@
+"""Faults between the loop and the model: cache, masks, windows, prefill, the self-test."""
+
+from mutants.fault import Fault
+
+_CACHE, _TARGET = "specdec/tree_cache.py", "specdec/target.py"
+_COMPAT, _PROBE = "specdec/hf_compat.py", "specdec/capability.py"
+_HF_CACHE = "specdec/hf_cache.py"
+
+_GREEDY_TEXT = "tests/laws/test_text.py::test_fp64 -k 'gemma3-oracle-greedy'"
+_FRESH = "tests/laws/test_cache.py::test_cache_is_a_fresh_prefill_after_every_round -k 'gemma3-'"
+_RAGGED = "tests/laws/test_contract.py::test_three_rows_accept_unequally"
+_CHUNKS = "tests/hf/test_caches.py::test_chunked_prefill"
+_SLIDING_TURNS = "tests/hf/test_caches.py::test_sliding_window_past_its_window"
+
+TARGET: tuple[Fault, ...] = (
+    # The tree cache.
+    Fault(
+        "one_row_too_few_is_committed",
+        "one cache row too few",
+        _CACHE,
+        "length + (1 + len(nodes) if active else 0)",
+        "length + (max(len(nodes), 1) if active else 0)",
+        _FRESH,
+    ),
+    Fault(
+        "one_row_too_many_is_committed",
+        "one cache row too many",
+        _CACHE,
+        "length + (1 + len(nodes) if active else 0)",
+        "length + (2 + len(nodes) if active else 0)",
+        _FRESH,
+    ),
+    Fault(
+        "finished_rows_go_on_growing",
+        "rows of a batch accept unequally",
+        _CACHE,
+        "length + (1 + len(nodes) if active else 0)",
+        "length + 1 + len(nodes)",
+        _FRESH,
+    ),
+    Fault(
+        "accepted_nodes_are_not_moved_together",
+        "cache holds rejected rows",
+        _CACHE,
+        "if any(list(nodes) != list(range(1, len(nodes) + 1)) for nodes in accepted):",
+        "if False:",
+        _FRESH,
+    ),
+    Fault(
+        "only_the_first_row_decides_about_moving",
+        "cache holds rejected rows",
+        _CACHE,
+        "!= list(range(1, len(nodes) + 1)) for nodes in accepted):",
+        "!= list(range(1, len(nodes) + 1)) for nodes in accepted[:1]):",
+        _FRESH,
+    ),
+    Fault(
+        "accepted_nodes_are_moved_one_slot_too_far",
+        "cache holds rejected rows",
+        _CACHE,
+        "layer.move(base + node, base + order)",
+        "layer.move(base + node, base + order + 1)",
+        _FRESH,
+    ),
+    Fault(
+        "keys_move_and_values_do_not",
+        "cache holds rejected rows",
+        _CACHE,
+        "for buffer in (self.keys, self.values):",
+        "for buffer in (self.keys,):",
+        _FRESH,
+    ),
+    Fault(
+        "lengths_stay_behind_on_the_device",
+        "rows of a batch accept unequally",
+        _CACHE,
+        "self.lengths.copy_(torch.tensor(self.host_lengths))",
+        "self.lengths.copy_(torch.tensor(self.host_lengths).clamp(max=max(steps)))",
+        _FRESH,
+    ),
+    Fault(
+        "growing_loses_the_text",
+        "long texts",
+        _CACHE,
+        "torch.cat([old, extra], dim=2)",
+        "torch.cat([extra, old], dim=2)",
+        "tests/hf/test_long.py::test_the_text_and_the_cost_of_a_round -k prompt_lookup",
+    ),
+    Fault(
+        "unwritten_slots_hold_nan",
+        "masked slots hold NaN",
+        _CACHE,
+        "self.keys = key_states.new_zeros(",
+        'self.keys = float("nan") * key_states.new_zeros(',
+        _RAGGED,
+    ),
+    Fault(
+        "a_layer_keeps_its_cache_alive",
+        "memory leaks between calls",
+        _CACHE,
+        "cast(TreeCache, weakref.proxy(cache))",
+        "cast(TreeCache, cache)",
+        "tests/hf/test_attacks.py::test_caches_are_freed_with_the_call",
+    ),
+    # Masks and positions of a forward.
+    Fault(
+        "positions_start_one_too_late",
+        "tree positions",
+        _TARGET,
+        "positions = self.cache.lengths[:, None] + trees.depths()",
+        "positions = self.cache.lengths[:, None] + trees.depths() + 1",
+        _GREEDY_TEXT,
+    ),
+    Fault(
+        "the_depth_limit_is_one_too_deep",
+        "depth limit ignored",
+        _TARGET,
+        "return self._positions - 1 - max(",
+        "return self._positions - max(",
+        "tests/laws/test_rounds.py::test_an_end_at_the_last_position",
+    ),
+    Fault(
+        "slots_beyond_the_row_are_seen",
+        "rows of a batch accept unequally",
+        _TARGET,
+        "seen = (slots < cache.lengths[:, None])",
+        "seen = (slots < cache.lengths.max().expand(len(cache.lengths), 1))",
+        _RAGGED,
+    ),
+    Fault(
+        "windows_count_slots_instead_of_positions",
+        "sliding window",
+        _TARGET,
+        "keys = keys.scatter(1, written, positions)",
+        "keys = keys.clone()",
+        "tests/laws/test_rounds.py::test_accepted_paths_longer_than_the_window",
+    ),
+    Fault(
+        "the_window_is_one_token_too_wide",
+        "sliding window",
+        _COMPAT,
+        "return (query - key) < span",
+        "return (query - key) <= span",
+        _GREEDY_TEXT,
+    ),
+    Fault(
+        "the_window_is_noticed_one_token_too_late",
+        "sliding window",
+        _COMPAT,
+        "return span is not None and length > span",
+        "return span is not None and length > span + 1",
+        "tests/laws/test_rounds.py::test_the_first_chain_that_leaves_the_window",
+    ),
+    Fault(
+        "chunks_are_windows",
+        "sliding window",
+        _COMPAT,
+        "return whole == torch.div(key, span,",
+        "return whole <= 1 + torch.div(key, span,",
+        "tests/laws/test_text.py::test_fp64 -k 'llama4_text-oracle-greedy'",
+    ),
+    Fault(
+        "trees_reach_flash_attention",
+        "tree mask",
+        _COMPAT,
+        'if chosen is None or not ("flash" in chosen or "flex" in chosen):',
+        'if chosen is None or "flash" in chosen:',
+        "tests/hf/test_wrappers.py::test_trees_never_reach_flash_attention",
+    ),
+    # Prefill.
+    Fault(
+        "a_short_rows_last_token_is_read_elsewhere",
+        "chunked prefill and padding",
+        _TARGET,
+        "kept = columns.index(column) if self._keeps_logits else column",
+        "kept = 0 if self._keeps_logits else column",
+        _CHUNKS,
+    ),
+    Fault(
+        "chunks_begin_at_the_wrong_slot",
+        "chunked prefill and padding",
+        _TARGET,
+        "cache.set_lengths([length + stop for length in before])",
+        "cache.set_lengths([length + stop - start for length in before])",
+        _CHUNKS,
+    ),
+    Fault(
+        "taps_are_one_layer_too_low",
+        "the drafter is shown the wrong row",
+        _TARGET,
+        "output.hidden_states[layer + 1] for layer",
+        "output.hidden_states[layer] for layer",
+        "tests/laws/test_contract.py::test_needs_are_met",
+    ),
+    Fault(
+        "an_adopted_prefix_is_not_counted_for_the_drafter",
+        "the drafter is shown the wrong row",
+        _TARGET,
+        "groups.setdefault((min(count, stop) - start, length + start), [])",
+        "groups.setdefault((min(count, stop) - start, start), [])",
+        "tests/hf/test_prompts_shown.py",
+    ),
+    # User caches.
+    Fault(
+        "a_sliding_cache_is_adopted_without_its_first_slot",
+        "upstream cache semantics",
+        _HF_CACHE,
+        "there = (held >= offset)",
+        "there = (held > offset)",
+        _SLIDING_TURNS,
+    ),
+    Fault(
+        "a_sliding_cache_gets_one_slot_too_many_back",
+        "upstream cache semantics",
+        _HF_CACHE,
+        "length - (window - 1)",
+        "length - window",
+        _SLIDING_TURNS,
+    ),
+    Fault(
+        "a_foreign_cache_is_taken_for_an_ordinary_one",
+        "upstream cache semantics",
+        _HF_CACHE,
+        "if type(cache) is not cache_utils.DynamicCache",
+        "if not isinstance(cache, cache_utils.DynamicCache)",
+        "tests/hf/test_fallthrough.py::test_cache_class_of_the_users_own",
+    ),
+    # Models that cannot be verified with trees.
+    Fault(
+        "the_self_test_lets_nan_pass",
+        "unsupported models",
+        _PROBE,
+        "if not error <= bound:",
+        "if error > bound:",
+        "tests/hf/test_attacks.py::test_the_self_test_refuses_nan",
+    ),
+    Fault(
+        "an_interrupted_self_test_leaves_eval_mode",
+        "state after an exception",
+        _PROBE,
+        "    finally:\n        for module, was_training in modes:",
+        "    except ValueError:\n        for module, was_training in modes:",
+        "tests/hf/test_interruptions.py -k 'self_test or modes'",
+    ),
+    Fault(
+        "one_kind_of_growing_rotary_positions_is_overlooked",
+        "unsupported models",
+        _COMPAT,
+        'in ("dynamic", "longrope"):',
+        'in ("dynamic",):',
+        "tests/hf/test_positions.py::test_positions_that_depend_on_the_longest_draft",
+    ),
+    Fault(
+        "windows_inside_the_layers_are_overlooked",
+        "unsupported models",
+        _COMPAT,
+        "if type(value) is int and value > 0",
+        "if type(value) is int and value > 64",
+        "tests/hf/test_attacks.py::test_windows_inside_the_layers_run_plain",
+    ),
+)
