@@ -22,7 +22,7 @@ from specdec.tree import MAX_NODES, TokenTree
 
 _FROM_TEXT, _FROM_STORE = 0, 1
 _STORE_NOVELTY = 2.0  # other texts are less like this one; measured against 1 and 4
-_STORE_CONTEXT = 64  # prompt tokens matched with the store; longer matches change no draft
+_STORE_CONTEXT = 64  # prompt tokens matched with the store; more would hardly change a draft
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class SuffixConfig:
     """The model's tokenizer, or its fingerprint; a store needs it."""
     store_tokens: int = 200_000
     """Stored tokens held in memory, the newest."""
+    store_update: bool = True
+    """Whether the call's own texts are added to the store."""
 
     def __post_init__(self) -> None:
         """Checks the ranges; raises `ConfigError`."""
@@ -165,6 +167,6 @@ class Suffix(RowDrafter):
 
     def end(self, state: BatchState) -> None:
         """Adds what the rows emitted to the store; prompts stay out of it."""
-        if self._store is not None:
+        if self._store is not None and self._config.store_update:
             for tokens, prompt_length in zip(state.tokens, state.prompt_lengths, strict=True):
                 self._store.add(tokens[prompt_length:])

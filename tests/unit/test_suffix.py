@@ -7,7 +7,7 @@ import os
 import random
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -269,6 +269,31 @@ def test_a_failing_store_is_one_warning(
             assert torch.equal(state, wanted_state)
     ours = [warning for warning in seen if warning.category is StoreWarning]
     assert len(ours) == 1
+
+
+def test_nobody_drafts_while_a_thread_changes_the_store(tmp_path: Path) -> None:
+    store = SuffixStore(tmp_path, "default", KEY)
+    store.add([1, 2, 3, 4])
+    drafter = Suffix(SuffixConfig(store=tmp_path, tokenizer=KEY))
+    drafter._store = store
+    drafter.start_row(0, [1, 2])
+    outcome = RowRound(TokenTree([2], [-1]), [], [3], None, None)
+    work: list[Callable[[], object]] = [
+        lambda: store.add([5, 6, 7]),
+        store.refresh,
+        lambda: drafter.start_row(1, [1, 2]),
+        lambda: drafter.propose_row(0, [1, 2], 8),
+        lambda: drafter.observe_row(0, outcome),
+    ]
+    threads = [threading.Thread(target=task) for task in work]
+    with store.locked():
+        for thread in threads:
+            thread.start()
+            thread.join(0.1)
+            assert thread.is_alive()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_threads_may_share_a_store(tmp_path: Path) -> None:

@@ -97,20 +97,27 @@ def test_round_trip(tmp_path: Path) -> None:
     assert len(reader) == len(writer) == sum(map(len, texts))
 
 
-def test_only_new_bytes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checked: list[int] = []
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the records whose checksum has been computed."""
+    sizes: list[int] = []
     crc = zlib.crc32
 
     def counting(payload: bytes) -> int:
-        checked.append(len(payload))
+        sizes.append(len(payload))
         return crc(payload)
 
+    monkeypatch.setattr(zlib, "crc32", counting)
+    return sizes
+
+
+def test_only_new_bytes_are_read(tmp_path: Path, checked: list[int]) -> None:
     first, second = texts_of(1, 2)
     writer, reader = store_in(tmp_path), store_in(tmp_path)
     writer.add(first)
     reader.refresh()
     writer.add(second)
-    monkeypatch.setattr(zlib, "crc32", counting)
+    checked.clear()
     reader.refresh()
     assert checked == [4 * len(second)]
     reader.refresh()
@@ -322,6 +329,9 @@ def test_damaged_tails(name: str, tmp_path: Path) -> None:
     assert len(warned) == 1
     assert str(path) in warned[0]
     assert holds(store, [9, 8, 7])
+    with path.open("ab") as file:
+        file.write(GOOD)
+    assert refresh_with_warning(store) == []
     assert len(store) == 3
 
 
@@ -499,17 +509,23 @@ def test_a_text_longer_than_the_limit_keeps_its_end(tmp_path: Path) -> None:
     assert len(store) == 50
     assert holds(store, text[-50:])
     size = files(tmp_path)[0].stat().st_size
+    smaller = store_in(tmp_path, limit=40)
+    smaller.refresh()
+    assert len(smaller) == 20
+    assert holds(smaller, text[-20:])
     store.add(text)  # is there already
     assert files(tmp_path)[0].stat().st_size == size
     assert len(store) == 50
 
 
-def test_the_newest_of_many_files_are_read(tmp_path: Path) -> None:
+def test_the_newest_of_many_files_are_read(tmp_path: Path, checked: list[int]) -> None:
     for number in range(1, 9):
         path = planted(tmp_path, GOOD_HEADER + framed([number] * 100), number)
         os.utime(path, (LONG_AGO + number, LONG_AGO + number))
+    checked.clear()
     store = store_in(tmp_path, limit=400)
     store.refresh()
+    assert len(checked) == 4
     assert [holds(store, [n] * 100) for n in range(1, 9)] == [False] * 4 + [True] * 4
 
 
