@@ -73,9 +73,8 @@ class ChainTarget:
         self._limit, self._slots = max_positions(model.config), max_slots(model.config)
         self._last_positions: Tensor | None = call.kwargs.get("position_ids")
         self._prompt = list(self._covered)
-        lengths = [call.total - padding for padding in call.padding]
-        self._lengths = torch.tensor(lengths, device=self._device)
-        self._longest = max(lengths)
+        self._host_lengths = [call.total - padding for padding in call.padding]
+        self._lengths = torch.tensor(self._host_lengths, device=self._device)
         self._fed = 0  # tokens a row of the forward that is not committed yet
 
     @property
@@ -100,7 +99,8 @@ class ChainTarget:
 
     def depth_limit(self) -> int:
         """Levels below the root for which every row has a position."""
-        return min(self._limit - 1 - self._longest, self._slots - 1 - self.cache.width)
+        longest = max(self._host_lengths)
+        return min(self._limit - 1 - longest, self._slots - 1 - self.cache.width)
 
     def prefill(self, drafter: Drafter) -> TargetOutput:
         """Runs the prompt as plain `generate` runs it; logits [B, 1, V] of the last tokens."""
@@ -233,7 +233,7 @@ class ChainTarget:
             1 + len(nodes) if active else 0 for nodes, active in zip(accepted, rows, strict=True)
         ]
         self._lengths = self._lengths + torch.tensor(steps, device=self._device)
-        self._longest += max(steps)
+        self._host_lengths = [n + step for n, step in zip(self._host_lengths, steps, strict=True)]
 
     def rollback(self) -> None:
         """Returns the state to the last commit (I7)."""

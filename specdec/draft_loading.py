@@ -16,10 +16,11 @@ import transformers
 from specdec.capability import probe
 from specdec.errors import ConfigError, VocabularyMismatchError
 from specdec.hf_compat import unwrap, vocabulary_size
-from specdec.tokenizers import tokenizer_fingerprint
+from specdec.tokenizers import tokenizer_fingerprint, tokenizer_in
 
 _MEMORY = "draft_model.drafts"
 _MOST_KEPT = 4  # drafts that the memory of one target holds at a time
+_NO_VOCABULARY = 16  # special tokens alone, which is what some classes make out of no files
 _MOST_PADDING = 512  # ids by which embeddings of one vocabulary are seen to differ
 
 
@@ -31,7 +32,7 @@ class ReadyDraft:
         source: What the user named: the model itself, a folder or a hub id.
         model: The model, unwrapped.
         vocab_size: Ids that it has embeddings for.
-        compared: The pair of tokenizers that were found to be the same.
+        compared: The target's tokenizer and the draft's when they were found to agree.
         reason: What the self-test found; empty before it.
         runs_ragged: Whether it can run rows of different length at once, as the self-test says.
     """
@@ -102,7 +103,7 @@ def ready_draft(
         source = key if isinstance(draft, str) else draft
         found = ReadyDraft(source, model, vocabulary_size(model))
         while len(drafts) >= _MOST_KEPT:
-            drafts.pop(next(iter(drafts)))
+            drafts.pop(next(iter(drafts)), None)
         drafts[key] = found
     _compare(found, draft, tokenizers, target_vocab)
     if not found.reason:
@@ -132,22 +133,24 @@ def _load(name: str, device: torch.device) -> Any:
 def _compare(found: ReadyDraft, draft: Any, tokenizers: tuple[Any, Any], target_vocab: int) -> None:
     """Raises `VocabularyMismatchError` unless both models speak of the same tokens."""
     ours, theirs = tokenizers
-    if (
-        found.compared is not None
-        and found.compared[0] is ours
-        and theirs in (None, found.compared[1])
-    ):
+    before = found.compared
+    if before is not None and before[0] is ours and (theirs is None or theirs is before[1]):
         return
     if ours is not None and theirs is None and isinstance(draft, str):
         theirs = _tokenizer_of(draft)
-    if ours is not None and theirs is not None:
-        if tokenizer_fingerprint(ours) != tokenizer_fingerprint(theirs):
-            raise VocabularyMismatchError(
-                f"the draft's tokenizer is not the target's: {len(theirs)} and {len(ours)} tokens, "
-                "or other rules; choose a draft of the target's own family"
-            )
-        found.compared = (ours, theirs)
-        return
+    if ours is None or theirs is None:
+        _compare_sizes(found, target_vocab)
+    elif tokenizer_fingerprint(ours) != tokenizer_fingerprint(theirs):
+        sizes = [len(tokenizer_in(one).get_vocab()) for one in (theirs, ours)]
+        raise VocabularyMismatchError(
+            f"the draft's tokenizer is not the target's: {sizes[0]} and {sizes[1]} tokens, or "
+            "other rules; choose a draft of the target's own family"
+        )
+    found.compared = (ours, theirs)
+
+
+def _compare_sizes(found: ReadyDraft, target_vocab: int) -> None:
+    """Raises `VocabularyMismatchError` for numbers of ids that padding does not explain."""
     difference, larger = abs(found.vocab_size - target_vocab), max(found.vocab_size, target_vocab)
     if difference > min(_MOST_PADDING, larger // 16):
         raise VocabularyMismatchError(
@@ -161,9 +164,10 @@ def _tokenizer_of(name: str) -> Any:
     """The tokenizer beside a checkpoint, or None where there is none."""
     path = Path(name).expanduser()
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        found = transformers.AutoTokenizer.from_pretrained(
             str(path) if path.is_dir() else name, trust_remote_code=False
         )
+        return found if len(found) > _NO_VOCABULARY else None
     except Exception:  # noqa: BLE001 - without one, the sizes have to do
         return None
 

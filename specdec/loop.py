@@ -92,7 +92,7 @@ def speculative_generate(target: TargetModel, drafter: Drafter, call: Call) -> N
         raise
     finally:
         call.picker.finish(max(map(state.emitted, range(len(state.tokens)))))
-        if hasattr(drafter, "end"):
+        if hasattr(drafter, "end"):  # a drafter that is no RowDrafter need not have it
             drafter.end(state)
 
 
@@ -109,7 +109,9 @@ def _propose(target: TargetModel, drafter: Drafter, call: Call) -> TreeBatch:
     """The drafter's trees, or bare roots where they reach beyond the last position."""
     state = call.state
     state.depth_limit = target.depth_limit()
-    budget = max(call.budget.nodes(state) - target.refeed, 0) if state.depth_limit > 0 else 0
+    budget = call.budget.nodes(state) if state.depth_limit > 0 else 0
+    if target.refeed:  # never more than the method's own size, or re-feeding would grow with it
+        budget = max(min(budget, drafter.max_nodes) - target.refeed, 0)
     trees = drafter.propose(state, budget)
     if not isinstance(trees, TreeBatch) or len(trees.tokens) != len(state.active):
         raise DrafterError(

@@ -262,6 +262,10 @@ def _folded(layer: Any) -> dict[str, dict[int, Tensor | None]]:
     return {name: states for name in _FOLDED if (states := getattr(layer, name, None))}
 
 
+def _has_states(layer: Any) -> bool:
+    return any(s is not None for states in _folded(layer).values() for s in states.values())
+
+
 def _is_filled(layer: Any) -> bool:
     keys = getattr(layer, "keys", None)
     return keys is not None and keys.ndim > 2
@@ -281,7 +285,11 @@ def _aligned(slots: Tensor, dim: int, counts: Sequence[int], trim: int) -> Tenso
 
 
 def check_layers(cache: Any, batch: int) -> None:
-    """Raises `UnsupportedModelError` when a layer holds something that could not be put back."""
+    """Raises `UnsupportedModelError` when nothing is held, or something that cannot be put back."""
+    if not any(_is_filled(layer) or _has_states(layer) for layer in cache.layers):
+        known = all(type(layer).__name__ in _BY_ROW for layer in cache.layers)
+        if known and type(cache) is cache_utils.DynamicCache:
+            raise UnsupportedModelError("the model leaves its cache empty")
     for layer in cache.layers:
         if type(layer).__name__ not in _BY_ROW:
             continue  # put back as a whole

@@ -297,7 +297,7 @@ class TreeBatch:
         mask = mask.expand(batch, size, size)
         jump = self.parents.long()
         reached = 1  # `mask` covers this many levels, counting the node itself
-        while reached <= self.max_depth:
+        while reached < size:  # `max_depth` is only what the drafter says
             index = jump.clamp(min=0)
             above = mask.gather(1, index[:, :, None].expand_as(mask))
             mask = mask | (above & (jump >= 0)[:, :, None])

@@ -163,6 +163,8 @@ def walk_on_host(trees: TreeBatch, picks: Tensor) -> Verdict:
             children[parents[node], tokens[node]] = node
         node, path = 0, []
         while (child := children.get((node, row_picks[node]))) is not None:
+            if len(path) == trees.max_depth:
+                break  # deeper than the drafter said: nobody has made room for it
             path.append(child)
             node = child
         paths.append(path)
@@ -189,7 +191,7 @@ def walk_on_device(trees: TreeBatch, picks: Tensor) -> Verdict:
     ancestors = trees.ancestor_mask()
     accepted = (matches[:, None, :] | ~ancestors).all(-1)
     depths = trees.depths()
-    last = torch.where(accepted, depths, -1).argmax(1)
+    last = torch.where(accepted & (depths <= trees.max_depth), depths, -1).argmax(1)
     length = depths.gather(1, last[:, None])[:, 0]
     on_path = ancestors.gather(1, last[:, None, None].expand(-1, 1, trees.size))[:, 0]
     # Parents come before children, so the path is its nodes in order; slot d - 1 takes depth d.

@@ -19,6 +19,7 @@ from specdec.commands.loading import (
     load_tokenizer,
     method_options,
     sentence,
+    with_tokenizer,
 )
 from specdec.commands.reading import chat_lines, check_input, prompt_text
 from specdec.config import SpecConfig
@@ -38,9 +39,10 @@ def run_generate(options: GenerateOptions) -> int:
         check_input("--chat")
     text = None if options.chat else prompt_text(options)
     chosen = method_options(options.method, options.option)
-    config = SpecConfig(method=options.method, options=chosen, budget=options.budget)
     check_model(options.model)
     tokenizer = load_tokenizer(options.model)
+    chosen = with_tokenizer(options.method, chosen, tokenizer)
+    config = SpecConfig(method=options.method, options=chosen, budget=options.budget)
     if options.chat and not tokenizer.chat_template:
         raise ConfigError(
             f"--chat needs a tokenizer with a chat template, and that of {_name(options)!r} has "

@@ -161,6 +161,15 @@ def method_options(method: str | None, pairs: tuple[str, ...]) -> dict[str, Any]
     return options
 
 
+def with_tokenizer(method: str | None, options: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """The options, with the model's tokenizer where the method has a use for it."""
+    config_class = (
+        NoOptions if method is None else getattr(methods.load(method), "Config", NoOptions)
+    )
+    takes_one = any(field.name == "tokenizer" for field in fields(config_class))
+    return {"tokenizer": tokenizer, **options} if takes_one else options
+
+
 def _convert(name: str, text: str, wanted: Any) -> Any:
     """`text` as the type of the option's field; what is no simple type stays text."""
     choices = get_args(wanted) or (wanted,)

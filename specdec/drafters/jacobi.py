@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from specdec.drafters.base import BatchState, Needs, RowDrafter, RowRound
 from specdec.errors import ConfigError
@@ -51,14 +51,21 @@ class JacobiConfig:
         return self.block + self.recycle * (self.ngram - 1)
 
 
+@dataclass(slots=True)
 class _Row:
-    """What is known of one row: its text, the guesses that go on, the recycled n-grams."""
+    """What is known of one row.
 
-    def __init__(self, prompt: list[int], config: JacobiConfig) -> None:
-        self.text, self.guesses, self.length = list(prompt), list[int](), 0
-        self.pool = NgramPool(config.recycle) if config.recycle else None
-        if self.pool is not None:
-            self.pool.add_text(prompt, config.ngram)
+    Attributes:
+        text: Prompt and output.
+        pool: Recycled n-grams and those of the text, or None when they are switched off.
+        guesses: The target's picks for the tokens after the pending one.
+        length: Length of the block that was last proposed.
+    """
+
+    text: list[int]
+    pool: NgramPool | None
+    guesses: list[int] = field(default_factory=list)
+    length: int = 0
 
 
 class Jacobi(RowDrafter):
@@ -83,7 +90,10 @@ class Jacobi(RowDrafter):
 
     def start_row(self, row: int, prompt: list[int]) -> None:
         """Collects the prompt's n-grams; the first block is all fresh guesses."""
-        self._rows[row] = _Row(prompt, self._config)
+        pool = NgramPool(self._config.recycle) if self._config.recycle else None
+        if pool is not None:
+            pool.add_text(prompt, self._config.ngram)
+        self._rows[row] = _Row(list(prompt), pool)
 
     def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
         """The block first, then recycled n-grams; a smaller budget shrinks both alike."""
@@ -159,7 +169,8 @@ def recycle(tree: TokenTree, picks: list[int], pool: NgramPool, ngram: int) -> N
     """
     children = {(tree.parents[node], tree.tokens[node]): node for node in range(1, len(tree))}
     for node in reversed(range(len(tree))):
-        run, at = list[int](), node
+        run: list[int] = []
+        at = node
         while len(run) < ngram - 1:
             run.append(picks[at])
             if (at, picks[at]) not in children:

@@ -188,7 +188,11 @@ class Recycling:
         if not all(state.active):
             live &= torch.tensor(state.active, device=tokens.device)[:, None]
         live[:, 0] = True
-        return _compact(tokens, live, template)
+        # On a CPU there are no kernels to keep shapes for, asking for a size is free, and padding
+        # would be real work.
+        on_cpu = tokens.device.type == "cpu"
+        size = int(live.sum(1).max()) if on_cpu else bucket_size(template.size)
+        return _compact(tokens, live, template, size)
 
     def _template(self, nodes: int, depth: int, width: int | None) -> _Template:
         """The template of this size, made when it is first wanted."""
@@ -229,28 +233,23 @@ class Recycling:
         self._matrix[rows] = torch.where(usable, values, _UNKNOWN).to(torch.int32)
 
 
-def _compact(tokens: Tensor, live: Tensor, template: _Template) -> TreeBatch:
-    """The live nodes [B, N] moved together, in their order; a live node's parent is live.
+def _compact(tokens: Tensor, live: Tensor, template: _Template, size: int) -> TreeBatch:
+    """The live nodes [B, N] moved together, in their order, as trees padded to `size`.
 
-    Padded to a bucket on accelerators. On a CPU there are no kernels to keep shapes for, asking
-    for a size is free, and padding would be real work.
+    The root is live, and so is every live node's parent. No row has more than `size` live nodes.
     """
-    sizes = live.sum(1)
     slots = live.cumsum(1) - 1
     above = slots.gather(1, template.parents.clamp(min=0).expand_as(slots))
-    on_cpu = tokens.device.type == "cpu"
-    size = int(sizes.max()) if on_cpu else bucket_size(template.size)
-    outside = max(size, template.size)
-    slots = torch.where(live, slots, outside)
+    slots = torch.where(live, slots, size)  # the others pile up in a column that is cut off
 
     def moved(values: Tensor) -> Tensor:
-        return values.new_zeros(len(values), outside + 1).scatter(1, slots, values)[:, :size]
+        return values.new_zeros(len(values), size + 1).scatter(1, slots, values)[:, :size]
 
     parents = moved(above).to(torch.int32)
     parents[:, 0] = -1
     return TreeBatch(
         tokens=moved(tokens),
         parents=parents,
-        sizes=sizes.to(torch.int32),
+        sizes=live.sum(1).to(torch.int32),
         max_depth=min(template.depth, size - 1),
     )

@@ -24,12 +24,15 @@ SAMPLINGS = pytest.mark.parametrize(
 )
 
 
+def slowly(value: Any) -> Any:
+    """A parameter that is left out of the fast run."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def families(*without: str) -> list[Any]:
     """Parameters: every chain family, those that take long marked slow."""
     return [
-        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
-        for name in CHAIN_FAMILIES
-        if name not in without
+        slowly(name) if name in SLOW else name for name in CHAIN_FAMILIES if name not in without
     ]
 
 

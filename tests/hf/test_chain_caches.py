@@ -17,6 +17,7 @@ from helpers.chains import (
     NEW,
     families,
     run_both,
+    slowly,
     tolerance,
     truth_of,
 )
@@ -78,7 +79,7 @@ def test_short_calls(family: str, limit: int) -> None:
         assert error <= tolerance(model)
 
 
-@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("family", [*FEW[1:], slowly(FEW[0])])
 def test_every_end_leaves_plains_cache(family: str) -> None:
     """The k-th token of each row as EOS, before and after what a draft says about it."""
     model, inputs = model_of(family), prompts(4)
@@ -221,6 +222,29 @@ def test_padding_inside_a_row_is_left_to_plain() -> None:
     with pytest.warns(FallbackWarning, match="mask has holes"):
         assert torch.equal(model.generate(**call, past_key_values=caches[1]), expected)
     assert same_states(caches[1], caches[0]) <= tolerance(model)
+
+
+class Own(DynamicCache):
+    """A cache of the caller's own kind."""
+
+
+def test_a_cache_of_an_unknown_kind_is_put_back_as_a_whole() -> None:
+    """One row without padding goes through; rows and padding inside it cannot be told apart."""
+    model, inputs = model_of("qwen3_5"), prompts(1)
+    caches = Own(config=model.config), Own(config=model.config)
+    ids = inputs["input_ids"]
+    for turn in range(TURNS):
+        pair = iter(caches)
+        both = run_both(
+            model, lambda pair=pair: {"past_key_values": next(pair)}, input_ids=ids,
+            attention_mask=torch.ones_like(ids), max_new_tokens=NEW,
+        )  # fmt: skip
+        assert same_states(caches[1], caches[0]) <= tolerance(model), f"turn {turn}"
+        ids = torch.cat([both.ours, both.ours[:, 4:7]], 1)
+    call = {**prompts(4), "max_new_tokens": NEW}
+    with pytest.warns(FallbackWarning, match="of a Own cannot be told apart"):
+        got = model.generate(**call, past_key_values=Own(config=model.config))
+    assert torch.equal(got, plain(model, **call))
 
 
 # Layers with an attention window beside states

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import specdec
 from helpers.chains import (
@@ -20,8 +22,12 @@ from helpers.chains import (
     tolerance,
     with_options,
 )
+from helpers.drafters import THROW_AWAY
 from helpers.families import CHAIN_FAMILIES, model_of
+from helpers.hf import plain
 from helpers.laws import prompts
+from specdec.drafters.base import BatchState, Needs, RoundResult
+from specdec.registry import methods
 
 pytestmark = [
     pytest.mark.usefixtures("throw_away_methods"),
@@ -150,3 +156,103 @@ def test_text_that_ends_with_the_distance_table() -> None:
     for inputs in BATCHES.values():
         for method in ("oracle", "random_trees"):
             run_both(model, **inputs, method=method, max_new_tokens=NEW)
+
+
+# Drafters that read hidden states
+
+
+TAPS = (0, 1)
+
+
+class Tapping(THROW_AWAY["oracle"]):
+    """Keeps what it is shown of the target: features by row and position."""
+
+    needs = Needs(taps=TAPS)
+    features: dict[tuple[int, int], Tensor]
+    tokens: dict[tuple[int, int], int]
+
+    def start(self, state: BatchState) -> None:
+        super().start(state)
+        self.state = state
+
+    def _keep(self, row: int, position: int, token: int, features: Tensor) -> None:
+        assert (row, position) not in self.features, "a token was shown twice"
+        self.features[row, position], self.tokens[row, position] = features, token
+
+    def observe_prefill(
+        self, rows: Sequence[int], token_ids: Tensor, features: Tensor | None, offset: int
+    ) -> None:
+        assert features is not None
+        assert features.shape[:2] == token_ids.shape
+        for index, row in enumerate(rows):
+            for at, token in enumerate(token_ids[index].tolist()):
+                self._keep(row, offset + at, token, features[index, at])
+
+    def observe(self, round_result: RoundResult) -> None:
+        super().observe(round_result)
+        features, host = round_result.output.features, round_result.host
+        assert features is not None
+        assert features.shape[:2] == round_result.trees.tokens.shape
+        for row, tokens in enumerate(host.tokens):
+            nodes = [0, *host.paths[row]] if tokens else []
+            first = int(self.state.lengths[row]) - len(nodes)
+            for at, node in enumerate(nodes):
+                token = int(round_result.trees.tokens[row, node])
+                self._keep(row, first + at, token, features[row, node])
+
+
+@pytest.fixture
+def tapping() -> Iterator[type[Tapping]]:
+    methods.register("tapping", Tapping)
+    Tapping.features, Tapping.tokens = {}, {}
+    yield Tapping
+    methods.unregister("tapping")
+
+
+@torch.no_grad()
+def tapped_alone(model: Any, ids: list[int]) -> Tensor:
+    """[n, F] tapped states of a text by itself."""
+    output = model(input_ids=torch.tensor([ids]), output_hidden_states=True, use_cache=False)
+    return torch.cat([output.hidden_states[tap + 1][0] for tap in TAPS], -1)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("family", ["qwen3_5", "lfm2", "bloom"])
+def test_tapped_states_are_those_of_their_tokens(
+    family: str, chunk: int | None, tapping: type[Tapping]
+) -> None:
+    """Every token of prompt and text once, at its position, however often it was fed."""
+    model, inputs = model_of(family), prompts(4)
+    both = run_both(model, method="tapping", **inputs, max_new_tokens=NEW, prefill_chunk_size=chunk)
+    for row, text in enumerate(both.ours.tolist()):
+        text = text[int(inputs["attention_mask"][row].argmax()) :]
+        wanted = tapped_alone(model, text)
+        for position, token in enumerate(text[:-1]):
+            assert tapping.tokens[row, position] == token
+            got = tapping.features[row, position]
+            error = float((got - wanted[position]).abs().max() / wanted.abs().max())
+            assert error <= tolerance(model)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "lfm2", "bloom"])
+def test_the_second_turn_shows_what_is_new(family: str, tapping: type[Tapping]) -> None:
+    """Positions go on behind the adopted cache, row by row."""
+    model, inputs = model_of(family), prompts(4)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for cache in caches:
+        said = plain(model, **inputs, max_new_tokens=NEW, past_key_values=cache)
+    ids = torch.cat([said, said[:, :3].clamp(min=15)], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(4, NEW + 3, dtype=torch.long)], 1)
+    pair = iter(caches)
+    run_both(
+        model, lambda: {"past_key_values": next(pair)}, method="tapping", input_ids=ids,
+        attention_mask=mask, max_new_tokens=NEW,
+    )  # fmt: skip
+    for row, text in enumerate(ids.tolist()):
+        padding = int(mask[row].argmax())
+        held = said.shape[1] - 1 - padding
+        known = {at: token for (r, at), token in tapping.tokens.items() if r == row}
+        assert min(known) == held
+        for position, token in enumerate(text[padding:]):
+            assert known.get(position, token) == token
+            assert (position in known) == (position >= held)

@@ -6,12 +6,14 @@ Either way the text stays plain's, and the model usable.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from helpers.drafters import TruthConfig
 from helpers.laws import GREEDY, SAMPLED, Case, Mode, reference
 from specdec import RowDrafter, SpecConfig, TokenTree, TreeBatch
 from specdec.drafters.base import BatchState
@@ -97,8 +99,28 @@ class ImpossibleIds(WrongRootOnDevice):
         return TreeBatch.chains(torch.stack([state.pending, beyond, -beyond], dim=1))
 
 
+class DeeperThanItSays(WrongRootOnDevice):
+    """Proposes plain's own text as a chain, and says that it is one level deep, or flat."""
+
+    Config = TruthConfig
+    says = 1
+
+    def propose(self, state: BatchState, budget: int) -> TreeBatch:
+        rows = [
+            self.config.truth[row][len(text) - 1 :][:6] for row, text in enumerate(state.tokens)
+        ]
+        padded = [[*row, *[0] * 6][:6] for row in rows]
+        return replace(TreeBatch.chains(torch.tensor(padded)), max_depth=self.says, _derived=[])
+
+
+class FlatItSays(DeeperThanItSays):
+    says = 0
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_5"])
-@pytest.mark.parametrize("drafter", [WrongRootOnDevice, ImpossibleIds])
+@pytest.mark.parametrize(
+    "drafter", [WrongRootOnDevice, ImpossibleIds, DeeperThanItSays, FlatItSays]
+)
 def test_what_a_device_drafter_puts_down_is_only_a_draft(
     drafter: type[RowDrafter], family: str
 ) -> None:
@@ -106,7 +128,8 @@ def test_what_a_device_drafter_puts_down_is_only_a_draft(
     case = Case(family, GREEDY, rows=3)
     methods.register("mistaken", drafter)
     try:
-        got, _ = case.generate(specdec=SpecConfig("mistaken"))
+        options = {"truth": case.truth()} if hasattr(drafter, "says") else {}
+        got, _ = case.generate(specdec=SpecConfig("mistaken", options))
     finally:
         methods.unregister("mistaken")
     assert torch.equal(got, reference(case)[0])

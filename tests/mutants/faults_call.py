@@ -132,11 +132,11 @@ CALL: tuple[Fault, ...] = (
     ),
     Fault(
         "positions_of_the_users_own_are_ignored",
-        "fallback missing",
+        "tree positions",
         _CALL,
         "return bool((positions == wanted).all())",
         "return bool((positions >= wanted).all())",
-        "tests/hf/test_fallthrough.py -k 'positions'",
+        "tests/hf/test_own_inputs.py -k positions",
     ),
     Fault(
         "holes_in_a_mask_are_not_noticed",

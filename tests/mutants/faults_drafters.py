@@ -57,7 +57,7 @@ DRAFTERS: tuple[Fault, ...] = (
         "for oldest in list(entries)[: len(entries) - self._guesses]:\n"
         "                entries.pop(oldest, None)",
         "for _ in range(1):\n                del entries[next(iter(entries))]",
-        "tests/unit/test_shared_pool.py",
+        "tests/unit/test_shared_pool.py::test_another_writer_in_the_middle_of_an_entry",
     ),
     Fault(
         "near_ties_are_judged_too_kindly",

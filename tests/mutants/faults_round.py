@@ -77,7 +77,7 @@ ROUND: tuple[Fault, ...] = (
         _TREE,
         "fits = depths[node] <= depth and 0 <= self.tokens[node] < vocab_size",
         "fits = depths[node] <= depth",
-        "tests/hf/test_positions.py -k 'impossible or placeholders'",
+        _CUTS,
     ),
     Fault(
         "impossible_tokens_of_device_trees_are_passed_on",

@@ -85,14 +85,15 @@ def require_fit(faults: Sequence[Fault], root: Path) -> None:
         raise FaultError("\n\n".join(problems))
 
 
-def require_green(job: Job, outcome: Outcome) -> None:
-    """Raises `FaultError` unless a selection passes on the untouched copy."""
-    if outcome.exit != 0 or not outcome.passed:
-        ended = "ran out of time" if outcome.exit is None else f"exit status {outcome.exit}"
-        raise FaultError(
-            f"without any fault, `pytest {' '.join(job.selection)}` must pass, but: {ended}, "
-            f"{len(outcome.passed)} tests passed:\n{outcome.output[-3000:]}"
-        )
+def why_not_green(job: Job, outcome: Outcome) -> str | None:
+    """What is wrong with a selection on the untouched copy, or None when it passes there."""
+    if outcome.exit == 0 and outcome.passed:
+        return None
+    ended = "ran out of time" if outcome.exit is None else f"exit status {outcome.exit}"
+    return (
+        f"without any fault, `pytest {' '.join(job.selection)}` must pass, but: {ended}, "
+        f"{len(outcome.passed)} tests passed:\n{outcome.output[-3000:]}"
+    )
 
 
 def judged(fault: Fault, outcome: Outcome) -> tuple[bool, str]:
@@ -115,8 +116,10 @@ def check(faults: Sequence[Fault], root: Path, jobs: int, timeout: float) -> lis
     with tempfile.TemporaryDirectory(prefix="specdec-mutants-") as folder:
         workshops = [Workshop(Path(folder) / str(n), root) for n in range(max(jobs, 1))]
         untouched = [Job(selection) for selection in dict.fromkeys(f.selection for f in faults)]
-        for job, outcome in with_progress("without faults", untouched, workshops, timeout):
-            require_green(job, outcome)
+        found = with_progress("without faults", untouched, workshops, timeout)
+        problems = [problem for run in found if (problem := why_not_green(*run)) is not None]
+        if problems:
+            raise FaultError("\n\n".join(problems))
         planted = [Job(fault.selection, fault) for fault in faults]
         table = Table(faults)
         for job, outcome in with_progress("with a fault", planted, workshops, timeout):

@@ -32,7 +32,8 @@ _PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",
 )
-_ARGUMENTS = ("-q", "-m", "not slow", "--tb=line", "-p", "no:cacheprovider", "--hypothesis-seed=0")
+_ARGUMENTS = ("-q", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-seed=0",
+              "--tb=line", "--disable-warnings")  # fmt: skip
 
 
 def preload() -> None:

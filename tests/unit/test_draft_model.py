@@ -19,12 +19,15 @@ from helpers.families import CHAIN_FAMILIES, FAMILIES, VOCAB, draft_of, model_of
 from helpers.laws import GREEDY, SAMPLED, Case, prompts, reference
 from helpers.spies import Seen, cache_error, watch_calls
 from specdec import SpecConfig, draft_loading
+from specdec import verify as verification
 from specdec.draft_runner import RaggedRunner
 from specdec.drafters.base import BatchState, RoundResult
 from specdec.drafters.draft_model import DraftModel, DraftModelConfig
 from specdec.errors import ConfigError, DraftWarning, VocabularyMismatchError
 from specdec.registry import methods
 from specdec.stats import RoundRecord
+from specdec.tree import TreeBatch
+from specdec.verify import walk_on_device
 
 CPU = torch.device("cpu")
 
@@ -121,6 +124,8 @@ def test_a_perfect_draft_is_believed_to_the_end(family: str) -> None:
     stats = call(case, draft=case.model, num_draft_tokens=12)
     assert stats.histogram == {13: 3}  # 39 tokens after the first
     assert stats.tokens_by_source == {"target": 4, "draft": 36}
+    if FAMILIES[family].mode == "chain":  # no siblings there
+        assert call(case, draft=case.model, num_draft_tokens=12, top_k=3).histogram == {13: 3}
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
@@ -137,6 +142,8 @@ def test_siblings_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes: list[int] = []
 
     def watch(seen: Seen, result: RoundResult, record: RoundRecord) -> None:
+        if result.trees.sources is None:
+            return
         nodes.extend(node for path in record.paths for node in path)
         for path in record.paths:  # nothing hangs below a sibling
             assert all((node - 1) % 3 == 0 for node in path[:-1])
@@ -146,8 +153,9 @@ def test_siblings_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"draft": draft_of("llama"), "num_draft_tokens": 3}
     alone = call(case, **options)
     trees = call(case, **options, top_k=3)
-    assert any((node - 1) % 3 for node in nodes)
-    assert trees.tokens_by_source["draft sibling"] > 5
+    siblings = sum((node - 1) % 3 > 0 for node in nodes)
+    assert siblings > 5
+    assert trees.tokens_by_source["draft sibling"] == siblings
     assert trees.rounds < alone.rounds
 
 
@@ -164,6 +172,30 @@ def test_a_budget_cuts_siblings_before_the_trunk() -> None:
     assert stats.histogram[4] == 9  # three levels, and the bonus
     assert stats.drafted_nodes == 5 * 9 + 4  # the last round has two levels left
     assert len(forwards) == 3 * 9 + 2
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_padded_trees_give_the_same_text(
+    top_k: int, rows: int, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes for which kernels are kept, as on a GPU."""
+    plain, sizes = TreeBatch.from_rows, set()
+
+    def from_rows(trees: Any, device: torch.device, bucket: bool) -> TreeBatch:
+        made = plain(trees, device, bucket=True)
+        sizes.add((len(trees[0]), made.size))
+        return made
+
+    monkeypatch.setattr(verification, "walk_on_host", walk_on_device)
+    case, draft = Case("gemma3", GREEDY, rows), draft_of("gemma3")
+    wanted = call(case, draft=draft, top_k=top_k, draft_sampling=sampled and top_k == 1)
+    monkeypatch.setattr(TreeBatch, "from_rows", from_rows)
+    found = call(case, draft=draft, top_k=top_k, draft_sampling=sampled and top_k == 1)
+    assert found.histogram == wanted.histogram
+    assert found.drafted_nodes == wanted.drafted_nodes
+    assert (5 * top_k + 1, 16 if top_k == 3 else 8) in sizes
 
 
 class Reads(TorchDispatchMode):
@@ -287,16 +319,17 @@ def test_a_draft_with_a_short_context_stops_drafting(
 
 def test_equal_contexts_end_without_a_warning() -> None:
     """The target's own last position comes first."""
-    torch.manual_seed(0)
-    model = specdec.augment(llama(max_position_embeddings=40), "draft_model", draft=llama())
+    model = specdec.augment(llama(max_position_embeddings=40), "none")
     wanted = model.generate(**prompts(4), max_new_tokens=29, specdec=False)
-    assert torch.equal(model.generate(**prompts(4), max_new_tokens=29), wanted)
-    config = SpecConfig("draft_model", {"draft": model})
-    assert torch.equal(model.generate(**prompts(4), max_new_tokens=29, specdec=config), wanted)
+    for depth in range(4, 9):
+        config = SpecConfig("draft_model", {"draft": model, "num_draft_tokens": depth})
+        assert torch.equal(model.generate(**prompts(4), max_new_tokens=29, specdec=config), wanted)
 
 
-def test_ids_that_the_draft_lacks_stop_its_row_only() -> None:
+def test_ids_that_the_draft_lacks_stop_its_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids of the target's padding: the sizes are close enough."""
+    sizes: list[list[int]] = []
+    watch_calls(monkeypatch, lambda _, result, __: sizes.append(result.trees.sizes.tolist()))
     torch.manual_seed(0)
     target = specdec.augment(llama(vocab_size=VOCAB + 4), "none")
     with torch.no_grad():
@@ -312,6 +345,8 @@ def test_ids_that_the_draft_lacks_stop_its_row_only() -> None:
         found = target.generate(ids, attention_mask=mask, max_new_tokens=20, specdec=config)
     assert torch.equal(found, wanted)
     assert specdec.last_stats(target).drafted_nodes > 20
+    assert {row[2] for row in sizes} == {1}
+    assert sizes[1] == [6, 6, 1, 6]
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -345,10 +380,13 @@ def test_vocabularies_of_different_size(sizes: tuple[int, int], fits: bool) -> N
     for one, other in (sizes, sizes[::-1]):
         found = draft_loading.ReadyDraft("x", None, one)
         if fits:
-            draft_loading._compare(found, None, (None, None), other)
+            draft_loading._compare_sizes(found, other)
         else:
             with pytest.raises(VocabularyMismatchError, match=f"{one} token ids .* {other}"):
-                draft_loading._compare(found, None, (None, None), other)
+                draft_loading._compare_sizes(found, other)
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def tokenizer(words: str) -> Any:
@@ -361,20 +399,29 @@ def test_tokenizers_are_compared_before_any_forward(tmp_path: Path) -> None:
     draft, forwards = llama(vocab_size=VOCAB + 40), []
     handle = draft.register_forward_hook(lambda *_: forwards.append(1))
     case = Case("llama", GREEDY)
-    pair = {"tokenizer": tokenizer("abcdef"), "draft_tokenizer": tokenizer("abcdfe")}
+    pair = {"tokenizer": tokenizer(LETTERS), "draft_tokenizer": tokenizer(LETTERS[::-1])}
     with pytest.raises(VocabularyMismatchError, match="tokenizer is not the target's"):
         call(case, draft=draft, **pair)
     with pytest.raises(VocabularyMismatchError, match="136 token ids and the target 96"):
         call(case, draft=draft)
     assert forwards == []
     handle.remove()
-    pair["draft_tokenizer"] = tokenizer("abcdef")  # the same: then sizes say nothing
+    pair["draft_tokenizer"] = tokenizer(LETTERS)  # the same: then sizes say nothing
     call(case, draft=draft, **pair)
     draft.save_pretrained(tmp_path)
-    tokenizer("abcdfe").save_pretrained(tmp_path)
+    tokenizer(LETTERS[::-1]).save_pretrained(tmp_path)
     with pytest.raises(VocabularyMismatchError, match="tokenizer is not the target's"):
-        call(case, draft=tmp_path, tokenizer=tokenizer("abcdef"))
-    call(case, draft=str(tmp_path), tokenizer=tokenizer("abcdfe"))
+        call(case, draft=tmp_path, tokenizer=tokenizer(LETTERS))
+    call(case, draft=str(tmp_path), tokenizer=tokenizer(LETTERS[::-1]))
+
+
+def test_a_folder_without_a_tokenizer_goes_by_its_size(tmp_path: Path) -> None:
+    """From no files at all, transformers makes a GPT-2 tokenizer of one token."""
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2,
+                                     bos_token_id=None, eos_token_id=None)  # fmt: skip
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path)) == 1
+    call(Case("llama", GREEDY), draft=tmp_path, tokenizer=tokenizer(LETTERS))
 
 
 # Options and loading

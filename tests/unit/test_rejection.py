@@ -13,6 +13,7 @@ from torch import Tensor
 
 import specdec
 from specdec import SpecConfig, hf_call, rejection
+from specdec import verify as verification
 from specdec.sampling import NoiseTape, PrefixIds, TokenPicker
 from specdec.tree import TokenTree, TreeBatch
 from specdec.verify import verify, walk_on_device
@@ -351,14 +352,19 @@ def law_of_three(model: Any, prompt: Tensor, warp: Callable[[Tensor], Tensor]) -
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_generate_has_plains_law(
-    chatty: tuple[Any, Any], top_k: int, everywhere: bool, monkeypatch: pytest.MonkeyPatch
+    chatty: tuple[Any, Any], top_k: int, as_on_a_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Thousands of rows in one batch: prefill, a round with a draft, and the length limit."""
     model, draft = chatty
-    if everywhere:
+    if as_on_a_gpu:  # padded trees, picks at all nodes, the walk without a loop
+        padded = partial(TreeBatch.from_rows, bucket=True)
+        monkeypatch.setattr(
+            TreeBatch, "from_rows", lambda rows, device, bucket: padded(rows, device)
+        )
+        monkeypatch.setattr(verification, "walk_on_host", walk_on_device)
         monkeypatch.setattr(
             hf_call,
             "TokenPicker",
