@@ -285,7 +285,8 @@ def _padding_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
 def flash(monkeypatch: pytest.MonkeyPatch) -> FlashLike:
     """Registered under a name that says flash, for one test."""
     fake = FlashLike()
-    for interface, function in ((AttentionInterface, fake), (AttentionMaskInterface, _padding_mask)):
+    backends = ((AttentionInterface, fake), (AttentionMaskInterface, _padding_mask))
+    for interface, function in backends:
         mapping = dict(interface._global_mapping)
         mapping["fake_flash_attention"] = function
         monkeypatch.setattr(interface, "_global_mapping", mapping)
