@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from specdec.chain_target import ChainCall, ChainTarget
 from specdec.drafters.base import BatchState, RowDrafter
-from specdec.hf_compat import accepts_position_ids, input_device
+from specdec.errors import UnsupportedModelError
+from specdec.hf_compat import accepts_position_ids, has_experts, input_device
 from specdec.hf_steps import keeps_state, plain_logits, prepared_call
 from specdec.target import HFTarget, Prompt
 from specdec.tree import TokenTree, TreeBatch
@@ -32,6 +33,7 @@ Mode = Literal["tree", "chain", "plain"]
 _PROMPTS = (7, 5)  # tokens of the two rows: their lengths differ on purpose
 _PARENTS = [-1, 0, 1, 0, 3]  # a root with two branches of two nodes
 _BRANCHES = ([0, 1, 2], [0, 3, 4])
+_MOST_NOISE = 1e-2  # of the logits' size; more is not rounding, and no bound could rest on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class Capability:
             is what trees are given.
         error: Largest logit difference relative to the largest logit, tree against paths.
         noise: The same for a path run in two ways that are both right; the model's own rounding.
+        prompts: By kind of prompt that the model prepares itself, as with images, why it cannot be
+            verified, or None; filled in by the first call with such a prompt.
     """
 
     mode: Mode
@@ -55,6 +59,9 @@ class Capability:
     noise: float = 0.0
     batched: bool = True
     padded: bool = True
+    prompts: dict[tuple[str, ...], str | None] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
 
 class NoDrafter(RowDrafter):
@@ -115,9 +122,13 @@ def _attempt(
     except Exception as problem:  # noqa: BLE001 - any failure of a foreign model means "plain"
         message = str(problem).strip().split("\n")[0][:160]
         return Capability("plain", f"its self-test failed: {type(problem).__name__}: {message}")
+    eps = torch.finfo(model.dtype).eps
+    if not noise <= max(_MOST_NOISE, 16 * eps):
+        why = f"one forward over a text and its decoding differ by {noise:.1e} of the logits' size"
+        return Capability("plain", why, error, noise)
     # Rounding may happen to agree in this small sample, so a few steps of the dtype always pass;
     # a wrong mask or position changes logits by a tenth of their size and more.
-    bound = max(1e-4, 4 * noise, 4 * torch.finfo(model.dtype).eps)
+    bound = max(1e-4, 4 * noise, 4 * eps)
     if not error <= bound:
         why = f"{what} changes its logits by {error:.1e} of their size (rounding: {noise:.1e})"
         return Capability("plain", why, error, noise)
@@ -136,8 +147,13 @@ def _measure(model: Any) -> tuple[float, float]:
     cache = TreeCache(2, device, capacity=16)
     target = HFTarget(model, Prompt(ids, None, list(_PROMPTS)), cache)
     target.prefill(NoDrafter())
+    others = [[d[0], d[1] + 1, d[2] + 1, d[3], d[4]] for d in drafts]  # another first branch
+    others = [[token % vocab for token in row] for row in others]
+    beside = TreeBatch.from_rows([TokenTree(row, _PARENTS) for row in others], device)
     trees = TreeBatch.from_rows([TokenTree(d[:5], _PARENTS) for d in drafts], device)
+    beside_logits = target.forward_tree(beside).logits
     logits = target.forward_tree(trees).logits
+    _refuse_influence(model, beside_logits[:, _BRANCHES[1]], logits[:, _BRANCHES[1]])
     path = torch.tensor([_BRANCHES[1][1:]] * 2, device=device)
     target.commit(path, [[3, 4], [3]], [True, True])
     after = target.forward_tree(
@@ -209,7 +225,11 @@ def _measure_chains(model: Any, rows: int) -> tuple[float, float]:
     other, state = _chain_target(model, prompt, config, kwargs, padding)
     other.prefill(NoDrafter())
     state.tokens = tokens[:, : _PROMPTS[0] + 1].tolist()
+    head, tail = text[:, :7], (text[:, 7:] + 1) % vocab
+    changed = other.forward_tree(TreeBatch.chains(torch.cat([head, tail], dim=1))).logits
+    other.rollback()
     whole = other.forward_tree(TreeBatch.chains(text)).logits
+    _refuse_influence(model, changed[:, :7], whole[:, :7])
     errors = [
         _difference(torch.stack(got[row]), stepwise[row, : len(got[row])]) for row in range(rows)
     ]
@@ -246,6 +266,22 @@ def _own_noise(model: Any, tokens: Tensor, prompt: int) -> float:
     return _difference(_full_logits(model, tokens[0].tolist())[prompt:], stepwise)
 
 
+def _refuse_influence(model: Any, a: Tensor, b: Tensor) -> None:
+    """Raises when logits of the same tokens differ, because other tokens of the forward do.
+
+    Forwards of one shape round alike, so this is no noise: a draft would change what follows its
+    root (I5), as it does where the activations of a forward are quantised together. Experts are
+    given as many tokens as were sent to them, and round by that, so they cannot be told apart.
+    """
+    if has_experts(model.config):
+        return
+    changed = _difference(a, b) / max(float(b.abs().max()), 1e-6)
+    if not changed <= max(1e-4, 2 * torch.finfo(model.dtype).eps):
+        raise UnsupportedModelError(
+            f"other tokens of a forward change a token's logits by {changed:.1e} of their size"
+        )
+
+
 def _difference(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max())
 
@@ -258,12 +294,19 @@ def _full_logits(model: Any, tokens: list[int]) -> Tensor:
 
 
 def _cached_logits(model: Any, prompt: list[int], continuation: list[int]) -> Tensor:
-    """[n, V] logits of the continuation, token by token over the model's own cache."""
-    output = model(input_ids=torch.tensor([prompt], device=input_device(model)), use_cache=True)
+    """[n, V] logits of the continuation, token by token over the model's own cache.
+
+    Positions are given: some models would count on from the last prompt that held an image.
+    """
+    device = input_device(model)
+    positions = torch.arange(len(prompt), device=device)[None]
+    ids = torch.tensor([prompt], device=device)
+    output = model(input_ids=ids, position_ids=positions, use_cache=True)
     rows = []
-    for token in continuation:
+    for position, token in enumerate(continuation, start=len(prompt)):
         output = model(
-            input_ids=torch.tensor([[token]], device=input_device(model)),
+            input_ids=torch.tensor([[token]], device=device),
+            position_ids=torch.tensor([[position]], device=device),
             past_key_values=output.past_key_values,
             use_cache=True,
         )

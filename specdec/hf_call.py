@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from specdec import hf_cache, hf_compat
 from specdec.chain_target import ChainCall, ChainTarget
 from specdec.drafters.base import BatchState
 from specdec.hf_outputs import PromptLayout, Recorder, WantedOutputs
-from specdec.hf_steps import cache_argument, cached_length
+from specdec.hf_steps import MULTIMODAL, cache_argument, cached_length
+from specdec.prompt_target import PlainPrompt, PromptTarget
 from specdec.sampling import NoiseTape, PrefixIds, TokenPicker
 from specdec.target import HFTarget, Prompt
 from specdec.tree import TokenTree, TreeBatch, bucket_size
@@ -81,6 +83,49 @@ class Prepared:
             return [torch.arange(self.total)] * self.batch
         return [row.nonzero()[:, 0].cpu() for row in self.mask]
 
+    def inputs_given(self) -> list[str]:
+        """Model inputs that hold something: without an image, `generate` passes an empty dict."""
+        values = self.kwargs.items()
+        return [n for n, v in values if v is not None and not (isinstance(v, dict) and not v)]
+
+    @cached_property
+    def own_inputs(self) -> list[str]:
+        """Inputs that the model has to prepare for the prompt itself: images, odd positions."""
+        found = [name for name in self.inputs_given() if name in MULTIMODAL]
+        return found if self._default_positions() else [*found, "position_ids"]
+
+    def _default_positions(self) -> bool:
+        """Whether positions are, in every dimension, those that the attention mask implies."""
+        positions = self.kwargs.get("position_ids")
+        if positions is None:
+            return True
+        if positions.ndim < 2 or positions.shape[-1] > self.total:
+            return False
+        if positions.shape[-2] not in (1, self.batch):
+            return False
+        if self.mask is None:
+            wanted = torch.arange(self.total, device=positions.device)[None]
+        else:
+            wanted = (self.mask.long().cumsum(-1) - 1).masked_fill(self.mask == 0, 0)
+        wanted = wanted[:, self.total - positions.shape[-1] :]
+        return bool((positions == wanted).all())
+
+    @property
+    def ahead(self) -> int:
+        """How far positions run ahead of the slots of their rows."""
+        return max(int(self.plain_prompt().offsets().max()), 0) if self.own_inputs else 0
+
+    def plain_prompt(self) -> PlainPrompt:
+        """The prompt, for a model that prepares it itself."""
+        return PlainPrompt(
+            self.input_ids,
+            self.generation_config,
+            self.kwargs,
+            self.slots(),
+            self.total,
+            self.past,
+        )
+
     def layout(self) -> PromptLayout:
         """Where the prompt's new tokens sit in the padded batch."""
         width, chunk = self.total - self.past, self.generation_config.prefill_chunk_size
@@ -128,8 +173,10 @@ class Prepared:
         device, slots = hf_compat.input_device(self.model), self.slots()
         old = [row[row < self.past] for row in slots]
         new = [row[row >= self.past] for row in slots]
-        room = min(self.max_new_tokens, _FIRST_ROOM) + bucket_size(budget + 1)
-        cache = TreeCache(self.batch, device, self.total + room)
+        cache = TreeCache(self.batch, device, self._capacity(budget))
+        wants_hidden = self.wanted_outputs().hidden_states
+        if self.own_inputs:
+            return PromptTarget(self.model, self.plain_prompt(), cache, taps, wants_hidden)
         if self.past:
             hf_cache.adopt_cache(self.cache, cache, old)
         counts = [len(row) for row in new]
@@ -149,9 +196,16 @@ class Prepared:
             prompt,
             cache,
             taps=taps,
-            hidden_states=self.wanted_outputs().hidden_states,
+            hidden_states=wants_hidden,
             prefill_chunk=self.generation_config.prefill_chunk_size,
         )
+
+    def _capacity(self, budget: int) -> int:
+        """Slots to allocate at once; for a call with a static cache all that it can ever need."""
+        tree = bucket_size(budget + 1)
+        if hf_cache.is_static(self.cache):
+            return self.total + self.max_new_tokens + max(tree, _PADDING_CHUNK)
+        return self.total + min(self.max_new_tokens, _FIRST_ROOM) + tree
 
     def chain_target(self, state: BatchState, taps: tuple[int, ...]) -> ChainTarget:
         """The model in chain mode, which prepares its own inputs and keeps its own cache."""
@@ -210,7 +264,10 @@ class Prepared:
         length = self.total + max(map(state.emitted, range(self.batch))) - 1
         new = torch.arange(self.total, length)
         slots = [torch.cat([row, new]) for row in self.slots()]
-        hf_cache.write_back(target.cache, self.cache, slots, length)
+        width = self.total - self.past
+        chunk = self.generation_config.prefill_chunk_size or width
+        prompt = [min(chunk, width - start) for start in range(0, width, chunk)]
+        hf_cache.write_back(target.cache, self.cache, slots, length, prompt)
 
     def result(self, state: BatchState, recorder: Recorder) -> Any:
         """What plain `generate` returns."""

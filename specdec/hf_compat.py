@@ -200,24 +200,49 @@ def length_dependent_positions(config: Any) -> int | None:
 
 
 def untold_window(config: Any) -> tuple[str, int] | None:
-    """(name, tokens) of an attention window that no mask carries, the narrowest one.
+    """(name, tokens) of what a layer does by slot instead of position, the shortest one.
 
-    Some models apply a window of their own inside the layer, by slot instead of position.
+    Windows of their own that no mask carries, and scales that follow the length (Llama 4).
     """
-    sizes = [
-        (value, name)
-        for name, value in vars(config.get_text_config()).items()  # to_dict takes a millisecond
+    text = config.get_text_config()
+    names = ["floor_scale"] if getattr(text, "attn_temperature_tuning", False) else []
+    names += [
+        name
+        for name in vars(text)  # to_dict takes a millisecond
         if name.endswith(("window", "window_size")) and name != "sliding_window"
-        if type(value) is int and value > 0
     ]
+    sizes = [(value, name) for name in names if type(value := getattr(text, name)) is int]
+    sizes = [(value, name) for value, name in sizes if value > 0]
     return (min(sizes)[1], min(sizes)[0]) if sizes else None
+
+
+def ranked_keys(config: Any) -> int | None:
+    """Length from which an indexer chooses keys by rank, where equal scores are chosen at random.
+
+    The indexers of sparse attention (`index_topk`) give exact zeros; which of them are chosen then
+    differs between a forward over one token and over several.
+    """
+    found = getattr(config.get_text_config(), "index_topk", None)
+    return found if type(found) is int else None
+
+
+def masks_its_window(model: Any) -> bool:
+    """Whether the model's own code puts its sliding window into a mask.
+
+    Others leave it to the cache, which forgets what lies outside: no tree can see that.
+    """
+    makers = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
+    modules = {type(module).__module__ for module in model.modules()}
+    return any(hasattr(sys.modules.get(name), maker) for name in modules for maker in makers)
 
 
 def is_training_at_random(model: Any) -> bool:
     """Whether a forward in the model's present mode is random, or takes no cache."""
     if not model.training:
         return False
-    if getattr(model, "is_gradient_checkpointing", False):
+    name = "is_activation_checkpointing"
+    name = name if hasattr(model, name) else "is_gradient_checkpointing"
+    if getattr(model, name, False):
         return True
     rates = model.config.get_text_config().to_dict().items()
     return any(
@@ -241,6 +266,23 @@ def vocabulary_size(model: Any) -> int:
     embeddings = model.get_input_embeddings()
     rows = getattr(embeddings, "num_embeddings", None)
     return int(rows or model.config.get_text_config().vocab_size)
+
+
+def placeholder_ids(config: Any) -> list[int]:
+    """Ids that stand for a part of an image, a video or a sound in a prompt."""
+    kinds = ("image", "video", "audio")
+    found = [
+        value
+        for name, value in vars(config).items()
+        if name.startswith(kinds) and name.endswith(("_token_id", "_token_index"))
+    ]
+    return sorted({value for value in found if type(value) is int and value >= 0})
+
+
+def has_experts(config: Any) -> bool:
+    """Whether tokens of a forward are sorted among experts."""
+    text = vars(config.get_text_config()).items()
+    return any("expert" in name and type(value) is int and value > 1 for name, value in text)
 
 
 def accepts_position_ids(model: Any) -> bool:
@@ -309,16 +351,15 @@ def dense_attention(model: Any) -> Iterator[None]:
     """Runs tree forwards on a backend that takes a dense mask.
 
     Flash attention ignores a 4-D mask and treats tree positions as packed sequences: silently
-    wrong. Prefill keeps the user's backend.
+    wrong. Prefill keeps the user's backend, and so does the part of the model that sees images.
     """
-    chosen = model.config._attn_implementation
+    config = model.config.get_text_config()
+    chosen = config._attn_implementation
     if chosen is None or not ("flash" in chosen or "flex" in chosen):
         yield
         return
-    model.config._attn_implementation = (
-        "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
-    )
+    config._attn_implementation = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
     try:
         yield
     finally:
-        model.config._attn_implementation = chosen
+        config._attn_implementation = chosen

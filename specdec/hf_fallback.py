@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from specdec import hf_cache, hf_compat, hf_steps, state_cache
@@ -14,6 +13,7 @@ from specdec.capability import Capability
 from specdec.drafters.base import Shape
 from specdec.errors import FallbackWarning
 from specdec.hf_call import Prepared
+from specdec.prompt_check import why_not_trees
 
 _KNOWN_MODEL_KWARGS = frozenset({
     "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
@@ -85,22 +85,29 @@ def why_prepared_is_plain(call: Prepared, found: Capability, shape: Shape = "any
     else:
         reason = _why_no_trees(call, found)
     checks = (_why_model, _why_mask, _why_batch)
-    return reason or next((why for check in checks if (why := check(call)) is not None), None)
+    reason = reason or next((why for check in checks if (why := check(call)) is not None), None)
+    return reason or (_why_inputs(call, found) if found.mode == "tree" else None)
 
 
 def _why_no_trees(call: Prepared, found: Capability) -> str | None:
     if call.mask is not None and not found.padded:
         return "the model's own text changes when a row is padded"
     window = hf_compat.untold_window(call.model.config)
-    if window is not None and call.total + call.max_new_tokens > window[1]:
-        return f"its {window[0]} of {window[1]} is applied inside the layers, not by a mask"
-    unknown = [name for name in _given(call) if name not in _KNOWN_MODEL_KWARGS]
+    length = call.total + call.max_new_tokens
+    if window is not None and length > window[1]:
+        return f"its {window[0]} of {window[1]} is applied inside the layers, by slot"
+    kinds = hf_compat.MaskKinds.of(call.model.config)
+    reached = any(kinds.reaches(kind, length) for kind in kinds.kinds)
+    if reached and not hf_compat.masks_its_window(call.model):
+        return "its attention window is applied by the cache alone, not by a mask"
+    known = (*_KNOWN_MODEL_KWARGS, *hf_steps.MULTIMODAL)
+    unknown = [name for name in call.inputs_given() if name not in known]
     if unknown:
         return f"the model input {unknown[0]!r} is not one that a token tree can carry"
+    if call.own_inputs and (reason := _why_positions(call)):
+        return reason
     slots = call.total + call.max_new_tokens - 1
     reason = hf_cache.unsupported_cache(call.cache, slots, call.model.config)
-    if reason is None and not _default_positions(call):
-        reason = "position_ids are not those of the attention mask"
     windowed = hf_compat.MaskKinds.of(call.model.config)
     if reason is None and call.mask is not None and _has_holes(call.mask):
         if call.keeps_cache and _has_holes(call.mask[:, call.past :]):
@@ -110,13 +117,36 @@ def _why_no_trees(call: Prepared, found: Capability) -> str | None:
     return reason
 
 
+def _why_positions(call: Prepared) -> str | None:
+    """Why the prompt's positions do not say where its text goes on."""
+    positions = call.kwargs.get("position_ids")
+    if positions is None:
+        return "generate prepared no position_ids for its inputs"
+    rows, width = (1, *positions.shape)[-2:]
+    if rows not in (1, call.batch) or width < call.total - call.past:
+        return f"position_ids of shape {tuple(positions.shape)} were given for {call.batch} rows"
+    return None
+
+
+def _why_inputs(call: Prepared, found: Capability) -> str | None:
+    """Tests the prompt when the model has to prepare it itself; once for every kind of prompt."""
+    names = call.own_inputs
+    if not names:
+        return None
+    kind = (*names, f"rows: {min(call.batch, 2)}", f"padding: {call.mask is not None}")
+    if kind not in found.prompts:
+        found.prompts[kind] = why_not_trees(call.model, call.plain_prompt(), found.noise)
+    reason = found.prompts[kind]
+    return None if reason is None else f"{names[-1]} was given and {reason}"
+
+
 def _why_no_chains(call: Prepared, found: Capability, shape: Shape) -> str | None:
     if shape == "tree":
         return "the method proposes token trees and the model takes single paths only"
     if call.batch > 1 and not found.batched:
         return "the model verifies one row at a time"
     known = (*_KNOWN_MODEL_KWARGS, *hf_steps.MULTIMODAL, "cache_params")
-    unknown = [name for name in _given(call) if name not in known]
+    unknown = [name for name in call.inputs_given() if name not in known]
     if unknown:
         return f"the model input {unknown[0]!r} is not known"
     if call.wanted_outputs().hidden_states:
@@ -129,18 +159,15 @@ def _why_no_chains(call: Prepared, found: Capability, shape: Shape) -> str | Non
     return state_cache.why_not_revocable(call.cache, padding)
 
 
-def _given(call: Prepared) -> list[str]:
-    """Names of the inputs that hold something; without images `generate` passes an empty dict."""
-    values = call.kwargs.items()
-    return [n for n, v in values if v is not None and not (isinstance(v, dict) and not v)]
-
-
 def _why_model(call: Prepared) -> str | None:
     if hf_compat.prepares_inputs_itself(call.model):
         return "its input preparation was replaced, as PEFT does to add a learned prompt"
     boundary = hf_compat.length_dependent_positions(call.model.config)
-    if boundary is not None and call.total + call.max_new_tokens > boundary:
+    if boundary is not None and call.total + call.max_new_tokens + call.ahead > boundary:
         return f"its rotary positions change with the length of a forward beyond {boundary}"
+    ranked = hf_compat.ranked_keys(call.model.config)
+    if ranked is not None and call.total + call.max_new_tokens > ranked:
+        return f"beyond {ranked} tokens its indexer chooses keys by rank, ties at random"
     if hf_compat.is_training_at_random(call.model):
         return "the model is in training mode with dropout or gradient checkpointing"
     if call.kwargs.get("output_attentions"):
@@ -163,18 +190,6 @@ def _why_mask(call: Prepared) -> str | None:
 def _has_holes(mask: Tensor) -> bool:
     """Whether padding follows a token."""
     return bool((mask[:, 1:] < mask[:, :-1]).any())
-
-
-def _default_positions(call: Prepared) -> bool:
-    positions = call.kwargs.get("position_ids")
-    if positions is None:
-        return True
-    if call.mask is None:
-        wanted = torch.arange(call.total, device=positions.device)[None]
-    else:
-        wanted = (call.mask.long().cumsum(-1) - 1).masked_fill(call.mask == 0, 0)
-    wanted = wanted[:, call.total - positions.shape[-1] :]
-    return positions.ndim == 2 and bool((positions == wanted).all())
 
 
 def _why_batch(call: Prepared) -> str | None:

@@ -20,6 +20,7 @@ MULTIMODAL = (
     *getattr(generation_utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ()),
     "image_grid_thw",
     "video_grid_thw",
+    "second_per_grid_ts",
     "token_type_ids",
     "mm_token_type_ids",
 )

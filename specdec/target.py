@@ -80,6 +80,7 @@ class HFTarget:
         self._kinds = MaskKinds.of(model.config)
         self._positions = max_positions(model.config)
         self._keeps_logits = supports_logits_to_keep(model)
+        self._shifts = [0] * len(prompt.counts)  # highest position of a token, less its slot
 
     @property
     def lengths(self) -> Tensor:
@@ -91,7 +92,8 @@ class HFTarget:
 
         A draft must not index past a learned table where plain decoding would have ended before.
         """
-        return self._positions - 1 - max(self.cache.host_lengths)
+        ahead = zip(self.cache.host_lengths, self._shifts, strict=True)
+        return self._positions - 1 - max(length + shift for length, shift in ahead)
 
     def prefill(self, drafter: Drafter) -> TargetOutput:
         """Runs the prompt and returns logits [B, 1, V] of each row's last token."""
@@ -154,33 +156,37 @@ class HFTarget:
         """One forward over all nodes of all rows; their cache slots stay provisional."""
         self.cache.reserve(trees.size)
         if trees.size == 1 and self.cache.start is not None:
-            positions = self.cache.lengths[:, None]
-            return self._forward(
-                input_ids=trees.tokens, position_ids=positions, attention_mask=None
-            )
+            return self._step(trees.tokens, self.cache.lengths[:, None], None)
         positions = self.cache.lengths[:, None] + trees.depths()
-        masks = self._masks(trees, positions)
-        return self._forward(
-            input_ids=trees.tokens,
-            position_ids=positions,
-            attention_mask=masks,
-        )
+        return self._step(trees.tokens, positions, self._masks(trees, positions))
+
+    def _step(
+        self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor] | None
+    ) -> TargetOutput:
+        """A forward over `tokens` [B, T]; `positions` count from the row's first slot."""
+        return self._forward(input_ids=tokens, position_ids=positions, attention_mask=masks)
+
+    def _wanted_states(self) -> dict[str, Any]:
+        if self._all_hidden:
+            return {"output_hidden_states": True}
+        taps = [layer + 1 for layer in self._taps]  # 0: embeddings
+        return {"output_hidden_states": taps} if taps else {}
 
     def _forward(self, **inputs: Any) -> TargetOutput:
-        if self._all_hidden:
-            inputs["output_hidden_states"] = True
-        elif self._taps:
-            inputs["output_hidden_states"] = [layer + 1 for layer in self._taps]  # 0: embeddings
-        masked = inputs["attention_mask"] is not None
+        inputs |= self._wanted_states()
+        masked = inputs.get("attention_mask") is not None
         with dense_attention(self.model) if masked else nullcontext():
             output = self.model(
                 **inputs, past_key_values=self.cache, use_cache=True, return_dict=True
             )
-        features = None
-        if self._taps:
-            features = torch.cat([output.hidden_states[layer + 1] for layer in self._taps], -1)
         hidden = tuple(output.hidden_states) if self._all_hidden else None
-        return TargetOutput(output.logits, features, hidden)
+        return TargetOutput(output.logits, self._features(output), hidden)
+
+    def _features(self, output: Any) -> Tensor | None:
+        """[B, T, F] tapped hidden states, concatenated."""
+        if not self._taps:
+            return None
+        return torch.cat([output.hidden_states[layer + 1] for layer in self._taps], -1)
 
     def _masks(self, trees: TreeBatch, positions: Tensor) -> Tensor | dict[str, Tensor]:
         """Additive masks [B, 1, T, K]: float, because some families add what they are given."""

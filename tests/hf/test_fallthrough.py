@@ -97,7 +97,6 @@ def test_stop_criteria_reach_a_call_that_fell_through(llama: Any) -> None:
         assistant_early_exit=1, pad_token_id=0, max_new_tokens=NEW)}),
     ("guidance_scale is 1.5", {"guidance_scale": 1.5}),
     ("guidance_scale is 2", {"guidance_scale": 2, "negative_prompt_ids": prompt(4, seed=9)}),
-    ("cache_implementation is 'static'", {"cache_implementation": "static"}),
     ("cache_implementation is 'offloaded'", {"cache_implementation": "offloaded"}),
     ("use_cache is False", {"use_cache": False}),
     ("output_attentions", {"output_attentions": True, "return_dict_in_generate": True}),
@@ -177,16 +176,6 @@ def test_cache_class_of_the_users_own(llama: Any) -> None:
     )  # fmt: skip
 
 
-def test_static_cache_object(llama: Any) -> None:
-    from transformers import StaticCache
-
-    check(
-        llama, "the call uses a StaticCache",
-        lambda: {"past_key_values": StaticCache(config=llama.config, max_cache_len=40)},
-        input_ids=prompt(), max_new_tokens=NEW,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("sampled", [{}, {"do_sample": True, "top_k": 0}])
 def test_unknown_processor_in_a_batch(llama: Any, sampled: dict[str, Any]) -> None:
     check(
@@ -219,13 +208,10 @@ def test_batch_that_ends_by_time_without_an_eos(llama: Any) -> None:
 
 def test_unknown_model_input() -> None:
     model = specdec.augment(tiny_gpt2(), "prompt_lookup")
-    types = torch.ones_like(prompt())
-    check(model, "'token_type_ids'", input_ids=prompt(), token_type_ids=types, max_new_tokens=NEW)
-
-
-def test_positions_of_the_users_own(llama: Any) -> None:
-    positions = torch.arange(9)[None] + 3
-    check(llama, "position_ids", input_ids=prompt(), position_ids=positions, max_new_tokens=NEW)
+    check(
+        model, "'encoder_attention_mask'", input_ids=prompt(), max_new_tokens=NEW,
+        encoder_attention_mask=torch.ones(1, 3),
+    )  # fmt: skip
 
 
 def test_holes_in_the_mask_of_a_windowed_model(gemma3: Any) -> None:
