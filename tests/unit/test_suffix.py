@@ -117,7 +117,6 @@ def test_branches_where_the_text_branched_and_one_path_for_chain_targets() -> No
         {"store": 3, "tokenizer": KEY},
         {"store": "x", "tokenizer": KEY, "space": "../y"},
     ],
-    ids=str,
 )
 def test_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
