@@ -161,7 +161,7 @@ def walk_on_host(trees: TreeBatch, picks: Tensor) -> Verdict:
         children: dict[tuple[int, int], int] = {}
         for node in range(size - 1, 0, -1):  # backwards: the first of equal children wins
             children[parents[node], tokens[node]] = node
-        node, path = 0, []
+        node, path = 0, list[int]()
         while (child := children.get((node, row_picks[node]))) is not None:
             if len(path) == trees.max_depth:
                 break  # deeper than the drafter said: nobody has made room for it
