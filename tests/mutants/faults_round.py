@@ -116,7 +116,7 @@ ROUND: tuple[Fault, ...] = (
         "the_first_draft_is_accepted_unchecked",
         "greedy acceptance is lossy",
         _VERIFY,
-        "node, path = 0, []",
+        "node, path = 0, list[int]()",
         "node, path = int(size > 1), [1] * int(size > 1)",
         _GREEDY_TEXT,
     ),
