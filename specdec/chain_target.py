@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.base import BatchState, Drafter, Shape, TargetOutput
-from specdec.hf_compat import input_device, max_positions
+from specdec.hf_compat import hidden_states_argument, input_device, max_positions
 from specdec.hf_steps import cache_argument, max_slots, prefill_as_plain, step_inputs
 from specdec.state_cache import check_layers, revocable
 from specdec.tree import TreeBatch
@@ -115,7 +115,9 @@ class ChainTarget:
         return TargetOutput(output.logits[:, -1:])
 
     def _wanted_states(self) -> dict[str, Any]:
-        return {"output_hidden_states": [tap + 1 for tap in self._taps]} if self._taps else {}
+        if not self._taps:
+            return {}
+        return {"output_hidden_states": hidden_states_argument(self._taps)}
 
     @contextmanager
     def _collected_features(self) -> Iterator[list[Tensor | None]]:

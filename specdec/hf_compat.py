@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerationMixin, logits_process, stopping_criteria
 from transformers.generation import utils as generation_utils
+from transformers.utils import output_capturing
 
 _STATELESS_PROCESSORS = (
     "TemperatureLogitsWarper",
@@ -174,6 +175,16 @@ def prepares_inputs_itself(model: Any) -> bool:
 def supports_logits_to_keep(model: Any) -> bool:
     """Whether the forward can skip the language-model head at most positions."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def hidden_states_argument(taps: Sequence[int]) -> bool | list[int]:
+    """What `output_hidden_states` must be for a forward to return the output of layers `taps`.
+
+    A list keeps just those states, 0 being the embeddings. Releases that count otherwise, or know
+    no lists, are asked for all of them.
+    """
+    counts_embeddings = hasattr(output_capturing, "selected_hidden_states")
+    return [tap + 1 for tap in taps] if counts_embeddings else True
 
 
 def max_positions(config: Any) -> int:

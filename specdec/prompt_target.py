@@ -13,7 +13,8 @@ id as text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,14 +123,31 @@ class PromptTarget(HFTarget):
     def prefill(self, drafter: Drafter) -> TargetOutput:
         """Runs the prompt as plain `generate` runs it; logits [B, 1, V] of the last tokens."""
         own = own_copy(self._plain.kwargs["past_key_values"])
-        output = self._plain.run(self.model, own, **self._wanted_states())
+        with self._collected_features() as features:
+            output = self._plain.run(self.model, own, **self._wanted_states())
         self.prefill_forwards = self._plain.forwards
         self.adopt(own, release=True)
-        self._show_prompt(drafter, self._features(output))
+        self._show_prompt(drafter, torch.cat(features, 1) if features else None)
         hidden = None
         if self._all_hidden:
             hidden = tuple(self._packed(layer) for layer in output.hidden_states)
         return TargetOutput(output.logits[:, -1:], hidden_states=hidden)
+
+    @contextmanager
+    def _collected_features(self) -> Iterator[list[Tensor]]:
+        """[B, n, F] features of every forward: a prompt in chunks returns the last one's alone."""
+        found: list[Tensor] = []
+
+        def keep(_model: Any, _inputs: Any, output: Any) -> None:
+            features = self._features(output)
+            if features is not None:
+                found.append(features)
+
+        hook = self.model.register_forward_hook(keep)
+        try:
+            yield found
+        finally:
+            hook.remove()
 
     def adopt(self, cache: Any, *, release: bool = False) -> None:
         """Takes over a cache that holds the whole prompt."""

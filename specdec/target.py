@@ -19,6 +19,7 @@ from specdec.drafters.base import Drafter, Shape, TargetOutput
 from specdec.hf_compat import (
     MaskKinds,
     dense_attention,
+    hidden_states_argument,
     max_positions,
     supports_logits_to_keep,
 )
@@ -169,8 +170,9 @@ class HFTarget:
     def _wanted_states(self) -> dict[str, Any]:
         if self._all_hidden:
             return {"output_hidden_states": True}
-        taps = [layer + 1 for layer in self._taps]  # 0: embeddings
-        return {"output_hidden_states": taps} if taps else {}
+        if not self._taps:
+            return {}
+        return {"output_hidden_states": hidden_states_argument(self._taps)}
 
     def _forward(self, **inputs: Any) -> TargetOutput:
         inputs |= self._wanted_states()

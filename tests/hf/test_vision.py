@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,13 +114,13 @@ def test_text_alone_before_and_after_an_image(name: str) -> None:
     text = {"input_ids": image_prompt(name, ())["input_ids"].repeat(1, 2)}
     before = model.generate(**text, **GREEDY)
     same_text(model, "oracle", **image_prompt(name, TWO), **GREEDY)
-    same_text(model, "oracle", **text, **GREEDY)
-    assert torch.equal(model.generate(**text, **GREEDY), before)
-    same_text(model, "oracle", **text, **SAMPLED)
     specdec.augment(model, "prompt_lookup")
     assert capability(model).mode == VISION[name].mode
     assert capability(model).noise < 1e-4
-    same_text(model, "oracle", **image_prompt(name), **GREEDY)
+    same_text(model, "oracle", **image_prompt(name, TWO), **GREEDY)
+    same_text(model, "oracle", **text, **GREEDY)
+    assert torch.equal(model.generate(**text, **GREEDY), before)
+    same_text(model, "oracle", **text, **SAMPLED)
 
 
 @every_tree
@@ -174,6 +175,14 @@ def same_cache(ours: Any, theirs: Any) -> None:
         torch.testing.assert_close(mine.values, other.values, atol=1e-9, rtol=0)
 
 
+def plain_or_skip(model: Any, **call: Any) -> Any:
+    """What plain `generate` returns; older releases fail with some caches and images."""
+    try:
+        return plain(model, **call)
+    except (ValueError, RuntimeError, IndexError) as problem:
+        pytest.skip(f"plain generate cannot: {str(problem)[:60]}")
+
+
 def next_turn(name: str, said: Tensor, sizes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
     """All ids so far and a new prompt, of which only the images are given."""
     more = image_prompt(name, sizes, seed=7)
@@ -200,7 +209,7 @@ def test_turns_with_one_cache(name: str, kind: str) -> None:
     inputs = image_prompt(name)
     for sizes in ((), ONE, ()):
         call = {**inputs, "max_new_tokens": 8, "do_sample": False}
-        expected = plain(model, **call, past_key_values=theirs)
+        expected = plain_or_skip(model, **call, past_key_values=theirs)
         settings = oracle(expected, inputs["input_ids"].shape[1])
         with fallbacks() as texts:
             got = model.generate(**call, past_key_values=ours, specdec=settings)
@@ -217,9 +226,11 @@ def test_exception_leaves_the_users_cache_alone(name: str, kind: str) -> None:
     cache: Any = DynamicCache(config=model.config)
     if kind == "static":
         cache = StaticCache(config=model.config, max_cache_len=256)
+    plain_or_skip(model, **inputs, max_new_tokens=6, past_key_values=copy.deepcopy(cache))
     said = model.generate(**inputs, max_new_tokens=6, past_key_values=cache)
     before = [(layer.keys.clone(), int(layer.get_seq_length())) for layer in cache.layers]
     inputs = next_turn(name, said, ONE)
+    plain_or_skip(model, **inputs, **GREEDY, past_key_values=copy.deepcopy(cache))
 
     def broken(batch: int, ids: Tensor) -> list[int]:
         if len(ids) > inputs["input_ids"].shape[1] + 3:
@@ -236,7 +247,9 @@ def test_exception_leaves_the_users_cache_alone(name: str, kind: str) -> None:
 @every_tree
 def test_static_cache(name: str) -> None:
     model, inputs = augmented_model(name), image_prompt(name)
-    same_text(model, "oracle", **inputs, **GREEDY, cache_implementation="static")
+    call = {**inputs, **GREEDY, "cache_implementation": "static"}
+    plain_or_skip(model, **call)
+    same_text(model, "oracle", **call)
 
 
 @every_tree
@@ -244,10 +257,7 @@ def test_chunked_prompt(name: str) -> None:
     """Where plain `generate` can split a prompt with an image, so can we."""
     model, inputs = augmented_model(name), image_prompt(name, TWO)
     call = {**GREEDY, "prefill_chunk_size": 6}
-    try:
-        plain(model, **inputs, **call)
-    except (ValueError, RuntimeError, IndexError) as problem:
-        pytest.skip(f"plain generate cannot: {problem}")
+    plain_or_skip(model, **inputs, **call)
     same_text(model, "oracle", **inputs, **call)
     wanted = {"return_dict_in_generate": True, "output_hidden_states": True}
     expected = plain(model, **inputs, **call, **wanted)
@@ -299,19 +309,21 @@ class Listener(RowDrafter):
 
 
 @every_tree
-def test_what_a_drafter_is_shown(name: str) -> None:
+@pytest.mark.parametrize("chunk", [None, 6])
+def test_what_a_drafter_is_shown(name: str, chunk: int | None) -> None:
     """Ids and tapped hidden states of every row, without its padding."""
     specdec.register_drafter("listener", Listener)
     model = augmented_model(name)
     rows = [image_prompt(name, ONE, 1), image_prompt(name, ONE, 2, words=3)]
     inputs = batched(rows)
+    wanted = {"return_dict_in_generate": True, "output_hidden_states": True}
+    plain_or_skip(model, **inputs, **GREEDY, prefill_chunk_size=chunk)
+    expected = plain(model, **inputs, **GREEDY, **wanted).hidden_states[0]
     Listener.seen.clear()
     with fallbacks() as texts:
-        model.generate(**inputs, **GREEDY, specdec=specdec.SpecConfig("listener"))
+        settings = specdec.SpecConfig("listener")
+        model.generate(**inputs, **GREEDY, prefill_chunk_size=chunk, specdec=settings)
     assert not texts
-    expected = plain(
-        model, **inputs, **GREEDY, return_dict_in_generate=True, output_hidden_states=True
-    ).hidden_states[0]
     assert sorted(row for seen in Listener.seen for row in seen[0]) == [0, 1]
     for some, ids, features, offset in Listener.seen:
         assert offset == 0
