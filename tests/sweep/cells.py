@@ -129,7 +129,8 @@ def _fill(report: Report, setup: Setup) -> None:
     if not texts:
         return
     report.noise = noise(setup.model, texts.get(SITUATIONS[0].name))
-    report.distinct = min(map(distinct, texts.values()))
+    whole = [found for name, found in texts.items() if "end" not in name]
+    report.distinct = min(map(distinct, whole or texts.values()))
     try:
         model = specdec.augment(setup.model, "none")
     except Exception as problem:  # noqa: BLE001 - counted as an error

@@ -40,13 +40,14 @@ _HOW = """\
 
 `make models` runs it again and writes this page (`tests/sweep`). A model is built from its config
 class's defaults with every size made small, 2 to 4 layers that show each kind of layer the class
-has, windows of 16 tokens, random weights scaled up so that the text is varied, in float64 where the
-class can. Four situations, {tokens} new tokens each: greedy and seeded sampling, one prompt and a
-left-padded batch of three. Each runs twice as plain `generate`; a situation whose plain call fails
-or does not repeat itself has nothing to compare with and is left out below. Then it runs with every
-method ({methods}) and with the test suite's own drafters ({own}), which know the text and lie here
-and there, so that long and branching drafts are accepted. A cell is one call: the tokens, and after
-sampling the state of the random generator, must equal plain's.
+has, windows of 16 tokens, random weights scaled up so that the text is varied, in float64 where
+the class can. Four situations, {tokens} new tokens each: greedy and seeded sampling, one prompt
+and a left-padded batch of three, whose rows end early at different steps when sampled. Each runs
+twice as plain `generate`; a situation whose plain call fails or does not repeat itself has
+nothing to compare with and is left out below. Then it runs with every method ({methods}) and with
+the test suite's own drafters ({own}), which know the text and lie here and there, so that long
+and branching drafts are accepted. A cell is one call: the tokens, and after sampling the state of
+the random generator, must equal plain's.
 
 The mode in the table is that of the self-test. A call that crosses a boundary which no mask tells,
 such as a window that only the layers know, runs as plain; these boundaries are as small here as the
@@ -137,7 +138,12 @@ def render(reports: Sequence[Report]) -> str:
 
 def _wrapped(text: str) -> str:
     """Paragraphs whose inserted names may have made lines too long."""
-    return "\n\n".join(textwrap.fill(part, 100) for part in text.strip().split("\n\n")) + "\n"
+    return (
+        "\n\n".join(
+            textwrap.fill(part, 100, break_on_hyphens=False) for part in text.strip().split("\n\n")
+        )
+        + "\n"
+    )
 
 
 def _row(report: Report) -> str:

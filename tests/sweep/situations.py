@@ -13,6 +13,7 @@ NEW_TOKENS, SEED = 24, 1234
 PROMPT_LENGTHS = (11, 7, 4)
 LOWEST_ID, HIGHEST_ID = 15, 90  # special tokens lie outside
 _SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 20}
+_ENDS = [20, 35, 50, 65, 80]  # a row in four or so runs to the end of the call
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ SITUATIONS = (
     Situation("greedy", 1, {"do_sample": False}),
     Situation("sampled", 1, _SAMPLED),
     Situation("greedy, 3 padded rows", 3, {"do_sample": False}),
-    Situation("sampled, 3 padded rows", 3, _SAMPLED),
+    Situation("sampled, 3 padded rows that end", 3, {**_SAMPLED, "eos_token_id": _ENDS}),
 )
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from helpers.drafters import THROW_AWAY
 from specdec.registry import methods
 from sweep import cells, judge, page, tiny
 from sweep.cells import Cell, Report
@@ -14,18 +15,16 @@ from sweep.situations import SITUATIONS, Situation, call, prompts
 
 pytestmark = pytest.mark.usefixtures("throw_away_methods")
 
-# One of each mechanism: shared keys and values, windows, an indexer, states of three kinds, ALiBi,
-# and classes whose own batches are wrong.
-FEW = (
-    "gemma3n_text",
-    "modernbert-decoder",
-    "deepseek_v32",
-    "lfm2",
-    "mamba2",
-    "bloom",
-    "git",
-    "rwkv",
-)
+FEW = {  # what the self-test says, and the modes that calls had
+    "gemma3n_text": ("tree", {"tree"}),  # shared keys and values
+    "modernbert-decoder": ("tree", {"tree"}),  # windows
+    "git": ("tree", {"tree", "plain"}),  # its own padded batches are wrong
+    "deepseek_v32": ("chain", {"plain"}),  # an indexer, beyond its top-k
+    "lfm2": ("chain", {"chain"}),  # convolutions
+    "mamba2": ("chain", {"chain"}),  # a recurrence
+    "bloom": ("chain", {"chain"}),  # ALiBi
+    "rwkv": ("plain", {"plain"}),  # no cache that could be put back
+}
 
 
 def assert_like_plain(model_type: str) -> Report:
@@ -38,6 +37,9 @@ def assert_like_plain(model_type: str) -> Report:
 @pytest.mark.parametrize("model_type", FEW)
 def test_few(model_type: str) -> None:
     report = assert_like_plain(model_type)
+    mode, of_calls = FEW[model_type]
+    assert report.mode == mode, report.reason
+    assert {c.mode for c in report.cells if c.method not in THROW_AWAY} == of_calls
     assert report.distinct >= 4, "a text that repeats one token would pass with a wrong mask"
 
 
