@@ -189,9 +189,13 @@ def test_trees_are_what_the_definition_says(
     index = indexed(texts)
     view = View(index, index.match(), novelty=novelty)
     draft = draft_tree([view], Limits(EVERYTHING, depth, least))
-    wanted = brute_force_tree(texts, depth, least, novelty)
     found = dict(zip(paths_of(draft.tokens, draft.parents), draft.scores, strict=True))
-    assert found == {path: pytest.approx(log(p)) for path, p in wanted.items()}
+    # A node at exactly the least probability is on either side, by rounding: the index adds
+    # logarithms where the definition multiplies.
+    certain = brute_force_tree(texts, depth, least * (1 + 1e-9), novelty)
+    possible = brute_force_tree(texts, depth, least * (1 - 1e-9), novelty)
+    assert certain.keys() <= found.keys() <= possible.keys()
+    assert found == {path: pytest.approx(log(possible[path])) for path in found}
     assert len(found) == len(draft.tokens)  # equal children are one node
 
 
