@@ -45,16 +45,23 @@ def test_a_drafter_owns_what_it_is_given(llama: Any) -> None:
         assert torch.equal(llama.generate(ids, **CALL), plain(llama, ids, **CALL))
 
 
-@pytest.mark.parametrize(("wide", "mode"), [(False, "chain"), (True, "plain")])
-def test_the_self_test_refuses_nan(wide: bool, mode: str) -> None:
-    """Not a number under a tree mask, or in any forward of several tokens on a filled cache."""
+@pytest.mark.parametrize(
+    ("where", "mode"), [("trees", "chain"), ("after trees", "chain"), ("filled cache", "plain")]
+)
+def test_the_self_test_refuses_nan(where: str, mode: str) -> None:
+    """Not a number under a tree mask, only in the step after a tree was committed, or in any
+    forward of several tokens on a filled cache."""
     model = tiny_llama()
     forward = model.forward
 
     def poisoned(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
         output = forward(*args, attention_mask=attention_mask, **kwargs)
         masked = attention_mask is not None and attention_mask.ndim == 4
-        if masked or (wide and output.past_key_values.get_seq_length() > 7 and _tokens(kwargs) > 1):
+        here = masked and (where != "after trees" or _tokens(kwargs) == 1)
+        if where == "filled cache":
+            filled = output.past_key_values.get_seq_length() > 7
+            here = masked or (filled and _tokens(kwargs) > 1)
+        if here:
             output.logits = output.logits * float("nan")
         return output
 
