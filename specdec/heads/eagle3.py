@@ -1,0 +1,382 @@
+"""Eagle3Head: the EAGLE-3 draft head (Li et al., arXiv 2503.01840), for training and for drafting.
+
+    g_t    = fc(target layers at token t)                      a feature
+    x_t    = [norm(embedding of token t + 1) ; norm(h_t)]      h_t = g_t, later the head's own output
+    h'     = h_t + attention(x_t);  out = h' + mlp(norm(h'))   one decoder layer
+    logits = lm_head(norm(out))                                over the draft vocabulary
+
+Slot t predicts token t + 2. Training unrolls the head on its own output (`unroll`), drafting steps
+it through a tree (`begin`, `commit`, `expand`); a test holds both to the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
+
+from specdec.errors import ConfigError
+from specdec.heads.config import Eagle3Config
+from specdec.heads.layer import Eagle3Layer, RotaryTable
+from specdec.heads.ttt_attention import Spans, ttt_attention
+from specdec.tree_cache import TreeCache
+
+_COMMIT_CHUNK = 1024  # tokens a forward over a long prompt; its mask grows with the square
+
+
+@dataclass
+class HeadState:
+    """Where the drafting of a batch stands.
+
+    Attributes:
+        cache: Keys and values of each row's verified slots, then of the levels being drafted.
+        verified: Verified slots of each row.
+        hidden: [B, W, H] what the nodes of the newest level feed to their children.
+        seen: [B, W, n] which of the n drafted nodes each node of the newest level sees.
+    """
+
+    cache: TreeCache
+    verified: list[int]
+    hidden: Tensor
+    seen: Tensor | None = None
+
+
+class Eagle3Head(nn.Module):
+    """Implements `DraftHead`.
+
+    The embedding is the target's and frozen; it is not part of the head until `attach` shares it or
+    a checkpoint brings its own. `d2t` maps draft id i to target id i + d2t[i].
+
+    Args:
+        config: Shape and flags.
+        own_embeddings: Make room for an embedding of the head's own.
+        own_lm_head: Make room for an output matrix of the head's own; else `attach` shares rows of
+            the target's.
+    """
+
+    d2t: Tensor | None
+    t2d: Tensor | None
+
+    def __init__(
+        self, config: Eagle3Config, own_embeddings: bool = False, own_lm_head: bool = True
+    ) -> None:
+        super().__init__()
+        self.config = config
+        size, width, eps = config.hidden_size, config.feature_width, config.rms_norm_eps
+        if config.hidden_act not in ACT2FN:
+            raise ConfigError(f"hidden_act {config.hidden_act!r} is unknown")
+        self.fc = nn.Linear(width, size, bias=config.fc_bias)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(
+                nn.RMSNorm(config.target_hidden_size, eps) for _ in config.aux_output_layers
+            )
+        if config.norm_before_fc:
+            self.input_norm = nn.RMSNorm(width, eps)
+        self.layers = nn.ModuleList([Eagle3Layer(config)])
+        self.norm = nn.RMSNorm(size, eps)
+        self.lm_head: nn.Linear | None = None
+        if own_lm_head:
+            self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
+        self.embed_tokens: nn.Embedding | None = None
+        if own_embeddings:
+            self.embed_tokens = nn.Embedding(config.vocab_size, size)
+            self.embed_tokens.requires_grad_(False)
+        compressed = config.draft_vocab_size < config.vocab_size
+        self.register_buffer(
+            "d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long) if compressed else None
+        )
+        self.register_buffer(
+            "t2d",
+            (torch.arange(config.vocab_size) < config.draft_vocab_size) if compressed else None,
+        )
+        self._rotary = RotaryTable(config)
+
+    def set_vocabulary(self, d2t: Tensor | None, t2d: Tensor | None) -> None:
+        """Takes over a draft vocabulary: offsets [D] int64 and mask [V] bool, or none.
+
+        Raises:
+            ConfigError: They do not belong together, or are not offsets.
+        """
+        if (d2t is None) != (self.d2t is None):
+            raise ConfigError(
+                f"d2t must be given just when draft_vocab_size {self.config.draft_vocab_size} is "
+                f"below vocab_size {self.config.vocab_size}"
+            )
+        if d2t is None or self.d2t is None or self.t2d is None:
+            return
+        ids = checked_target_ids(d2t, self.config)
+        mask = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        mask[ids] = True
+        if t2d is not None and not torch.equal(mask, t2d.cpu().bool()):
+            raise ConfigError("t2d and d2t name different tokens")
+        self.d2t.copy_(d2t)
+        self.t2d.copy_(mask)
+
+    def attach(self, embeddings: Tensor, output_embeddings: Tensor | None = None) -> None:
+        """Shares the target's embeddings [V, H], and its output matrix where the head has none.
+
+        Raises:
+            ConfigError: Their sizes do not fit.
+        """
+        wanted = self.config.vocab_size, self.config.hidden_size
+        if self.embed_tokens is None:
+            if embeddings.shape[0] < wanted[0] or embeddings.shape[1] != wanted[1]:
+                raise ConfigError(
+                    f"the head reads embeddings of {wanted[0]} tokens and hidden_size {wanted[1]}, "
+                    f"the target has {tuple(embeddings.shape)}; this head is another model's"
+                )
+            weight = embeddings.detach()[: wanted[0]].to(self.fc.weight)
+            self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=True)
+        if self.lm_head is None:
+            if output_embeddings is None or output_embeddings.shape[1] != wanted[1]:
+                raise ConfigError("the head has no lm_head, and the target's does not fit it")
+            rows = output_embeddings.detach()[: wanted[0]]
+            rows = rows if self.t2d is None else rows[self.t2d.to(rows.device)]
+            self.lm_head = nn.Linear(*reversed(rows.shape), bias=False, device="meta")
+            self.lm_head.weight = nn.Parameter(rows.to(self.fc.weight).clone())
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Ids of the target for ids of the draft vocabulary."""
+        return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
+
+    def features(self, aux: Tensor) -> Tensor:
+        """[..., H] from the target's concatenated hidden states [..., F]."""
+        aux = aux.to(self.fc.weight.dtype)
+        if self.config.fc_norm:
+            parts = aux.split(self.config.target_hidden_size, -1)
+            aux = torch.cat([norm(x) for norm, x in zip(self.fc_norm, parts, strict=True)], -1)
+        if self.config.norm_before_fc:
+            aux = self.input_norm(aux)
+        found: Tensor = self.fc(aux)
+        return found
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """[..., D] over the draft vocabulary, from states after the final norm."""
+        if self.lm_head is None:
+            raise ConfigError("the head has no lm_head yet; call attach with the target's weights")
+        found: Tensor = self.lm_head(normed)
+        return found
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if self.embed_tokens is None:
+            raise ConfigError("the head has no embeddings yet; call attach with the target's")
+        found: Tensor = self.embed_tokens(tokens)
+        return found
+
+    def unroll(
+        self,
+        token_ids: Tensor,
+        features: Tensor,
+        steps: int,
+        spans: Spans | None = None,
+        recompute: bool = False,
+    ) -> Iterator[Tensor]:
+        """States [B, T, H] after the final norm, one TTT step after the other.
+
+        Step s at slot t reads token t + 1 + s and its own state of step s - 1, and predicts token
+        t + 2 + s. The last 2 + s slots of a document have nothing to predict.
+
+        Args:
+            token_ids: [B, T] int64.
+            features: [B, T, H].
+            steps: TTT steps.
+            spans: Documents packed into each row.
+            recompute: Keep no activations inside a step; the backward computes them again.
+        """
+        length = token_ids.shape[1]
+        order = torch.arange(length, device=token_ids.device)
+        tokens, hidden = token_ids, features
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for step in range(steps):
+            tokens = functional.pad(tokens[:, 1:], (0, 1))
+            turn = self._rotary(order + step, length + steps, self.fc.weight.dtype)
+            inputs = tokens, hidden, turn, spans, tuple(keys), tuple(values)
+            if recompute and torch.is_grad_enabled():
+                out, key, value = checkpoint(self._ttt_step, *inputs, use_reentrant=False)
+            else:
+                out, key, value = self._ttt_step(*inputs)
+            keys.append(key)
+            values.append(value)
+            normed = self.norm(out)
+            yield normed
+            hidden = normed if self.config.feed_post_norm else out
+
+    def _ttt_step(
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        turn: tuple[Tensor, Tensor],
+        spans: Spans | None,
+        keys: tuple[Tensor, ...],
+        values: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        layer: Any = self.layers[0]
+        residual, inputs = layer.inputs(self._embed(tokens), hidden)
+        query, key, value = layer.self_attn.project(inputs, *turn)
+        attended = ttt_attention(
+            query, (*keys, key), (*values, value), spans, self.config.sliding_window
+        )
+        return layer.outputs(attended, residual), key, value
+
+    def train_logits(
+        self, token_ids: Tensor, features: Tensor, steps: int, spans: Spans | None = None
+    ) -> Iterator[Tensor]:
+        """As `DraftHead` says; a trainer with little memory works on `unroll` instead."""
+        for normed in self.unroll(token_ids, features, steps, spans):
+            yield self.logits(normed)
+
+    def begin(self, rows: int, capacity: int) -> HeadState:
+        """An empty state for `rows` rows, with room for `capacity` tokens each at first."""
+        weight = self.fc.weight
+        cache = TreeCache(rows, weight.device, capacity)
+        return HeadState(cache, [0] * rows, weight.new_zeros(rows, 1, self.config.hidden_size))
+
+    def commit(
+        self, state: HeadState, tokens: Tensor, features: Tensor, counts: Sequence[int]
+    ) -> Tensor:
+        """Takes verified slots in; log-probabilities [B, D] of what follows each row's last one.
+
+        Args:
+            state: Of this batch; `hidden` becomes that of the last slots.
+            tokens: [B, n] int64, the token *after* each slot, right-padded.
+            features: [B, n, H] of the slots.
+            counts: Slots of each row, 0 for a row that stands still.
+        """
+        last = torch.tensor([max(n - 1, 0) for n in counts], device=tokens.device)
+        for start in range(0, tokens.shape[1], _COMMIT_CHUNK):
+            stop = min(start + _COMMIT_CHUNK, tokens.shape[1])
+            out = self._verified_step(state, tokens[:, start:stop], features[:, start:stop])
+            here = (last >= start) & (last < stop) & (last >= 0)
+            index = (last - start).clamp(0, stop - start - 1)[:, None, None]
+            found = out.gather(1, index.expand(-1, 1, out.shape[-1]))
+            state.hidden = torch.where(here[:, None, None], found, state.hidden)
+            new = [min(max(n - start, 0), stop - start) for n in counts]
+            state.verified = [a + b for a, b in zip(state.verified, new, strict=True)]
+            state.cache.set_lengths(state.verified)
+        return self._log_probs(state)[:, 0]
+
+    def _verified_step(self, state: HeadState, tokens: Tensor, features: Tensor) -> Tensor:
+        """States [B, n, H] of new verified slots, each seeing all slots before it."""
+        cache, width = state.cache, tokens.shape[1]
+        cache.reserve(width)
+        positions = cache.slots(width, tokens.device)
+        keys = torch.arange(cache.stop, device=tokens.device)
+        visible = keys <= positions[:, :, None]
+        window = self.config.sliding_window
+        if window is not None:
+            visible &= positions[:, :, None] - keys < window
+        return self._step(state, tokens, features, positions, visible)
+
+    def expand(self, state: HeadState, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Goes one level deeper; log-probabilities [B, W, D] below its nodes.
+
+        Args:
+            state: Of this batch.
+            tokens: [B, W] target ids of the level's nodes.
+            parents: [B, W] which node of the level above each hangs under; 0 is the last verified
+                slot when the level is the first.
+        """
+        batch, width = tokens.shape
+        cache, first = state.cache, state.seen is None
+        own = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+        if state.seen is None:
+            state.seen = own
+            depth = 0
+        else:
+            index = parents[:, :, None].expand(-1, -1, state.seen.shape[2])
+            state.seen = torch.cat([state.seen.gather(1, index), own], -1)
+            depth = state.seen.shape[2] // width - 1
+        index = parents[:, :, None].expand(-1, -1, state.hidden.shape[-1])
+        hidden = state.hidden.expand(-1, width, -1) if first else state.hidden.gather(1, index)
+        cache.reserve(width)
+        verified = cache.lengths[:, None] - depth * width
+        positions = (verified + depth).expand(-1, width)
+        state.hidden = self._step(
+            state, tokens, hidden, positions, self._visible(state, verified, width)
+        )
+        cache.set_lengths([n + width for n in cache.host_lengths])
+        return self._log_probs(state)
+
+    def _visible(self, state: HeadState, verified: Tensor, width: int) -> Tensor | None:
+        """[B, W, K] bool: verified slots of the row, and the ancestors among the drafted ones."""
+        cache, seen, window = state.cache, state.seen, self.config.sliding_window
+        if seen is None or (width == 1 and cache.start is not None and window is None):
+            return None  # a chain of rows of one length sees all there is
+        keys = torch.arange(cache.stop, device=verified.device)
+        visible = (keys < verified)[:, None].expand(-1, width, -1)
+        drafted = torch.arange(seen.shape[2], device=verified.device)
+        depths = drafted // width
+        if window is not None:
+            visible = visible & (verified + depths[-1] - keys < window)[:, None]
+            seen = seen & (depths[-1] - depths < window)
+        slots = (verified + drafted)[:, None].expand(-1, width, -1)
+        return visible.scatter(2, slots, seen)
+
+    def _step(
+        self,
+        state: HeadState,
+        tokens: Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        visible: Tensor | None,
+    ) -> Tensor:
+        """One pass of the layer over [B, n] tokens; what their successors read, [B, n, H]."""
+        layer: Any = self.layers[0]
+        residual, inputs = layer.inputs(self._embed(tokens), hidden)
+        longest = max(state.cache.host_lengths) + tokens.shape[1]
+        cos, sin = self._rotary(positions, longest, inputs.dtype)
+        query, key, value = layer.self_attn.project(inputs, cos[:, None], sin[:, None])
+        key, value = state.cache.layer(0).update(key, value)
+        attended = functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if visible is None else visible[:, None],
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        out: Tensor = layer.outputs(attended, residual)
+        return out
+
+    def _log_probs(self, state: HeadState) -> Tensor:
+        """Log-probabilities [B, W, D] below the newest nodes; `hidden` becomes what they feed."""
+        normed = self.norm(state.hidden)
+        if self.config.feed_post_norm:
+            state.hidden = normed
+        return self.logits(normed).float().log_softmax(-1)
+
+    def rewind(self, state: HeadState) -> None:
+        """Forgets all levels since the last `commit`."""
+        state.cache.set_lengths(state.verified)
+        state.seen = None
+
+
+def checked_target_ids(d2t: Tensor, config: Eagle3Config) -> Tensor:
+    """Target ids [D] of a draft vocabulary.
+
+    Raises:
+        ConfigError: `d2t` holds no offsets that give ascending ids of the target.
+    """
+    if d2t.shape != (config.draft_vocab_size,) or d2t.is_floating_point():
+        raise ConfigError(
+            f"d2t must hold {config.draft_vocab_size} integers, got {tuple(d2t.shape)} {d2t.dtype}"
+        )
+    ids = d2t.cpu().long() + torch.arange(config.draft_vocab_size)
+    ascending = bool((ids.diff() > 0).all()) and 0 <= int(ids[0]) and int(ids[-1]) < config.vocab_size
+    if not ascending:
+        hint = "; it looks like absolute ids" if _absolute(d2t, config) else ""
+        raise ConfigError(
+            f"d2t must be offsets: draft id + d2t must ascend within 0..{config.vocab_size - 1}{hint}"
+        )
+    return ids
+
+
+def _absolute(d2t: Tensor, config: Eagle3Config) -> bool:
+    """Whether these are ids rather than offsets."""
+    return bool((d2t.diff() > 0).all()) and int(d2t.max()) < config.vocab_size

@@ -1,0 +1,227 @@
+"""Attention of training-time test (TTT, arXiv 2503.01840): one causal block and a few diagonals.
+
+In TTT step s the slot t looks at the step-0 keys of all slots up to t and, of every later step,
+at the key of slot t alone: what a chain drafted at slot t would see. The causal block is computed
+by a fused kernel; each diagonal adds one score a slot, and both are merged by their log-sum-exp. So
+no [T, T] mask and no [T, s * T] scores exist. Documents packed into one row see only themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Spans = Sequence[Sequence[tuple[int, int]]]
+"""For every row the [start, stop) of the documents packed into it."""
+
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def ttt_attention(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    spans: Spans | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Attention output [B, Hq, T, d] of the newest TTT step.
+
+    Args:
+        query: [B, Hq, T, d] of this step.
+        keys: [B, Hkv, T, d] of every step so far, this one last; Hkv divides Hq.
+        values: The same for values.
+        spans: Documents packed into each row; None for one a row.
+        window: Newest positions in sight; None for all.
+    """
+    if window is not None and query.shape[2] + len(keys) - 1 <= window:
+        window = None
+    if query.device.type != "cpu" or not torch.is_floating_point(query):
+        return _other_devices(query, keys, values, spans, window)
+    merged: Tensor = _Merged.apply(query, spans, window, len(keys), *keys, *values)
+    return merged
+
+
+class _Merged(torch.autograd.Function):
+    """The fused block and the diagonals on a CPU.
+
+    The backward of a fused kernel only needs output and log-sum-exp; given the *merged* ones, it
+    returns the block's share of the gradients, and the diagonals' share is a few products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, spans: Spans | None, window: int | None, steps: int, *both: Tensor
+    ) -> Tensor:
+        batch, heads, length, dim = query.shape
+        groups, scale = heads // both[0].shape[1], 1 / math.sqrt(dim)
+        key, value = (both[i].repeat_interleave(groups, 1) for i in (0, steps))
+        # Slots outside all documents are padding: zero, and never NaN.
+        block, block_lse = torch.zeros_like(query), query.new_zeros(batch, heads, length).float()
+        if query.dtype == torch.float64:
+            block_lse = block_lse.double()
+        for at, mask in _blocks(query, spans, window, steps - 1):
+            out, lse = _FUSED(query[at], key[at], value[at], 0.0, mask is None,
+                              attn_mask=mask, scale=scale)  # fmt: skip
+            block[at], block_lse[at[0], :, at[2]] = out, _rows_last(lse, out)
+        keys, values = _stacked(both[1:steps], key), _stacked(both[steps + 1 :], key)
+        grouped = query.unflatten(1, (-1, groups)).to(block_lse.dtype)
+        scores = torch.einsum("bhgtd,sbhtd->bhgts", grouped, keys.to(block_lse.dtype))
+        scores = scores.flatten(1, 2) * scale
+        lse = torch.logsumexp(torch.cat([block_lse[..., None], scores], -1), -1)
+        share = (scores - lse[..., None]).exp()  # [B, Hq, T, s] weight of each diagonal
+        merged = block * (block_lse - lse).exp()[..., None] + torch.einsum(
+            "bhgts,sbhtd->bhgtd", share.unflatten(1, (-1, groups)), values.to(share.dtype)
+        ).flatten(1, 2)
+        merged = merged.to(query.dtype)
+        ctx.save_for_backward(query, key, value, keys, values, merged, lse, share)
+        ctx.layout = spans, window, steps, groups, scale
+        return merged
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, keys, values, merged, lse, share = ctx.saved_tensors
+        spans, window, steps, groups, scale = ctx.layout
+        grad = grads[0].contiguous()
+        d_query, d_key, d_value = (torch.zeros_like(query) for _ in range(3))
+        for at, mask in _blocks(query, spans, window, steps - 1):
+            d_query[at], d_key[at], d_value[at] = _FUSED_BACKWARD(
+                grad[at].contiguous(), query[at], key[at], value[at], merged[at].contiguous(),
+                _as_fused(lse[at[0], :, at[2]]), 0.0, mask is None, attn_mask=mask, scale=scale,
+            )  # fmt: skip
+        wide = share.dtype
+        delta = (grad.to(wide) * merged.to(wide)).sum(-1, keepdim=True)
+        grouped = grad.to(wide).unflatten(1, (-1, groups))
+        d_share = torch.einsum("bhgtd,sbhtd->bhgts", grouped, values.to(wide)).flatten(1, 2)
+        d_scores = (share * (d_share - delta) * scale).unflatten(1, (-1, groups))
+        extra = torch.einsum("bhgts,sbhtd->bhgtd", d_scores, keys.to(wide)).flatten(1, 2)
+        queries = query.unflatten(1, (-1, groups)).to(wide)
+        d_keys = torch.einsum("bhgts,bhgtd->sbhtd", d_scores, queries).to(query.dtype)
+        weights = share.unflatten(1, (-1, groups))
+        d_values = torch.einsum("bhgts,bhgtd->sbhtd", weights, grouped).to(query.dtype)
+        d_key, d_value = (d.unflatten(1, (-1, groups)).sum(2) for d in (d_key, d_value))
+        d_query = (d_query + extra).to(query.dtype)
+        return d_query, None, None, None, d_key, *d_keys, d_value, *d_values
+
+
+def _stacked(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    """[s, B, Hkv, T, d], also for s = 0."""
+    if tensors:
+        return torch.stack(list(tensors))
+    batch, _, length, dim = like.shape
+    return like.new_empty(0, batch, 1, length, dim)
+
+
+def _rows_last(lse: Tensor, out: Tensor) -> Tensor:
+    """Log-sum-exp as [B, H, T]; the fused kernel gives [B, T, H] in some versions of torch."""
+    return lse if lse.shape == out.shape[:3] else lse.transpose(1, 2)
+
+
+def _as_fused(lse: Tensor) -> Tensor:
+    """[B, H, T] the way in which the fused kernel's backward reads it."""
+    return lse.contiguous()
+
+
+def _blocks(
+    query: Tensor, spans: Spans | None, window: int | None, shift: int
+) -> Iterator[tuple[tuple[slice, slice, slice], Tensor | None]]:
+    """Index and mask of every causal block; without a window no mask is needed."""
+    every = slice(None)
+    if spans is None:
+        spots = [(every, every, slice(0, query.shape[2]))]
+    else:
+        spots = [(slice(row, row + 1), every, slice(start, stop))
+                 for row, found in enumerate(spans) for start, stop in found]  # fmt: skip
+    for at in spots:
+        mask = None
+        if window is not None:
+            mask = _window_mask(at[2].stop - at[2].start, window, shift, query)
+        yield at, mask
+
+
+def _window_mask(length: int, window: int, shift: int, like: Tensor) -> Tensor:
+    """[T, T] additive: causal, and within the window of the position that step `shift` stands at."""
+    order = torch.arange(length, device=like.device)
+    ago = order[:, None] - order
+    seen = (ago >= 0) & (ago + shift < window)
+    mask = torch.zeros(length, length, dtype=like.dtype, device=like.device)
+    # A slot may see no step-0 key at all, then its row is all floor; the merge gives it no weight.
+    return mask.masked_fill_(~seen, -1e30 if like.dtype != torch.float16 else -6e4)
+
+
+def _other_devices(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    spans: Spans | None,
+    window: int | None,
+) -> Tensor:
+    """The same by a compiled FlexAttention, which returns its log-sum-exp; dense in float64."""
+    if query.device.type != "cuda" or query.dtype == torch.float64:
+        return dense_ttt_attention(query, keys, values, spans, window)
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    batch, _, length, dim = query.shape
+    document, shift = documents_of(spans, batch, length, query.device), len(keys) - 1
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = (q >= k) & (document[b, q] == document[b, k])
+        return seen if window is None else seen & (q - k + shift < window)
+
+    mask = create_block_mask(visible, batch, None, length, length, device=query.device)
+    block, block_lse = torch.compile(flex_attention, dynamic=True)(
+        query, keys[0], values[0], block_mask=mask, enable_gqa=True, return_lse=True
+    )
+    groups = query.shape[1] // keys[0].shape[1]
+    if shift == 0:
+        return block  # type: ignore[no-any-return]
+    later, weights = torch.stack(list(keys[1:])), torch.stack(list(values[1:]))
+    grouped = query.unflatten(1, (-1, groups)).float()
+    scores = torch.einsum("bhgtd,sbhtd->bhgts", grouped, later.float()).flatten(1, 2)
+    scores = scores / math.sqrt(dim)
+    lse = torch.logsumexp(torch.cat([block_lse[..., None], scores], -1), -1)
+    share = (scores - lse[..., None]).exp().unflatten(1, (-1, groups))
+    extra = torch.einsum("bhgts,sbhtd->bhgtd", share, weights.float()).flatten(1, 2)
+    return (block * (block_lse - lse).exp()[..., None] + extra).to(query.dtype)  # type: ignore[no-any-return]
+
+
+def documents_of(spans: Spans | None, batch: int, length: int, device: torch.device) -> Tensor:
+    """[B, T] int64 number of each slot's document; slots outside all of them have numbers of
+    their own."""
+    found = torch.zeros(batch, length, dtype=torch.long)
+    if spans is not None:
+        found = -1 - torch.arange(length).expand(batch, length).clone()
+        for row, documents in enumerate(spans):
+            for number, (start, stop) in enumerate(documents):
+                found[row, start:stop] = number
+    return found.to(device)
+
+
+def dense_ttt_attention(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    spans: Spans | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """`ttt_attention` by its definition, with all [T, T + s] scores: the reference of the tests."""
+    groups, length = query.shape[1] // keys[0].shape[1], query.shape[2]
+    key, *later = (k.repeat_interleave(groups, 1) for k in keys)
+    value, *weights = (v.repeat_interleave(groups, 1) for v in values)
+    scale = 1 / math.sqrt(query.shape[-1])
+    order = torch.arange(length, device=query.device)
+    ago = order[:, None] - order
+    seen = ago >= 0 if window is None else (ago >= 0) & (ago + len(keys) - 1 < window)
+    document = documents_of(spans, len(query), length, query.device)
+    seen = seen & (document[:, :, None] == document[:, None])
+    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~seen[:, None], float("-inf"))
+    diagonals = [(query * k).sum(-1, keepdim=True) * scale for k in later]
+    share = torch.cat([scores, *diagonals], -1).softmax(-1)
+    out = share[..., :length] @ value
+    for step, weight in enumerate(weights):
+        out = out + share[..., length + step, None] * weight
+    return out
