@@ -17,6 +17,7 @@ from specdec import hf_compat, tuning
 from specdec.capability import Capability, probe
 from specdec.config import SpecConfig
 from specdec.errors import ConfigError, UnsupportedModelError
+from specdec.hf_call import introduce
 from specdec.hf_fallback import option, warn_plain, why_call_is_plain
 from specdec.hf_generate import SpeculativeDecode
 from specdec.hf_steps import cache_argument
@@ -78,10 +79,13 @@ def augment(
     capability = probe(hf_compat.unwrap(model))
     if settings.method is None:
         settings = _with_default_method(model, settings, capability)
-    methods.configure(settings.method or "none", settings.options)
+    method = settings.method or "none"
+    drafter = methods.create(method, methods.configure(method, settings.options))
+    memory: dict[str, Any] = {}
+    introduce(drafter, hf_compat.unwrap(model), memory)
     restore(model)
     replaced = vars(model).get("generate")
-    setattr(model, _ATTRIBUTE, Augmentation(settings, capability, replaced=replaced))
+    setattr(model, _ATTRIBUTE, Augmentation(settings, capability, memory, replaced=replaced))
     model.generate = MethodType(generate, model)  # type: ignore[attr-defined]
     return model
 

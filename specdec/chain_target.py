@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.base import BatchState, Drafter, Shape, TargetOutput
-from specdec.hf_compat import hidden_states_argument, input_device, max_positions
+from specdec.hf_compat import (
+    hidden_states_argument,
+    input_device,
+    max_positions,
+    tapped_states,
+)
 from specdec.hf_steps import cache_argument, max_slots, prefill_as_plain, step_inputs
 from specdec.state_cache import check_layers, revocable
 from specdec.tree import TreeBatch
@@ -135,7 +140,7 @@ class ChainTarget:
         """[B, n, F] tapped hidden states, concatenated."""
         if not self._taps:
             return None
-        return torch.cat([output.hidden_states[tap + 1] for tap in self._taps], -1)
+        return tapped_states(output.hidden_states, self._taps, self.model.config)
 
     def _show_prompt(self, drafter: Drafter, chunks: Sequence[Tensor]) -> None:
         """Hands the prompt to the drafter, rows of one length and offset at a time."""

@@ -18,7 +18,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaL
 
 from specdec import hf_cache, hf_compat
 from specdec.chain_target import ChainCall, ChainTarget
-from specdec.drafters.base import BatchState
+from specdec.drafters.base import BatchState, Drafter, TargetFacts
 from specdec.hf_outputs import PromptLayout, Recorder, WantedOutputs
 from specdec.hf_steps import MULTIMODAL, cache_argument, cached_length
 from specdec.prompt_target import PlainPrompt, PromptTarget
@@ -29,6 +29,23 @@ from specdec.tree_cache import TreeCache
 
 _FIRST_ROOM = 4096  # new tokens that the KV cache is allocated for at once; it grows beyond
 _PADDING_CHUNK = 64  # tokens a forward when ended rows are run over their padding
+
+
+def introduce(drafter: Drafter, model: Any, memory: dict[str, Any]) -> None:
+    """Shows the target to a drafter that wants to know it; raises what the drafter refuses."""
+    if not hasattr(drafter, "meet"):
+        return
+    output = model.get_output_embeddings()
+    drafter.meet(
+        TargetFacts(
+            config=model.config.get_text_config(),
+            embeddings=model.get_input_embeddings().weight,
+            output_embeddings=None if output is None else output.weight,
+            device=hf_compat.input_device(model),
+            dtype=model.dtype,
+            memory=memory,
+        )
+    )
 
 
 @dataclass

@@ -187,6 +187,16 @@ def hidden_states_argument(taps: Sequence[int]) -> bool | list[int]:
     return [tap + 1 for tap in taps] if counts_embeddings else True
 
 
+def tapped_states(hidden_states: Sequence[Tensor], taps: Sequence[int], config: Any) -> Tensor:
+    """[B, T, F] outputs of layers `taps`, concatenated, from those that a forward returned.
+
+    Gemma 3n carries several copies of a state through its layers; the active one is its own.
+    """
+    active = getattr(config.get_text_config(), "altup_active_idx", 0)
+    found = (hidden_states[tap + 1] for tap in taps)
+    return torch.cat([state[active] if state.ndim == 4 else state for state in found], -1)
+
+
 def max_positions(config: Any) -> int:
     """Positions that a model declares; unlimited when it declares none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize

@@ -17,7 +17,7 @@ from specdec.capability import Capability
 from specdec.chain_target import ChainTarget
 from specdec.config import SpecConfig
 from specdec.drafters.base import Drafter, FixedBudget
-from specdec.hf_call import Prepared
+from specdec.hf_call import Prepared, introduce
 from specdec.hf_fallback import warn_plain, why_prepared_is_plain
 from specdec.hf_outputs import Recorder, StreamObserver, TraceObserver
 from specdec.loop import Call, Observer, speculative_generate
@@ -75,6 +75,7 @@ class SpeculativeDecode:
             method, self.found.mode, self.found.reason, options=dict(self.settings.options)
         )
         drafter = methods.create(method, methods.configure(method, self.settings.options))
+        introduce(drafter, model, self.memory)
         reason = why_prepared_is_plain(prepared, self.found, drafter.shape)
         if reason is not None:
             warn_plain(reason)

@@ -17,6 +17,7 @@ _BUILT_IN: Mapping[str, str] = {
     "prompt_lookup": "specdec.drafters.prompt_lookup:PromptLookup",
     "suffix": "specdec.drafters.suffix:Suffix",
     "draft_model": "specdec.drafters.draft_model:DraftModel",
+    "eagle3": "specdec.drafters.eagle3:Eagle3",
     "recycling": "specdec.drafters.recycling:Recycling",
 }
 

@@ -22,6 +22,7 @@ from specdec.hf_compat import (
     hidden_states_argument,
     max_positions,
     supports_logits_to_keep,
+    tapped_states,
 )
 from specdec.tree import TreeBatch
 from specdec.tree_cache import TreeCache
@@ -188,7 +189,7 @@ class HFTarget:
         """[B, T, F] tapped hidden states, concatenated."""
         if not self._taps:
             return None
-        return torch.cat([output.hidden_states[layer + 1] for layer in self._taps], -1)
+        return tapped_states(output.hidden_states, self._taps, self.model.config)
 
     def _masks(self, trees: TreeBatch, positions: Tensor) -> Tensor | dict[str, Tensor]:
         """Additive masks [B, 1, T, K]: float, because some families add what they are given."""

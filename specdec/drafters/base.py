@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from specdec.errors import DrafterError
@@ -32,6 +33,27 @@ class Needs:
     taps: tuple[int, ...] = ()
     node_picks: bool = False
     node_topk: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFacts:
+    """What a drafter may know of the target, and share with it, before any call.
+
+    Attributes:
+        config: The text model's configuration, as Hugging Face has it.
+        embeddings: [V, H] input embeddings.
+        output_embeddings: [V, H] output matrix, or None.
+        device: Where the drafter's tensors belong.
+        dtype: The target's own.
+        memory: Survives from call to call on the same augmented model.
+    """
+
+    config: Any
+    embeddings: Tensor
+    output_embeddings: Tensor | None
+    device: torch.device
+    dtype: torch.dtype
+    memory: dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -119,6 +141,9 @@ class Drafter(Protocol):
     """Proposes token trees for all rows of a batch.
 
     A drafter may also have a method `end(state)`; the loop calls it last, after an exception too.
+    And it may have a method `meet(target: TargetFacts)`, called when a model is augmented and
+    before every call, ahead of everything else: the place to load what depends on the target, and
+    to refuse a target with a `ConfigError`. What it needs may depend on it.
 
     Attributes:
         needs: What it reads from the target.

@@ -37,12 +37,14 @@ class HeadState:
     Attributes:
         cache: Keys and values of each row's verified slots, then of the levels being drafted.
         verified: Verified slots of each row.
+        root: [B, 1, H] output of each row's last verified slot, before the final norm.
         hidden: [B, W, H] what the nodes of the newest level feed to their children.
         seen: [B, W, n] which of the n drafted nodes each node of the newest level sees.
     """
 
     cache: TreeCache
     verified: list[int]
+    root: Tensor
     hidden: Tensor
     seen: Tensor | None = None
 
@@ -58,6 +60,10 @@ class Eagle3Head(nn.Module):
         own_embeddings: Make room for an embedding of the head's own.
         own_lm_head: Make room for an output matrix of the head's own; else `attach` shares rows of
             the target's.
+
+    Attributes:
+        owns_embeddings: The embeddings are the head's own and belong in its checkpoint.
+        owns_lm_head: So is the output matrix.
     """
 
     d2t: Tensor | None
@@ -68,6 +74,7 @@ class Eagle3Head(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.owns_embeddings, self.owns_lm_head = own_embeddings, own_lm_head
         size, width, eps = config.hidden_size, config.feature_width, config.rms_norm_eps
         if config.hidden_act not in ACT2FN:
             raise ConfigError(f"hidden_act {config.hidden_act!r} is unknown")
@@ -236,7 +243,8 @@ class Eagle3Head(nn.Module):
         """An empty state for `rows` rows, with room for `capacity` tokens each at first."""
         weight = self.fc.weight
         cache = TreeCache(rows, weight.device, capacity)
-        return HeadState(cache, [0] * rows, weight.new_zeros(rows, 1, self.config.hidden_size))
+        empty = weight.new_zeros(rows, 1, self.config.hidden_size)
+        return HeadState(cache, [0] * rows, empty, empty)
 
     def commit(
         self, state: HeadState, tokens: Tensor, features: Tensor, counts: Sequence[int]
@@ -244,23 +252,23 @@ class Eagle3Head(nn.Module):
         """Takes verified slots in; log-probabilities [B, D] of what follows each row's last one.
 
         Args:
-            state: Of this batch; `hidden` becomes that of the last slots.
+            state: Of this batch, without drafted levels.
             tokens: [B, n] int64, the token *after* each slot, right-padded.
             features: [B, n, H] of the slots.
             counts: Slots of each row, 0 for a row that stands still.
         """
-        last = torch.tensor([max(n - 1, 0) for n in counts], device=tokens.device)
+        last = torch.tensor(counts, device=tokens.device) - 1
         for start in range(0, tokens.shape[1], _COMMIT_CHUNK):
             stop = min(start + _COMMIT_CHUNK, tokens.shape[1])
             out = self._verified_step(state, tokens[:, start:stop], features[:, start:stop])
-            here = (last >= start) & (last < stop) & (last >= 0)
+            here = (last >= start) & (last < stop)
             index = (last - start).clamp(0, stop - start - 1)[:, None, None]
             found = out.gather(1, index.expand(-1, 1, out.shape[-1]))
-            state.hidden = torch.where(here[:, None, None], found, state.hidden)
+            state.root = torch.where(here[:, None, None], found, state.root)
             new = [min(max(n - start, 0), stop - start) for n in counts]
             state.verified = [a + b for a, b in zip(state.verified, new, strict=True)]
             state.cache.set_lengths(state.verified)
-        return self._log_probs(state)[:, 0]
+        return self._log_probs(state, state.root)[:, 0]
 
     def _verified_step(self, state: HeadState, tokens: Tensor, features: Tensor) -> Tensor:
         """States [B, n, H] of new verified slots, each seeing all slots before it."""
@@ -284,25 +292,24 @@ class Eagle3Head(nn.Module):
                 slot when the level is the first.
         """
         batch, width = tokens.shape
-        cache, first = state.cache, state.seen is None
+        cache, hidden = state.cache, state.hidden
         own = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
         if state.seen is None:
-            state.seen = own
-            depth = 0
+            state.seen, depth = own, 0
+            hidden = hidden.expand(-1, width, -1)
         else:
-            index = parents[:, :, None].expand(-1, -1, state.seen.shape[2])
-            state.seen = torch.cat([state.seen.gather(1, index), own], -1)
+            index = parents[:, :, None]
+            above = state.seen.gather(1, index.expand(-1, -1, state.seen.shape[2]))
+            state.seen = torch.cat([above, own], -1)
             depth = state.seen.shape[2] // width - 1
-        index = parents[:, :, None].expand(-1, -1, state.hidden.shape[-1])
-        hidden = state.hidden.expand(-1, width, -1) if first else state.hidden.gather(1, index)
+            hidden = hidden.gather(1, index.expand(-1, -1, hidden.shape[2]))
         cache.reserve(width)
         verified = cache.lengths[:, None] - depth * width
         positions = (verified + depth).expand(-1, width)
-        state.hidden = self._step(
-            state, tokens, hidden, positions, self._visible(state, verified, width)
-        )
+        visible = self._visible(state, verified, width)
+        out = self._step(state, tokens, hidden, positions, visible)
         cache.set_lengths([n + width for n in cache.host_lengths])
-        return self._log_probs(state)
+        return self._log_probs(state, out)
 
     def _visible(self, state: HeadState, verified: Tensor, width: int) -> Tensor | None:
         """[B, W, K] bool: verified slots of the row, and the ancestors among the drafted ones."""
@@ -344,17 +351,17 @@ class Eagle3Head(nn.Module):
         out: Tensor = layer.outputs(attended, residual)
         return out
 
-    def _log_probs(self, state: HeadState) -> Tensor:
-        """Log-probabilities [B, W, D] below the newest nodes; `hidden` becomes what they feed."""
-        normed = self.norm(state.hidden)
-        if self.config.feed_post_norm:
-            state.hidden = normed
+    def _log_probs(self, state: HeadState, out: Tensor) -> Tensor:
+        """Log-probabilities [B, W, D] after outputs [B, W, H]; keeps what their children read."""
+        normed = self.norm(out)
+        state.hidden = normed if self.config.feed_post_norm else out
         return self.logits(normed).float().log_softmax(-1)
 
     def rewind(self, state: HeadState) -> None:
         """Forgets all levels since the last `commit`."""
         state.cache.set_lengths(state.verified)
         state.seen = None
+        state.hidden = self.norm(state.root) if self.config.feed_post_norm else state.root
 
 
 def checked_target_ids(d2t: Tensor, config: Eagle3Config) -> Tensor:
@@ -368,7 +375,9 @@ def checked_target_ids(d2t: Tensor, config: Eagle3Config) -> Tensor:
             f"d2t must hold {config.draft_vocab_size} integers, got {tuple(d2t.shape)} {d2t.dtype}"
         )
     ids = d2t.cpu().long() + torch.arange(config.draft_vocab_size)
-    ascending = bool((ids.diff() > 0).all()) and 0 <= int(ids[0]) and int(ids[-1]) < config.vocab_size
+    ascending = (
+        bool((ids.diff() > 0).all()) and 0 <= int(ids[0]) and int(ids[-1]) < config.vocab_size
+    )
     if not ascending:
         hint = "; it looks like absolute ids" if _absolute(d2t, config) else ""
         raise ConfigError(

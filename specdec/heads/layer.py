@@ -18,15 +18,15 @@ class RotaryTable:
     """
 
     def __init__(self, config: Eagle3Config) -> None:
-        self._rotary = LlamaRotaryEmbedding(
-            LlamaConfig(
-                hidden_size=config.num_attention_heads * config.head_dim,
-                num_attention_heads=config.num_attention_heads,
-                head_dim=config.head_dim,
-                max_position_embeddings=config.max_position_embeddings,
-                rope_parameters=dict(config.rope),
-            )
+        settings = LlamaConfig(
+            hidden_size=config.num_attention_heads * config.head_dim,
+            num_attention_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_parameters=dict(config.rope),
         )
+        with torch.device("cpu"):  # numbers even where a head is made of shapes alone
+            self._rotary = LlamaRotaryEmbedding(settings)
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, positions: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 import specdec
 from helpers.drafters import THROW_AWAY, Truth
 from helpers.families import FAMILIES, VOCAB, draft_of, model_of
+from helpers.heads import head_for
 from specdec import GenerationStats, SpecConfig
 
 NEW_TOKENS = 40
@@ -161,6 +162,9 @@ def options_of(method: str, truth: Truth, case: Case) -> dict[str, Any]:
     """Small sizes, so that trees differ from round to round; the text for drafters that cheat."""
     if method == "draft_model":
         return {"draft": draft_of(case.family, case.dtype), "num_draft_tokens": 4, "top_k": 2}
+    if method == "eagle3":
+        head = head_for(model_of(case.family, case.dtype))
+        return {"draft": head, "depth": 3, "top_k": 3, "nodes": 9}
     if method == "lookahead":
         return {"window": 4, "ngram": 4, "guesses": 4}
     if method == "jacobi":

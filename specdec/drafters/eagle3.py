@@ -1,0 +1,286 @@
+"""EAGLE-3 drafting (Li et al., arXiv 2503.01840): a small head reads the target's hidden states.
+
+Each round the head takes in the verified tokens, then grows a dynamic tree (EAGLE-2, arXiv
+2406.16858): every level continues the likeliest nodes of the level above, and of all candidates the
+likeliest are verified. Candidates are not sampled, so the walk of every drafter verifies them, and
+the text is that of plain decoding, greedy or sampled. Trees are built on the device for all rows at
+once; nothing is read from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from specdec.drafters.base import BatchState, Needs, RoundResult, Shape, TargetFacts
+from specdec.errors import ConfigError
+from specdec.heads.eagle3 import Eagle3Head, HeadState
+from specdec.heads.ready import ready_head
+from specdec.tree import MAX_NODES, TreeBatch, bucket_size
+
+_FIRST_ROOM = 4096  # new tokens that the head's cache is allocated for at once
+
+
+@dataclass(frozen=True, eq=False)
+class Eagle3DraftConfig:
+    """Options of `eagle3`."""
+
+    draft: Any = None
+    """The trained head: a folder, a hub id, or a loaded `Eagle3Head`."""
+    depth: int = 5
+    """Levels of the tree; one pass of the head each."""
+    top_k: int = 8
+    """Nodes continued at every level, and candidates below each; 1 drafts a chain."""
+    nodes: int = 48
+    """Nodes that are verified: the likeliest of all candidates."""
+    min_probability: float = 0.0
+    """Leaves out nodes that the head thinks less likely than this. Only on a CPU, where a node
+    costs more than asking for the number of nodes does."""
+    tokenizer: Any = None
+    """The target's tokenizer, to compare with the one that the head was trained with."""
+
+    def __post_init__(self) -> None:
+        """Checks the options; raises `ConfigError`."""
+        if isinstance(self.draft, Path):
+            object.__setattr__(self, "draft", str(self.draft))
+        if not isinstance(self.draft, str | Eagle3Head) or not self.draft:
+            raise ConfigError(
+                "eagle3 needs draft=: the folder or hub id of a trained head, or an Eagle3Head, got "
+                f"{self.draft!r:.80}"
+            )
+        if self.depth < 1 or self.top_k < 1 or not 1 <= self.nodes < MAX_NODES:
+            raise ConfigError(
+                f"eagle3 needs depth >= 1, top_k >= 1 and 1 <= nodes < {MAX_NODES}, got "
+                f"depth={self.depth}, top_k={self.top_k}, nodes={self.nodes}"
+            )
+        number = isinstance(self.min_probability, int | float)
+        if (
+            not number
+            or isinstance(self.min_probability, bool)
+            or not 0 <= self.min_probability < 1
+        ):
+            raise ConfigError(f"min_probability must be in [0, 1), got {self.min_probability!r}")
+
+
+class Eagle3:
+    """Implements `Drafter` with an `Eagle3Head` and its own KV cache."""
+
+    Config = Eagle3DraftConfig
+    host_needs = False
+    shape: Shape = "any"
+    source_names = ("draft",)
+
+    def __init__(self, config: Eagle3DraftConfig) -> None:
+        self._config = config
+        self.needs = Needs()
+        self.max_nodes = min(config.nodes, config.depth) if config.top_k == 1 else config.nodes
+        self._head: Eagle3Head
+        self._state: HeadState
+        self._prompt: list[tuple[Sequence[int], Tensor, Tensor]] = []
+        self._fresh: list[tuple[Tensor, Tensor, list[int]]] = []
+        self._prefilled = False
+        self._next: Tensor | None = None
+
+    def meet(self, target: TargetFacts) -> None:
+        """Loads the head, or finds it in the target's memory; then its taps are known.
+
+        Raises:
+            ConfigError: It cannot be loaded, or belongs to another target.
+        """
+        config = self._config
+        self._head = ready_head(config.draft, config.tokenizer, target)
+        self.needs = Needs(taps=self._head.config.aux_output_layers)
+
+    def start(self, state: BatchState) -> None:
+        """Makes an empty draft state."""
+        longest = max(map(len, state.tokens)) + min(state.max_new_tokens, _FIRST_ROOM)
+        room = self._config.depth * self._config.top_k + 1
+        self._state = self._head.begin(len(state.tokens), longest + room)
+        self._prompt, self._fresh, self._next, self._prefilled = [], [], None, False
+
+    @torch.no_grad()
+    def observe_prefill(
+        self, rows: Sequence[int], token_ids: Tensor, features: Tensor | None, offset: int
+    ) -> None:
+        """Keeps the prompt's features until the token after its last one is known."""
+        if features is not None:
+            self._prompt.append((list(rows), token_ids, self._head.features(features)))
+
+    @torch.no_grad()
+    def propose(self, state: BatchState, budget: int) -> TreeBatch:
+        """The likeliest nodes of a dynamic tree for every row."""
+        depth = self._depth(state, budget)
+        if depth < 1:
+            return TreeBatch.roots(state.pending)
+        self._catch_up(state)
+        drafting = [on and n > 0 for on, n in zip(state.active, self._state.verified, strict=True)]
+        if self._next is None or not any(drafting):
+            return TreeBatch.roots(state.pending)
+        if state.shape == "chain" or self._config.top_k == 1:
+            return self._chain(state, depth, drafting)
+        return self._tree(state, depth, min(budget, self._config.nodes), drafting)
+
+    @torch.no_grad()
+    def observe(self, round_result: RoundResult) -> None:
+        """Keeps the accepted path's features; the head reads them when it drafts again."""
+        host, features = round_result.host, round_result.output.features
+        if features is None:
+            return
+        counts = [len(path) + 1 if on else 0
+                  for path, on in zip(host.paths, round_result.rows, strict=True)]  # fmt: skip
+        width = max(counts)
+        path = round_result.verdict.path[:, : width - 1].long().clamp(min=0)
+        nodes = pad(path, (1, 0))[:, :, None].expand(-1, -1, features.shape[-1])
+        tokens = round_result.verdict.tokens[:, :width]
+        self._fresh.append((tokens, self._head.features(features.gather(1, nodes)), counts))
+
+    def _depth(self, state: BatchState, budget: int) -> int:
+        """Levels that some row can still use."""
+        remaining = (state.max_new_tokens - state.emitted(row) - 1
+                     for row, active in enumerate(state.active) if active)  # fmt: skip
+        return min(self._config.depth, state.depth_limit, budget, max(remaining, default=0))
+
+    def _catch_up(self, state: BatchState) -> None:
+        """Shows the head what was verified since it last looked."""
+        if not self._prefilled:
+            self._prefilled = True
+            if self._prompt:
+                self._fresh.insert(0, self._prompt_slots(state))
+                self._prompt = []
+        last = self._head.config.vocab_size - 1
+        for tokens, features, counts in self._fresh:
+            self._next = self._head.commit(self._state, tokens.clamp(0, last), features, counts)
+        self._fresh = []
+
+    def _prompt_slots(self, state: BatchState) -> tuple[Tensor, Tensor, list[int]]:
+        """The prompts as verified slots: a token's feature, and the token after it."""
+        ids: list[list[Tensor]] = [[] for _ in state.tokens]
+        found: list[list[Tensor]] = [[] for _ in state.tokens]
+        for rows, token_ids, features in self._prompt:
+            for index, row in enumerate(rows):
+                ids[row].append(token_ids[index])
+                found[row].append(features[index])
+        empty, nothing = state.pending[:0], features[0, :0]
+        tokens = [torch.cat([*own, state.pending[row : row + 1]])[1:] if own else empty
+                  for row, own in enumerate(ids)]  # fmt: skip
+        slots = [torch.cat(own) if own else nothing for own in found]
+        counts = [len(row) for row in tokens]
+        return pad_sequence(tokens, True), pad_sequence(slots, True), counts
+
+    def _chain(self, state: BatchState, depth: int, drafting: Sequence[bool]) -> TreeBatch:
+        """The likeliest token of every level."""
+        head, own = self._head, self._state
+        log_probs = self._following()
+        tokens, scores = [state.pending[:, None]], [log_probs.new_zeros(len(log_probs), 1)]
+        first = torch.zeros_like(tokens[0])
+        for level in range(depth):
+            best, index = log_probs.max(-1, keepdim=True)
+            tokens.append(head.target_ids(index))
+            scores.append(scores[-1] + best)
+            if self._too_unlikely(scores[-1]):
+                break
+            if level + 1 < depth:
+                log_probs = head.expand(own, tokens[-1], first)[:, 0]
+        head.rewind(own)
+        return self._trees(TreeBatch.chains(torch.cat(tokens, 1)), torch.cat(scores, 1), drafting)
+
+    def _following(self) -> Tensor:
+        """[B, D] log-probabilities of what follows each row's pending token."""
+        if self._next is None:
+            raise RuntimeError("nothing was committed yet")
+        return self._next
+
+    def _too_unlikely(self, scores: Tensor) -> bool:
+        """Whether nothing below these nodes can be likely enough; only asked on a CPU."""
+        least = self._config.min_probability
+        if not least or scores.device.type != "cpu":
+            return False
+        return float(scores.max()) < math.log(least)
+
+    def _tree(
+        self, state: BatchState, depth: int, nodes: int, drafting: Sequence[bool]
+    ) -> TreeBatch:
+        """Grows the candidates level by level, then keeps the best of them all."""
+        head, own = self._head, self._state
+        log_probs = self._following()
+        width = min(self._config.top_k, log_probs.shape[-1])
+        scores, index = log_probs.topk(width)
+        tokens, parents = head.target_ids(index), torch.zeros_like(index)
+        frontier = torch.arange(width, device=index.device).expand_as(index)
+        levels = [(scores, tokens, torch.full_like(index, -1))]
+        for level in range(1, depth):
+            if self._too_unlikely(scores):
+                break
+            below, index = head.expand(own, tokens, parents).topk(width)
+            every = (scores[:, :, None] + below).flatten(1)
+            ids = head.target_ids(index).flatten(1)
+            above = frontier[:, :, None].expand_as(index).flatten(1)
+            count = sum(found.shape[1] for found, _, _ in levels)
+            levels.append((every, ids, above))
+            if level + 1 < depth:
+                scores, best = every.topk(width)
+                tokens, parents, frontier = ids.gather(1, best), best // width, count + best
+        head.rewind(own)
+        joined = [torch.cat(parts, 1) for parts in zip(*levels, strict=True)]
+        return self._best(state, (joined[0], joined[1], joined[2]), nodes, len(levels), drafting)
+
+    def _best(
+        self,
+        state: BatchState,
+        found: tuple[Tensor, Tensor, Tensor],
+        nodes: int,
+        depth: int,
+        drafting: Sequence[bool],
+    ) -> TreeBatch:
+        """The likeliest candidates as trees; a stable order puts a parent before its children.
+
+        No child is likelier than its parent, and candidates come level by level, so of equals the
+        shallower one is first (EAGLE-2 reranks without such a rule, and ties can tear its trees).
+
+        Args:
+            state: Where the rows stand.
+            found: [B, N] scores, target ids and parents; -1 hangs under the root.
+            nodes: Candidates to keep.
+            depth: Levels of the candidates.
+            drafting: Rows that get a tree.
+        """
+        scores, tokens, parents = found
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        nodes = min(nodes, order.shape[1])
+        rank = torch.empty_like(order).scatter_(
+            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+        )
+        kept = order[:, :nodes]
+        above = parents.gather(1, kept)
+        above = torch.where(above < 0, 0, rank.gather(1, above.clamp(min=0)) + 1)
+        size = nodes + 1
+        if scores.device.type != "cpu":  # shapes that kernels and graphs have seen before
+            size = bucket_size(size)
+        fill = (1, size - nodes - 1)
+        trees = TreeBatch(
+            tokens=pad(tokens.gather(1, kept), fill),
+            parents=pad(above, fill).index_fill_(1, above.new_zeros(1), -1).to(torch.int32),
+            sizes=torch.full_like(state.pending, nodes + 1, dtype=torch.int32),
+            max_depth=depth,
+        )
+        return self._trees(trees, pad(scores[:, :nodes], fill), drafting)
+
+    def _trees(self, trees: TreeBatch, scores: Tensor, drafting: Sequence[bool]) -> TreeBatch:
+        """The trees with their scores, without unlikely nodes and rows that do not draft."""
+        sizes, least = trees.sizes, self._config.min_probability
+        if least and scores.device.type == "cpu":
+            live = (scores[:, 1:] >= math.log(least)).sum(1) + 1
+            sizes = torch.minimum(sizes, live.to(torch.int32))
+        if not all(drafting):
+            on = torch.tensor(drafting, device=sizes.device)
+            sizes = torch.where(on, sizes, 1)
+        size = trees.size if sizes.device.type != "cpu" else int(sizes.max())
+        return replace(trees, sizes=sizes, scores=scores).cut(size)

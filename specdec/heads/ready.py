@@ -1,0 +1,84 @@
+"""Makes a head ready to draft for a target: loads it once, compares, and shares the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from specdec.drafters.base import TargetFacts
+from specdec.errors import ConfigError
+from specdec.heads.eagle3 import Eagle3Head
+from specdec.target_fingerprint import TargetFingerprint
+
+_MEMORY = "eagle3.heads"
+_MOST_KEPT = 4  # heads that the memory of one target holds at a time
+
+
+@dataclass
+class _Kept:
+    """A head that was made ready: where it came from, and the tokenizer it was compared with."""
+
+    source: Any
+    tokenizer: Any
+    head: Eagle3Head
+
+
+def ready_head(draft: str | Eagle3Head, tokenizer: Any, target: TargetFacts) -> Eagle3Head:
+    """The head, on the target's device and with its embeddings.
+
+    Args:
+        draft: A folder, a hub id, or the head itself, which is used in its own dtype.
+        tokenizer: The target's, or None.
+        target: What the head drafts for.
+
+    Raises:
+        ConfigError: It cannot be loaded, or was not made for this target.
+    """
+    kept: list[_Kept] = target.memory.setdefault(_MEMORY, [])
+    for found in kept:
+        same = found.source is draft or (isinstance(draft, str) and found.source == draft)
+        if same and found.tokenizer is tokenizer and _is_here(found.head, target):
+            return found.head
+    if isinstance(draft, str):
+        from specdec.heads.checkpoint import load_head
+
+        fingerprint = TargetFingerprint.of(target.config, tokenizer)
+        loaded = load_head(draft, target=fingerprint, dtype=target.dtype, device=target.device)
+        head = loaded.head
+    else:
+        head = draft
+    check_fit(head, target)
+    head.attach(target.embeddings.to(target.device), target.output_embeddings)
+    kept[:] = [*kept[-_MOST_KEPT + 1 :], _Kept(draft, tokenizer, head)]
+    return head
+
+
+def _is_here(head: Eagle3Head, target: TargetFacts) -> bool:
+    weight = head.fc.weight
+    return weight.device == target.device
+
+
+def check_fit(head: Eagle3Head, target: TargetFacts) -> None:
+    """Raises `ConfigError` for a head whose sizes are not this target's."""
+    config, of = head.config, target.config
+    if config.target_hidden_size != of.hidden_size:
+        raise ConfigError(
+            f"the head reads hidden states of width {config.target_hidden_size}, the target has "
+            f"hidden_size {of.hidden_size}; this head is another model's"
+        )
+    if config.vocab_size > len(target.embeddings):
+        raise ConfigError(
+            f"the head drafts among vocab_size {config.vocab_size} tokens, the target has "
+            f"{len(target.embeddings)}; this head is another model's"
+        )
+    last = of.num_hidden_layers - 1
+    if max(config.aux_output_layers) > last:
+        raise ConfigError(
+            f"the head reads layers {list(config.aux_output_layers)} of the target, whose last one "
+            f"is {last}; this head is another model's"
+        )
+    if head.fc.weight.device != target.device:
+        raise ConfigError(
+            f"the head is on {head.fc.weight.device} and the target on {target.device}; move the "
+            "head there"
+        )

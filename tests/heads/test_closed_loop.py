@@ -1,0 +1,160 @@
+"""What is trained is what drafts: the unrolled head and the stepped head are one computation."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdec.heads.config import Eagle3Config
+from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.ttt_attention import dense_ttt_attention, ttt_attention
+
+FLAGS = (
+    "norm_before_residual", "norm_before_fc", "fc_norm", "feed_post_norm", "qk_norm",
+    "attention_bias", "fc_bias",
+)  # fmt: skip
+VOCAB, LENGTH, STEPS = 50, 17, 4
+
+
+def tiny_config(**changes: object) -> Eagle3Config:
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCAB, "draft_vocab_size": 30,
+        "target_hidden_size": 24, "aux_output_layers": (0, 2, 3),
+    }  # fmt: skip
+    return Eagle3Config(**{**sizes, **changes})  # type: ignore[arg-type]
+
+
+def random_head(config: Eagle3Config, seed: int = 0) -> Eagle3Head:
+    torch.manual_seed(seed)
+    head = Eagle3Head(config, own_embeddings=True).double().eval()
+    for parameter in head.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.2)
+    return head
+
+
+def inputs(rows: int = 2, length: int = LENGTH) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(VOCAB, (rows, length), generator=generator)
+    return tokens, torch.randn(rows, length, 72, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("on", list(product((False, True), repeat=len(FLAGS))), ids=str)
+@torch.no_grad()
+def test_a_chain_steps_through_the_training_states(
+    on: tuple[bool, ...], window: int | None
+) -> None:
+    head = random_head(tiny_config(sliding_window=window, **dict(zip(FLAGS, on, strict=True))))
+    tokens, aux = inputs()
+    features, slot = head.features(aux), 9
+    trained = [normed[:, slot] for normed in head.unroll(tokens, features, STEPS)]
+    state = head.begin(rows=2, capacity=4)
+    head.commit(state, tokens[:, 1 : slot + 2], features[:, : slot + 1], [slot + 1] * 2)
+    for step, wanted in enumerate(trained):
+        if step:
+            drafted = tokens[:, slot + 1 + step : slot + 2 + step]
+            head.expand(state, drafted, torch.zeros_like(drafted))
+        found = state.hidden[:, 0]
+        found = found if head.config.feed_post_norm else head.norm(found)
+        torch.testing.assert_close(found, wanted, atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_every_path_of_a_tree_is_a_chain() -> None:
+    """Siblings, ragged rows and a second round: each node is what its path alone would be."""
+    head, (tokens, aux) = random_head(tiny_config()), inputs(length=12)
+    features, counts = head.features(aux), [11, 7]
+    state = head.begin(2, 4)
+    head.commit(state, tokens[:, 1:], features[:, :11], counts)
+    levels = [torch.tensor([[3, 4], [5, 6]]), torch.tensor([[7, 8], [9, 10]])]
+    parents = [torch.zeros(2, 2, dtype=torch.long), torch.tensor([[1, 1], [0, 1]])]
+    for _ in range(2):
+        found = [head.expand(state, t, p) for t, p in zip(levels, parents, strict=True)][-1]
+        head.rewind(state)
+    for row, node in product(range(2), range(2)):
+        above = levels[0][row, parents[1][row, node]]
+        alone = head.begin(1, 4)
+        n = counts[row]
+        head.commit(alone, tokens[row : row + 1, 1 : n + 1], features[row : row + 1, :n], [n])
+        for token in (above, levels[1][row, node]):
+            wanted = head.expand(alone, token[None, None], torch.zeros(1, 1, dtype=torch.long))
+        torch.testing.assert_close(found[row, node], wanted[0, 0], atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_a_prompt_in_pieces_is_the_prompt() -> None:
+    head, (tokens, aux) = random_head(tiny_config()), inputs()
+    features = head.features(aux)
+    whole, pieces = head.begin(2, 4), head.begin(2, 4)
+    wanted = head.commit(whole, tokens[:, 1:], features[:, :16], [16, 9])
+    head.commit(pieces, tokens[:, 1:6], features[:, :5], [5, 5])
+    found = head.commit(pieces, tokens[:, 6:], features[:, 5:16], [11, 4])
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+    still = head.commit(pieces, tokens[:, :1], features[:, :1], [0, 0])
+    torch.testing.assert_close(still, wanted, atol=1e-6, rtol=0)
+    assert pieces.verified == [16, 9]
+
+
+SPANS = [[(0, 10), (10, 37)], [(0, 20), (20, 30)]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("spans", [None, SPANS], ids=["one", "packed"])
+@pytest.mark.parametrize("later", [0, 1, 3, 6])
+def test_merged_attention_is_the_dense_one(
+    dtype: torch.dtype, window: int | None, spans: list[list[tuple[int, int]]] | None, later: int
+) -> None:
+    """Values and all gradients; slots outside every document are padding and excluded."""
+    generator = torch.Generator().manual_seed(later)
+
+    def random(heads: int) -> Tensor:
+        found = torch.randn(2, heads, 37, 16, generator=generator, dtype=torch.float64).to(dtype)
+        return found.requires_grad_()
+
+    query = random(4)
+    keys, values = ([random(2) for _ in range(later + 1)] for _ in range(2))
+    kept = torch.ones(2, 1, 37, 1, dtype=torch.bool)
+    if spans is not None:
+        kept[1, :, 30:] = False
+    out, dense = (
+        torch.where(kept, attend(query, keys, values, spans, window), 0)
+        for attend in (ttt_attention, dense_ttt_attention)
+    )
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)
+    tolerance = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 3e-2}[dtype]
+    assert relative(out, dense) < tolerance
+    found, wanted = (torch.autograd.grad(x, [query, *keys, *values], grad) for x in (out, dense))
+    assert max(map(relative, found, wanted)) < tolerance
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def test_recomputing_changes_no_gradient() -> None:
+    head, (tokens, aux) = random_head(tiny_config(fc_norm=True)), inputs()
+    grads = []
+    for recompute in (False, True):
+        head.zero_grad()
+        total = sum(x.square().mean() for x in head.unroll(tokens, head.features(aux), 3, None,
+                                                           recompute))  # fmt: skip
+        total.backward()  # type: ignore[union-attr]
+        grads.append([p.grad.clone() for p in head.parameters() if p.grad is not None])
+    assert grads[0]
+    assert all(map(torch.equal, *grads))
+
+
+def test_half_precision_keeps_exact_positions() -> None:
+    """Casting a head must not round the frequencies of its rotary positions."""
+    head = random_head(tiny_config()).bfloat16()
+    position = torch.tensor([1999])
+    cos, _ = head._rotary(position, 2000, torch.float64)
+    wanted = torch.cos(position * 10_000.0 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8))
+    torch.testing.assert_close(cos[0, :4], wanted, atol=1e-3, rtol=0)
