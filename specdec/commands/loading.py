@@ -38,6 +38,15 @@ def check_model(name: str | None) -> None:
     _read_config(*_locate(name))
 
 
+def load_config(name: str | None) -> Any:
+    """The model's configuration, without its weights.
+
+    Raises:
+        SpecdecError: As `check_model`.
+    """
+    return _read_config(*_locate(name))
+
+
 def load_model(name: str | None, dtype: str, device: str) -> Any:
     """The model in evaluation mode on its device; None or "demo" is the bundled toy.
 

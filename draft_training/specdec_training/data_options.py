@@ -1,0 +1,147 @@
+"""What `specdec data` can be told: one frozen dataclass per subcommand.
+
+Field docstrings are the help texts. Imports nothing heavy, so that the help answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+_Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+_N = tyro.conf.arg(metavar="N")
+_X = tyro.conf.arg(metavar="X")
+
+
+def _arg(metavar: str, default: str = "") -> Any:
+    """How a value is called in the help, and what leaving it out means."""
+    hint = f"(default: {default})" if default else ""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+
+
+def _required(metavar: str, more: str = "") -> Any:
+    """As `_arg`, for what must be given; checked where it is used, with a message of our own."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(required{more})")
+
+
+_Inputs = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _required("NAME", "; repeatable")]
+_Pairs = Annotated[
+    tuple[str, ...], tyro.conf.UseAppendAction, _arg("NAME=VALUE", "none; repeatable")
+]
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Where rows come from."""
+
+    input: _Inputs = ()
+    """File or folder (JSONL, JSON, Parquet), Hugging Face data set, or demo: the bundled corpus."""
+    split: Annotated[str, _arg("NAME", "train")] = "train"
+    """Split of a Hugging Face data set."""
+    subset: Annotated[str | None, _arg("NAME")] = None
+    """Configuration of a Hugging Face data set."""
+    limit: Annotated[int | None, _arg("N", "all")] = None
+    """Read only the first N rows."""
+    as_chat: _Flag = False
+    """Read a prompt (and its completion) as turns of a conversation."""
+    min_lines: Annotated[int, _N] = 4
+    """Fewest lines of a piece of the bundled corpus."""
+    max_lines: Annotated[int, _N] = 24
+    """Most lines of a piece of the bundled corpus."""
+    seed: Annotated[int, _N] = 0
+    """Seed of everything that is drawn."""
+    max_bad_fraction: Annotated[float, _X] = 0.01
+    """Largest share of bad rows; above it, nothing is written."""
+
+
+@dataclass(frozen=True)
+class DataPrepareOptions(ReadOptions):
+    """Turn conversations into token ids with a loss mask, and choose the draft vocabulary."""
+
+    target: Annotated[str, _arg("NAME", "the bundled toy")] = "demo"
+    """Folder or hub id of the target; demo is the bundled toy."""
+    out: Annotated[Path | None, _required("FOLDER")] = None
+    """Folder to write."""
+    overwrite: _Flag = False
+    """Replace prepared data that are already there."""
+    max_length: Annotated[int, _N] = 2048
+    """Most tokens of an example; what is longer is cut at the end."""
+    draft_vocab: Annotated[int, _N] = 32000
+    """Size of the draft vocabulary; at least the target's vocabulary means all of it."""
+    held_out: Annotated[int, _N] = 64
+    """Prompts kept out of training, to measure acceptance on; at most a tenth of the rows."""
+    chat_template: Annotated[Path | None, _arg("FILE", "the tokenizer's own")] = None
+    """Jinja template to render conversations with."""
+    template_option: _Pairs = ()
+    """Variable of the chat template, for example enable_thinking=false."""
+    turns: Literal["all", "each", "last"] = "all"
+    """Assistant turns to learn: all in one example, each in an example of its own, or the last."""
+    num_proc: Annotated[int, _N] = 1
+    """Processes that tokenise."""
+    cache_dir: Annotated[Path | None, _arg("FOLDER", "that of Hugging Face datasets")] = None
+    """Where tokenised rows are kept for the next run with the same options."""
+
+
+@dataclass(frozen=True)
+class DataRegenerateOptions(ReadOptions):
+    """Let the target write the answers itself, which is what a draft head has to predict."""
+
+    target: Annotated[str, _arg("NAME", "the bundled toy")] = "demo"
+    """Folder or hub id of the target; demo is the bundled toy."""
+    out: Annotated[Path | None, _required("FILE")] = None
+    """JSONL file to write; one that is there is continued."""
+    batch_size: Annotated[int, _N] = 32
+    """Prompts that are answered at the same time."""
+    max_new_tokens: Annotated[int, _N] = 256
+    """Longest answer."""
+    temperature: Annotated[float, _X] = 0.7
+    """Sampling temperature; 0 takes the likeliest token."""
+    top_p: Annotated[float, _X] = 1.0
+    """Nucleus sampling: smallest set with this probability."""
+    max_prompt: Annotated[int | None, _arg("N", "what the context leaves")] = None
+    """Longest prompt in tokens; longer ones are skipped."""
+    drop_loops: _Flag = False
+    """Cut an answer where it falls into a repetition loop."""
+    chat_template: Annotated[Path | None, _arg("FILE", "the tokenizer's own")] = None
+    """Jinja template to render conversations with."""
+    template_option: _Pairs = ()
+    """Variable of the chat template, for example enable_thinking=false."""
+    method: str = "none"
+    """Drafting method to generate with; none is plain generate."""
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
+    """Arithmetic; auto takes the checkpoint's own, and float32 for the bundled toy."""
+    device: str = "auto"
+    """Torch device; auto takes a CUDA device where there is one."""
+    threads: Annotated[int | None, _arg("N", "1 for the bundled toy, else torch's choice")] = None
+    """Torch threads."""
+
+
+@dataclass(frozen=True)
+class DataDoctorOptions:
+    """Look at prepared data before they are trained on."""
+
+    data: Annotated[str | None, _required("NAME")] = None
+    """Folder that `specdec data prepare` wrote, or an input of it."""
+    target: Annotated[str | None, _arg("NAME", "not checked")] = None
+    """Target to compare the data with: fingerprint, round trip, share of its own tokens."""
+    max_length: Annotated[int, _N] = 2048
+    """Most tokens of an example, for data that are not prepared yet."""
+    chat_template: Annotated[Path | None, _arg("FILE", "the tokenizer's own")] = None
+    """Jinja template to render conversations with, for data that are not prepared yet."""
+    template_option: _Pairs = ()
+    """Variable of the chat template, for data that are not prepared yet."""
+    examples: Annotated[int, _N] = 8
+    """Examples that the target reads."""
+    sample: Annotated[int, _N] = 1
+    """Examples to print, with the tokens to learn in green."""
+    sample_tokens: Annotated[int, _N] = 400
+    """Longest printed example."""
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the target."""
+    device: str = "auto"
+    """Torch device of the target."""
+    no_colour: _Flag = False
+    """Never colour the tokens. Also when NO_COLOR is set or the output is no terminal."""

@@ -1,0 +1,298 @@
+"""Reads rows from files, folders, hub data sets and the bundled corpus, one bad line at a time.
+
+JSON lines are read here and not by `datasets`, whose reader gives up on the first broken line.
+Everything that goes wrong within a row becomes a `BadRow` in the stream; everything that is wrong
+with a file is a `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from specdec.demo.corpus import fingerprint, read_sources
+from specdec.errors import ConfigError
+from specdec_training.bad_rows import BadRow, shown
+from specdec_training.conversations import Row, parse_row
+from specdec_training.data_options import ReadOptions
+
+DEMO = "demo"
+"""Names the bundled corpus where an input is asked for."""
+
+MOST_LINE_BYTES = 32 * 2**20
+"""A longer line is skipped: it is no conversation, and reading it would fill the memory."""
+
+_MOST_ARRAY_BYTES = 2**30  # a JSON array is read at once
+_LINES, _ARRAYS, _COLUMNS = (".jsonl", ".ndjson"), (".json",), (".parquet",)
+_SUFFIXES = (*_LINES, *_ARRAYS, *_COLUMNS)
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class ReadRow:
+    """One row of the input, good or bad.
+
+    Attributes:
+        where: File and line, for messages.
+        row: The row, or None when it is bad.
+        problem: Why it is bad.
+    """
+
+    where: str
+    row: Row | None = None
+    problem: BadRow | None = None
+
+
+class Inputs:
+    """The rows of all inputs in a fixed order, without those that were read before.
+
+    Args:
+        options: What to read.
+
+    Raises:
+        ConfigError: An input is missing or has no readable file.
+    """
+
+    def __init__(self, options: ReadOptions) -> None:
+        if not options.input:
+            raise ConfigError("--input is missing; give files, folders, a hub name or demo")
+        self._options = options
+        self._sources = [source for name in options.input for source in _sources(name, options)]
+
+    def hash(self) -> str:
+        """SHA-256 over what will be read: the files' bytes, and how the corpus is cut."""
+        digest = hashlib.sha256(str(self._options.limit).encode())
+        for source in self._sources:
+            digest.update(source.hash().encode())
+        return digest.hexdigest()
+
+    def rows(self) -> Iterator[ReadRow]:
+        """Every row, until the limit of rows is reached."""
+        contents: set[str] = set()
+        for count, found in enumerate(self._all()):
+            if self._options.limit is not None and count >= self._options.limit:
+                return
+            if found.row is not None:
+                row = found.row.as_chat() if self._options.as_chat else found.row
+                found, key = ReadRow(found.where, row), row.key()
+                if key in contents:
+                    found = ReadRow(found.where, problem=BadRow("duplicate_content"))
+                contents.add(key)
+            yield found
+
+    def _all(self) -> Iterator[ReadRow]:
+        for source in self._sources:
+            names: dict[str, str] = {}  # ids start again in every file
+            for found in source.rows():
+                row = found.row
+                if row is not None and row.name:
+                    key = row.key()
+                    if names.setdefault(row.name, key) != key:
+                        yield ReadRow(found.where, problem=BadRow("duplicate_id", row.name))
+                        continue
+                yield found
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+
+    def hash(self) -> str:
+        digest = hashlib.sha256()
+        try:
+            with self.path.open("rb") as stream:
+                while chunk := stream.read(_CHUNK):
+                    digest.update(chunk)
+        except OSError as problem:
+            raise ConfigError(f"cannot read {str(self.path)!r}: {problem.strerror}") from problem
+        return digest.hexdigest()
+
+    def rows(self) -> Iterator[ReadRow]:
+        name = self.path.name
+        try:
+            if self.path.suffix in _COLUMNS:
+                values = _columns(self.path)
+            else:
+                with _opened(self.path) as stream:
+                    values = _array(stream, self.path) or _lines(stream)
+                    yield from (_read(f"{name}:{number}", value) for number, value in values)
+                return
+            yield from (_read(f"{name}:{number}", value) for number, value in values)
+        except (OSError, EOFError, zlib.error) as problem:  # the last two: damaged gzip
+            reason = getattr(problem, "strerror", None) or problem
+            raise ConfigError(f"cannot read {str(self.path)!r}: {reason}") from problem
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A `datasets.Dataset`, from the hub or from `save_to_disk`."""
+
+    name: str
+    data: Any
+
+    def hash(self) -> str:
+        return str(self.data._fingerprint)
+
+    def rows(self) -> Iterator[ReadRow]:
+        for number, value in enumerate(self.data, 1):
+            yield _read(f"{self.name}:{number}", value)
+
+
+@dataclass(frozen=True)
+class _Demo:
+    """The bundled corpus, cut into pieces of whole lines."""
+
+    lines: tuple[int, int]
+    seed: int
+
+    def hash(self) -> str:
+        return f"{fingerprint(read_sources())} {self.lines} {self.seed}"
+
+    def rows(self) -> Iterator[ReadRow]:
+        chosen, (least, most) = random.Random(self.seed), self.lines
+        pieces = []
+        for text in read_sources():
+            lines = text.splitlines(keepends=True)
+            at = 0
+            while at < len(lines):
+                size = chosen.randint(least, most)
+                if at + size <= len(lines):  # a rest would be shorter than was asked for
+                    pieces.append("".join(lines[at : at + size]))
+                at += size
+        chosen.shuffle(pieces)
+        filled = (piece for piece in pieces if piece.strip())
+        for number, piece in enumerate(filled, 1):
+            yield _read(f"{DEMO}:{number}", {"text": piece})
+
+
+def _sources(name: str, options: ReadOptions) -> list[Any]:
+    if name == DEMO:
+        if not 1 <= options.min_lines <= options.max_lines:
+            raise ConfigError(
+                f"--min-lines must be from 1 to --max-lines, got {options.min_lines} and "
+                f"{options.max_lines}"
+            )
+        return [_Demo((options.min_lines, options.max_lines), options.seed)]
+    if not name:
+        raise ConfigError("--input is empty; give a file, a folder, a hub name or demo")
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as problem:
+        raise ConfigError(f"cannot look for --input {shown(name)!r}: {problem}") from problem
+    if is_folder:
+        return _in_folder(path)
+    if is_file:
+        if _kind(path) not in _SUFFIXES:
+            raise ConfigError(f"--input {name!r} is none of {', '.join(_SUFFIXES)} (or those .gz)")
+        return [_File(path)]
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if looks_local or _kind(path) in _SUFFIXES:
+        raise ConfigError(f"there is no file or folder {shown(name)!r} for --input")
+    return [_Table(name, _from_hub(name, options))]
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says what is in a file, compression aside."""
+    inner = Path(path.stem).suffix
+    return (inner if inner not in _COLUMNS else "") if path.suffix == ".gz" else path.suffix
+
+
+def _in_folder(path: Path) -> list[Any]:
+    if (path / "meta.json").is_file() and (path / "examples").is_dir():
+        raise ConfigError(f"--input {str(path)!r} is prepared already; train on it as it is")
+    if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+        import datasets
+
+        return [_Table(path.name, datasets.load_from_disk(str(path)))]
+    files = sorted(
+        found
+        for found in path.rglob("*")
+        if _kind(found) in _SUFFIXES and found.is_file() and not found.name.startswith(".")
+    )
+    if not files:
+        raise ConfigError(f"--input {str(path)!r} holds no {', '.join(_SUFFIXES)} file")
+    return [_File(found) for found in files]
+
+
+def _from_hub(name: str, options: ReadOptions) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, options.subset, split=options.split)
+    except Exception as problem:  # any failure to get foreign data means that they are not there
+        raise ConfigError(
+            f"cannot load --input {name!r}, split {options.split!r}, from the hub: {shown(problem)}"
+        ) from problem
+
+
+def _read(where: str, value: Any) -> ReadRow:
+    """The row in `value`, which is a JSON value, or bytes that should be one."""
+    try:
+        if isinstance(value, BadRow):
+            raise value
+        return ReadRow(where, parse_row(_decoded(value) if isinstance(value, bytes) else value))
+    except BadRow as problem:
+        return ReadRow(where, problem=problem)
+
+
+def _decoded(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as problem:
+        raise BadRow("not_utf8", problem.reason) from problem
+    except (ValueError, RecursionError) as problem:  # too many digits, too many brackets
+        raise BadRow("broken_json", str(problem)) from problem
+
+
+def _opened(path: Path) -> BinaryIO:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """Line number and bytes of every line that is not blank."""
+    number = 0
+    while line := stream.readline(MOST_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MOST_LINE_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(_CHUNK)
+            yield number, BadRow("line_too_long", f"more than {MOST_LINE_BYTES:,} bytes")
+        elif line.strip():
+            yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+
+def _array(stream: BinaryIO, path: Path) -> Iterator[tuple[int, Any]] | None:
+    """The rows of a .json file that holds a list; None when it holds lines after all."""
+    if _kind(path) not in _ARRAYS:
+        return None
+    start = stream.read(_CHUNK)
+    if not start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        stream.seek(0)
+        return None
+    text = start + stream.read(_MOST_ARRAY_BYTES)
+    if len(text) > _MOST_ARRAY_BYTES:
+        raise ConfigError(f"{str(path)!r} is too large for a JSON list; write it as .jsonl")
+    try:
+        values = json.load(io.BytesIO(text))
+    except (ValueError, RecursionError) as problem:
+        raise ConfigError(f"{str(path)!r} is no JSON list: {shown(problem)}") from problem
+    return iter(list(enumerate(values, 1)))
+
+
+def _columns(path: Path) -> Iterator[tuple[int, Any]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        yield from enumerate(rows, 1)
+    except Exception as problem:
+        raise ConfigError(f"cannot read {str(path)!r}: {shown(problem)}") from problem
