@@ -73,6 +73,12 @@ class DataPrepareOptions(ReadOptions):
     """Size of the draft vocabulary; at least the target's vocabulary means all of it."""
     held_out: Annotated[int, _N] = 64
     """Prompts kept out of training, to measure acceptance on; at most a tenth of the rows."""
+    held_out_input: Annotated[
+        tuple[str, ...],
+        tyro.conf.UseAppendAction,
+        _arg("NAME", "--input; repeatable"),
+    ] = ()
+    """Where these prompts come from instead; demo-held-out: modules that the toy never saw."""
     chat_template: Annotated[Path | None, _arg("FILE", "the tokenizer's own")] = None
     """Jinja template to render conversations with."""
     template_option: _Pairs = ()

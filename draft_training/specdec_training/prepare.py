@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -60,7 +60,12 @@ def prepare(options: DataPrepareOptions) -> Prepared:
     tally = count_rows(table)
     tally.check(options.max_bad_fraction)
     refuse_whole_conversations(table)
-    chosen, prompts = hold_out(table, options.held_out, options.seed)
+    if options.held_out_input:
+        others = replace(options, input=options.held_out_input, limit=None)
+        apart = encoded_rows(Inputs(others), encoder, options)
+        chosen, prompts = hold_out_from(apart, table, options.held_out, options.seed)
+    else:
+        chosen, prompts = hold_out(table, options.held_out, options.seed)
     if not chosen:
         raise ConfigError(f"no example is left to train on: {'; '.join(tally.lines())}")
     facts = _facts(target, encoder, options, tally)
@@ -180,6 +185,28 @@ def hold_out(table: Any, wanted: int, seed: int) -> tuple[list[int], list[list[i
     prompts = [table[groups[g][0]]["token_ids"][: lengths[groups[g][0]]] for g in held]
     taken = {line for group in held for line in groups[group]}
     return [line for line in lengths if line not in taken], prompts
+
+
+def hold_out_from(
+    apart: Any, table: Any, wanted: int, seed: int
+) -> tuple[list[int], list[list[int]]]:
+    """Like `hold_out`, with prompts of another input, as `encoded_rows` gives it.
+
+    What `table` asks in the same words is not trained on.
+    """
+    prompts: dict[str, list[int]] = {}
+    names = ["reason", "group", "prompt_length", "token_ids"]
+    for batch in apart.select_columns(names).iter(batch_size=1000):
+        for reason, group, length, ids in zip(*(batch[name] for name in names), strict=True):
+            if not reason and length:
+                prompts.setdefault(group, ids[:length])
+    held = sorted(prompts, key=lambda group: _hash(seed, group))[:wanted]
+    if len(held) < wanted:
+        raise ConfigError(f"--held-out-input has {len(held)} prompts, --held-out wants {wanted}")
+    own = table.select_columns(["reason", "group"])
+    rows = enumerate(zip(own["reason"], own["group"], strict=True))
+    chosen = [line for line, (reason, group) in rows if not reason and group not in held]
+    return chosen, [prompts[group] for group in held]
 
 
 def refuse_whole_conversations(table: Any) -> None:

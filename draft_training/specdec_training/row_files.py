@@ -24,8 +24,9 @@ from specdec_training.bad_rows import BadRow, shown
 from specdec_training.conversations import Row, parse_row
 from specdec_training.data_options import ReadOptions
 
-DEMO = "demo"
-"""Names the bundled corpus where an input is asked for."""
+DEMO, DEMO_HELD_OUT = "demo", "demo-held-out"
+"""Names of the bundled corpus where an input is asked for: what the toy was trained on, and the
+modules that it never saw."""
 
 MOST_LINE_BYTES = 32 * 2**20
 """A longer line is skipped: it is no conversation, and reading it would fill the memory."""
@@ -150,16 +151,20 @@ class _Table:
 class _Demo:
     """The bundled corpus, cut into pieces of whole lines."""
 
+    name: str
     lines: tuple[int, int]
     seed: int
 
+    def _texts(self) -> list[str]:
+        return read_sources(held_out=self.name == DEMO_HELD_OUT)
+
     def hash(self) -> str:
-        return f"{fingerprint(read_sources())} {self.lines} {self.seed}"
+        return f"{self.name} {fingerprint(self._texts())} {self.lines} {self.seed}"
 
     def rows(self) -> Iterator[ReadRow]:
         chosen, (least, most) = random.Random(self.seed), self.lines
         pieces = []
-        for text in read_sources():
+        for text in self._texts():
             lines = text.splitlines(keepends=True)
             at = 0
             while at < len(lines):
@@ -170,17 +175,17 @@ class _Demo:
         chosen.shuffle(pieces)
         filled = (piece for piece in pieces if piece.strip())
         for number, piece in enumerate(filled, 1):
-            yield _read(f"{DEMO}:{number}", {"text": piece})
+            yield _read(f"{self.name}:{number}", {"text": piece})
 
 
 def _sources(name: str, options: ReadOptions) -> list[Any]:
-    if name == DEMO:
+    if name in (DEMO, DEMO_HELD_OUT):
         if not 1 <= options.min_lines <= options.max_lines:
             raise ConfigError(
                 f"--min-lines must be from 1 to --max-lines, got {options.min_lines} and "
                 f"{options.max_lines}"
             )
-        return [_Demo((options.min_lines, options.max_lines), options.seed)]
+        return [_Demo(name, (options.min_lines, options.max_lines), options.seed)]
     if not name:
         raise ConfigError("--input is empty; give a file, a folder, a hub name or demo")
     try:

@@ -53,8 +53,8 @@ class Eagle3DraftConfig:
             object.__setattr__(self, "draft", str(self.draft))
         if not isinstance(self.draft, str | Eagle3Head) or not self.draft:
             raise ConfigError(
-                "eagle3 needs draft=: the folder or hub id of a trained head, or an Eagle3Head, got "
-                f"{self.draft!r:.80}"
+                "eagle3 needs draft=: the folder or hub id of a trained head, or an Eagle3Head, "
+                f"got {self.draft!r:.80}"
             )
         if self.depth < 1 or self.top_k < 1 or not 1 <= self.nodes < MAX_NODES:
             raise ConfigError(
@@ -275,12 +275,13 @@ class Eagle3:
 
     def _trees(self, trees: TreeBatch, scores: Tensor, drafting: Sequence[bool]) -> TreeBatch:
         """The trees with their scores, without unlikely nodes and rows that do not draft."""
-        sizes, least = trees.sizes, self._config.min_probability
-        if least and scores.device.type == "cpu":
-            live = (scores[:, 1:] >= math.log(least)).sum(1) + 1
-            sizes = torch.minimum(sizes, live.to(torch.int32))
+        sizes, size = trees.sizes, trees.size
         if not all(drafting):
             on = torch.tensor(drafting, device=sizes.device)
             sizes = torch.where(on, sizes, 1)
-        size = trees.size if sizes.device.type != "cpu" else int(sizes.max())
+        least = self._config.min_probability
+        if least and scores.device.type == "cpu":
+            live = (scores[:, 1:] >= math.log(least)).sum(1) + 1
+            sizes = torch.minimum(sizes, live.to(torch.int32))
+            size = int(sizes.max())
         return replace(trees, sizes=sizes, scores=scores).cut(size)

@@ -1,7 +1,7 @@
 """Eagle3Head: the EAGLE-3 draft head (Li et al., arXiv 2503.01840), for training and for drafting.
 
     g_t    = fc(target layers at token t)                      a feature
-    x_t    = [norm(embedding of token t + 1) ; norm(h_t)]      h_t = g_t, later the head's own output
+    x_t    = [norm(embedding of token t + 1) ; norm(h_t)]      h_t = g_t, later its own output
     h'     = h_t + attention(x_t);  out = h' + mlp(norm(h'))   one decoder layer
     logits = lm_head(norm(out))                                over the draft vocabulary
 
@@ -145,7 +145,7 @@ class Eagle3Head(nn.Module):
                 raise ConfigError("the head has no lm_head, and the target's does not fit it")
             rows = output_embeddings.detach()[: wanted[0]]
             rows = rows if self.t2d is None else rows[self.t2d.to(rows.device)]
-            self.lm_head = nn.Linear(*reversed(rows.shape), bias=False, device="meta")
+            self.lm_head = nn.Linear(rows.shape[1], len(rows), bias=False, device="meta")
             self.lm_head.weight = nn.Parameter(rows.to(self.fc.weight).clone())
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
@@ -376,12 +376,13 @@ def checked_target_ids(d2t: Tensor, config: Eagle3Config) -> Tensor:
         )
     ids = d2t.cpu().long() + torch.arange(config.draft_vocab_size)
     ascending = (
-        bool((ids.diff() > 0).all()) and 0 <= int(ids[0]) and int(ids[-1]) < config.vocab_size
+        bool((ids.diff() > 0).all()) and int(ids[0]) >= 0 and int(ids[-1]) < config.vocab_size
     )
     if not ascending:
         hint = "; it looks like absolute ids" if _absolute(d2t, config) else ""
         raise ConfigError(
-            f"d2t must be offsets: draft id + d2t must ascend within 0..{config.vocab_size - 1}{hint}"
+            "d2t must be offsets: draft id + d2t must ascend and stay below vocab_size "
+            f"{config.vocab_size}{hint}"
         )
     return ids
 

@@ -29,7 +29,9 @@ class RotaryTable:
             self._rotary = LlamaRotaryEmbedding(settings)
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, positions: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def __call__(
+        self, positions: Tensor, longest: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """([..., d], [..., d]) of `positions` [...], all below `longest`."""
         key = positions.device, dtype
         table = self._tables.get(key)
@@ -50,7 +52,7 @@ def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Eagle3Attention(nn.Module):
-    """Projections of the head's attention; the attending itself differs in training and drafting."""
+    """Projections of the head's attention; training and drafting attend in ways of their own."""
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
@@ -73,6 +75,7 @@ class Eagle3Attention(nn.Module):
         if self._qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
+        cos, sin = cos.to(query.dtype), sin.to(query.dtype)  # autocast made queries narrower
         return _rotated(query, cos, sin), _rotated(key, cos, sin), value
 
 

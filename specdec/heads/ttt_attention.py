@@ -42,7 +42,9 @@ def ttt_attention(
         window = None
     if query.device.type != "cpu" or not torch.is_floating_point(query):
         return _other_devices(query, keys, values, spans, window)
-    merged: Tensor = _Merged.apply(query, spans, window, len(keys), *keys, *values)
+    merged: Tensor = _Merged.apply(  # type: ignore[no-untyped-call]
+        query, spans, window, len(keys), *keys, *values
+    )
     return merged
 
 
@@ -144,7 +146,7 @@ def _blocks(
 
 
 def _window_mask(length: int, window: int, shift: int, like: Tensor) -> Tensor:
-    """[T, T] additive: causal, and within the window of the position that step `shift` stands at."""
+    """[T, T] additive: causal, and within the window of where step `shift` stands."""
     order = torch.arange(length, device=like.device)
     ago = order[:, None] - order
     seen = (ago >= 0) & (ago + shift < window)
@@ -163,7 +165,11 @@ def _other_devices(
     """The same by a compiled FlexAttention, which returns its log-sum-exp; dense in float64."""
     if query.device.type != "cuda" or query.dtype == torch.float64:
         return dense_ttt_attention(query, keys, values, spans, window)
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import (
+        AuxRequest,
+        create_block_mask,
+        flex_attention,
+    )
 
     batch, _, length, dim = query.shape
     document, shift = documents_of(spans, batch, length, query.device), len(keys) - 1
@@ -173,9 +179,11 @@ def _other_devices(
         return seen if window is None else seen & (q - k + shift < window)
 
     mask = create_block_mask(visible, batch, None, length, length, device=query.device)
-    block, block_lse = torch.compile(flex_attention, dynamic=True)(
-        query, keys[0], values[0], block_mask=mask, enable_gqa=True, return_lse=True
+    attend: Any = torch.compile(flex_attention, dynamic=True)
+    block, also = attend(
+        query, keys[0], values[0], block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True)
     )
+    block_lse = also.lse
     groups = query.shape[1] // keys[0].shape[1]
     if shift == 0:
         return block  # type: ignore[no-any-return]

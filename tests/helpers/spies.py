@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from helpers.laws import Case
@@ -205,3 +206,14 @@ def _flags(layer: Any) -> dict[str, Any]:
         for name, value in vars(layer).items()
         if not isinstance(value, Tensor) and name not in _FOLDED
     }
+
+
+class Reads(TorchDispatchMode):
+    """Counts reads of a value, which would wait for an accelerator."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+        self.count += func.overloadpacket in waits
+        return func(*args, **kwargs or {})

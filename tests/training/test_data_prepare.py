@@ -140,6 +140,22 @@ def test_answers_to_a_held_out_prompt_are_held_out_with_it(
         assert not any(e.token_ids[: len(prompt)] == prompt for e in data.examples)
 
 
+def test_held_out_prompts_from_another_input(options: DataPrepareOptions, tmp_path: Path) -> None:
+    """They are all from there, and rows that ask the same are not trained on."""
+    rows = [chat_row(f"question {n}", "another answer") for n in (3, 100, 101)]
+    others = write_rows(tmp_path / "others.jsonl", rows)
+    apart = replace(options, held_out_input=(str(others),), held_out=3)
+    data = prepare(apart).data
+    tokenizer = byte_tokenizer(CHATML)
+    assert (len(data.examples), len(data.held_out)) == (39, 3)
+    for prompt in data.held_out:
+        assert not any(e.token_ids[: len(prompt)] == prompt for e in data.examples)
+    asked = {tokenizer.decode(prompt) for prompt in data.held_out}
+    assert len(asked) == 3
+    with pytest.raises(ConfigError, match="has 3 prompts, --held-out wants 4"):
+        prepare(replace(apart, held_out=4, overwrite=True))
+
+
 def test_bad_rows_are_skipped_or_stop_it(options: DataPrepareOptions, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "bad.jsonl", [*ROWS, "{broken", {"messages": []}])
     options = replace(options, input=(str(path),))

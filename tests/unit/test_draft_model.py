@@ -12,12 +12,11 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import specdec
 from helpers.families import CHAIN_FAMILIES, FAMILIES, VOCAB, draft_of, model_of
 from helpers.laws import GREEDY, SAMPLED, Case, prompts, reference
-from helpers.spies import Seen, cache_error, watch_calls
+from helpers.spies import Reads, Seen, cache_error, watch_calls
 from specdec import SpecConfig, draft_loading
 from specdec import verify as verification
 from specdec.draft_runner import RaggedRunner
@@ -196,17 +195,6 @@ def test_padded_trees_give_the_same_text(
     assert found.histogram == wanted.histogram
     assert found.drafted_nodes == wanted.drafted_nodes
     assert (5 * top_k + 1, 16 if top_k == 3 else 8) in sizes
-
-
-class Reads(TorchDispatchMode):
-    """Counts reads of a value, which would wait for an accelerator."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        waits = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
-        self.count += func.overloadpacket in waits
-        return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("rows", [1, 3])

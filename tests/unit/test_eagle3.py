@@ -1,0 +1,235 @@
+"""The eagle3 drafter: trees on the device, ragged rows, chains, and heads that do not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import specdec
+from helpers.families import model_of
+from helpers.heads import head_for
+from helpers.hf import plain, prompt, tiny_llama
+from helpers.laws import GREEDY, SAMPLED, Case, reference
+from helpers.spies import Reads
+from specdec import SpecConfig
+from specdec.drafters.eagle3 import Eagle3, Eagle3DraftConfig
+from specdec.errors import ConfigError
+from specdec.heads.eagle3 import Eagle3Head
+from specdec.stats import RoundRecord
+from specdec.tree import TokenTree
+
+CALL = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+
+
+def rounds_of(model: Any, ids: Tensor, **options: Any) -> tuple[Tensor, list[RoundRecord]]:
+    records: list[RoundRecord] = []
+    config = SpecConfig("eagle3", options, on_round=records.append)
+    with specdec.augmented(model, config=config):
+        return model.generate(ids, **CALL), records
+
+
+def trees_of(records: list[RoundRecord]) -> list[TokenTree]:
+    return [tree for record in records[1:] for tree in record.trees or ()]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def head(llama: Any) -> Eagle3Head:
+    return head_for(llama)
+
+
+@pytest.mark.parametrize("flags", [
+    {}, {"norm_before_residual": True, "fc_norm": True, "feed_post_norm": True},
+    {"qk_norm": True, "norm_before_fc": True, "sliding_window": 4}, {"draft_vocab": 20},
+])  # fmt: skip
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("sizes", [
+    {"depth": 4, "top_k": 3, "nodes": 10}, {"depth": 4, "top_k": 1}, {"depth": 1, "top_k": 5},
+    {"depth": 3, "top_k": 200, "nodes": 30}, {"min_probability": 0.02},
+])  # fmt: skip
+def test_text_is_that_of_plain(
+    llama: Any, flags: dict[str, Any], rows: int, sizes: dict[str, Any]
+) -> None:
+    draft = head_for(llama, **flags)
+    ids = prompt(rows=rows)
+    text, _ = rounds_of(llama, ids, draft=draft, **sizes)
+    assert torch.equal(text, plain(llama, ids, **CALL))
+
+
+@pytest.mark.parametrize("mode", [GREEDY, SAMPLED], ids=lambda mode: str(mode.name))
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma3n", "qwen3_5", "mamba2", "bloom"])
+def test_ragged_batches_of_trees_and_chains(family: str, top_k: int, mode: Any) -> None:
+    case = Case(family, mode, rows=3)
+    options = {"draft": head_for(model_of(family)), "depth": 3, "top_k": top_k, "nodes": 8}
+    sequences, state = case.generate(specdec=SpecConfig("eagle3", options))
+    wanted, wanted_state = reference(case)
+    assert torch.equal(sequences, wanted)
+    assert torch.equal(state, wanted_state)
+
+
+def test_trees_hold_the_likeliest_candidates(llama: Any, head: Eagle3Head) -> None:
+    """Against a search of every candidate on the host, with the head's own chain steps."""
+    ids = prompt()
+    _, records = rounds_of(llama, ids, draft=head, depth=3, top_k=3, nodes=9)
+    tree = trees_of(records)[0]
+    assert tree.scores is not None
+    assert tree.scores[1:] == sorted(tree.scores[1:], reverse=True)
+    wanted = _search(llama, head, torch.cat([ids[0], torch.tensor(records[0].tokens[0])]), 3, 3)
+    best = sorted(wanted.items(), key=lambda item: -item[1])[:9]
+    assert {path for path, _ in best} == set(_paths(tree))
+
+
+def _paths(tree: TokenTree) -> list[tuple[int, ...]]:
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(tree.tokens[1:], tree.parents[1:], strict=True):
+        paths.append((*paths[parent], token))
+    return paths[1:]
+
+
+@torch.no_grad()
+def _search(
+    model: Any, head: Eagle3Head, text: Tensor, depth: int, width: int
+) -> dict[tuple[int, ...], float]:
+    """Path -> cumulative log-probability, of all candidates that a tree chooses from."""
+    hidden = model(text[None, :-1], output_hidden_states=True).hidden_states
+    taps = head.config.aux_output_layers
+    features = head.features(torch.cat([hidden[tap + 1] for tap in taps], -1))
+    found: dict[tuple[int, ...], float] = {}
+    frontier: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+    for _ in range(depth):
+        below: dict[tuple[int, ...], float] = {}
+        for path, score in frontier:
+            state = head.begin(1, 4)
+            log_probs = head.commit(state, text[None, 1:], features, [len(text) - 1])[0]
+            for token in path:
+                one = torch.tensor([[token]])
+                log_probs = head.expand(state, one, torch.zeros_like(one))[0, 0]
+            scores, tokens = log_probs.topk(width)
+            below |= {(*path, t): score + s
+                      for t, s in zip(tokens.tolist(), scores.tolist(), strict=True)}  # fmt: skip
+        found |= below
+        frontier = sorted(below.items(), key=lambda item: -item[1])[:width]
+    return found
+
+
+def test_ties_never_tear_a_tree(llama: Any) -> None:
+    """A head that is certain of everything: equal scores everywhere, parents still come first."""
+    draft = head_for(llama)
+    assert draft.lm_head is not None
+    torch.nn.init.zeros_(draft.lm_head.weight)
+    ids = prompt(rows=2)
+    text, records = rounds_of(llama, ids, draft=draft, depth=4, top_k=4, nodes=20)
+    assert torch.equal(text, plain(llama, ids, **CALL))
+    for tree in trees_of(records):  # its constructor refuses a parent behind its child
+        assert all(0 <= parent < node for node, parent in enumerate(tree.parents) if node)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_drafting_reads_nothing_from_the_device(
+    llama: Any, head: Eagle3Head, rows: int, top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither proposing nor observing waits for an accelerator, however deep the tree is."""
+    reads = Reads()  # type: ignore[no-untyped-call]
+    seen: list[int] = []
+
+    def spied(name: str) -> None:
+        own = getattr(Eagle3, name)
+
+        def run(self: Eagle3, *args: Any) -> Any:
+            with reads, monkeypatch.context() as patch:
+                for method in ("tolist", "numpy", "cpu", "item"):
+                    patch.setattr(Tensor, method, None)
+                result = own(self, *args)
+            seen.append(reads.count)
+            return result
+
+        monkeypatch.setattr(Eagle3, name, run)
+
+    spied("propose")
+    spied("observe")
+    options = {"draft": head, "depth": 4, "top_k": top_k, "nodes": 12}
+    with specdec.augmented(llama, "eagle3", **options):
+        llama.generate(prompt(rows=rows), **CALL)
+        copies, rounds = (getattr(specdec.last_stats(llama), name)
+                          for name in ("device_to_host_copies", "rounds"))  # fmt: skip
+    assert len(seen) > 4
+    assert seen[-1] == 0
+    assert copies <= rounds + 1
+
+
+def test_min_probability_leaves_out_unlikely_nodes(llama: Any, head: Eagle3Head) -> None:
+    ids = prompt()
+    _, everything = rounds_of(llama, ids, draft=head)
+    _, likely = rounds_of(llama, ids, draft=head, min_probability=0.03)
+    nodes = [sum(len(tree) for tree in trees_of(records)) for records in (everything, likely)]
+    assert nodes[1] < nodes[0]
+    for tree in trees_of(likely):
+        assert tree.scores is None or all(s >= -3.51 for s in tree.scores[1:])
+
+
+def test_a_second_turn_on_a_kept_cache(llama: Any, head: Eagle3Head) -> None:
+    """The head has no features for the adopted part, and drafts all the same."""
+    ids = prompt()
+    for method in ("none", "eagle3"):
+        options = {"draft": head} if method == "eagle3" else {}
+        with specdec.augmented(llama, config=SpecConfig(method, options)):
+            first = llama.generate(ids, return_dict_in_generate=True, **CALL)
+            more = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], 1)
+            second = llama.generate(more, past_key_values=first.past_key_values, **CALL)
+        if method == "none":
+            wanted = second
+    assert torch.equal(second, wanted)
+
+
+def test_embeddings_alone(llama: Any, head: Eagle3Head) -> None:
+    """Without ids the prompt has no slots; the head begins with the first emitted token."""
+    embeds = llama.get_input_embeddings()(prompt(rows=2))
+    wanted = plain(llama, inputs_embeds=embeds, **CALL)
+    with specdec.augmented(llama, "eagle3", draft=head):
+        assert torch.equal(llama.generate(inputs_embeds=embeds, **CALL), wanted)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"target_hidden_size": 48}, "hidden_size"),
+    ({"vocab_size": 5000, "draft_vocab_size": 20}, "vocab_size"),
+    ({"aux_output_layers": (0, 90)}, "layers"),
+])  # fmt: skip
+def test_another_models_head_is_refused(
+    llama: Any, head: Eagle3Head, change: dict[str, Any], message: str
+) -> None:
+    stranger = Eagle3Head(replace(head.config, **change))
+    with pytest.raises(ConfigError, match=message):
+        specdec.augment(llama, "eagle3", draft=stranger)
+    assert torch.equal(llama.generate(prompt(), **CALL), plain(llama, prompt(), **CALL))
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"draft": ""}, {"draft": 7}, {"draft": "./nowhere"}, {"depth": 0}, {"top_k": 0},
+    {"nodes": 0}, {"nodes": 10**6}, {"min_probability": 1.5}, {"min_probability": True},
+])  # fmt: skip
+def test_wrong_options(llama: Any, head: Eagle3Head, options: dict[str, Any]) -> None:
+    given = options if "draft" in options or not options else {"draft": head, **options}
+    with pytest.raises(ConfigError):
+        specdec.augment(llama, "eagle3", **given)
+
+
+def test_a_head_is_loaded_once(llama: Any, head: Eagle3Head) -> None:
+    """The first call and the next share one head, made ready at `augment`."""
+    with specdec.augmented(llama, "eagle3", draft=head) as model:
+        kept = model._specdec.memory["eagle3.heads"]
+        model.generate(prompt(), **CALL)
+        model.generate(prompt(), **CALL)
+        assert model._specdec.memory["eagle3.heads"] is kept
+        assert len(kept) == 1
+    drafter = Eagle3(Eagle3DraftConfig(draft=head, top_k=1, depth=3))
+    assert drafter.max_nodes == 3
