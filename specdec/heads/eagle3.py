@@ -155,11 +155,11 @@ class Eagle3Head(nn.Module):
     def features(self, aux: Tensor) -> Tensor:
         """[..., H] from the target's concatenated hidden states [..., F]."""
         aux = aux.to(self.fc.weight.dtype)
+        if self.config.norm_before_fc:
+            aux = self.input_norm(aux)
         if self.config.fc_norm:
             parts = aux.split(self.config.target_hidden_size, -1)
             aux = torch.cat([norm(x) for norm, x in zip(self.fc_norm, parts, strict=True)], -1)
-        if self.config.norm_before_fc:
-            aux = self.input_norm(aux)
         found: Tensor = self.fc(aux)
         return found
 

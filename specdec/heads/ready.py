@@ -7,6 +7,7 @@ from typing import Any
 
 from specdec.drafters.base import TargetFacts
 from specdec.errors import ConfigError
+from specdec.heads.checkpoint import load_head
 from specdec.heads.eagle3 import Eagle3Head
 from specdec.target_fingerprint import TargetFingerprint
 
@@ -40,8 +41,6 @@ def ready_head(draft: str | Eagle3Head, tokenizer: Any, target: TargetFacts) -> 
         if same and found.tokenizer is tokenizer and _is_here(found.head, target):
             return found.head
     if isinstance(draft, str):
-        from specdec.heads.checkpoint import load_head
-
         fingerprint = TargetFingerprint.of(target.config, tokenizer)
         loaded = load_head(draft, target=fingerprint, dtype=target.dtype, device=target.device)
         head = loaded.head

@@ -1,0 +1,67 @@
+"""What `specdec inspect` and `specdec convert` can be told; imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+_Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+
+
+def _arg(metavar: str, default: str = "") -> Any:
+    hint = f"(default: {default})" if default else ""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+
+
+_Settings = Annotated[
+    tuple[str, ...], tyro.conf.UseAppendAction, _arg("NAME=VALUE", "none; repeatable")
+]
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Show what a draft head checkpoint is: dialect, sizes, flags, what had to be assumed."""
+
+    head: Annotated[tyro.conf.Positional[str], _arg("HEAD")]
+    """Folder or hub id of the draft head."""
+    target: Annotated[str | None, _arg("NAME")] = None
+    """Folder or hub id of the target, to compare with; demo is the bundled toy."""
+    probe: _Flag = False
+    """Try the flags that a checkpoint may leave unsaid, on the target's own text."""
+    prompts: Annotated[Path | None, _arg("FILE", "a few built-in ones")] = None
+    """Prompts of --probe: a line each, or JSON Lines with "prompt" or "text"."""
+    set: _Settings = ()
+    """Flag of the head that wins over the checkpoint, for example norm_before_residual=true."""
+    new_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 48
+    """Tokens of the target's own text that --probe compares with, for each prompt."""
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
+    """Arithmetic of --probe; auto takes the target's own."""
+    device: str = "auto"
+    """Torch device of --probe; auto takes a CUDA device where there is one."""
+    no_colour: _Flag = False
+    """Never colour. Also when NO_COLOR is set or the output is no terminal."""
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Write a draft head in another dialect, or for a serving engine."""
+
+    source: Annotated[tyro.conf.Positional[str], _arg("SOURCE")]
+    """Folder or hub id of the draft head; the one command that reads a legacy .bin."""
+    destination: Annotated[tyro.conf.Positional[Path], _arg("FOLDER")]
+    """Where the new head goes: a new folder, or one that specdec wrote."""
+    to: Literal["specforge", "safeailab", "speculators", "modelopt", "nemo"] = "specforge"
+    """Dialect to write; specforge is what SGLang and vLLM both load."""
+    engine: Annotated[Literal["sglang", "vllm"] | None, _arg("NAME", "no promise")] = None
+    """Engine that is to load it; refuses what that engine would compute in another way."""
+    target: Annotated[str | None, _arg("NAME")] = None
+    """Folder or hub id of the target, for what the head leaves unsaid; demo is the bundled toy."""
+    set: _Settings = ()
+    """Flag of the head that wins over the checkpoint, for example norm_before_residual=true."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights; auto keeps them as they are."""
+    no_colour: _Flag = False
+    """Never colour. Also when NO_COLOR is set or the output is no terminal."""
