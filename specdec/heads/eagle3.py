@@ -39,13 +39,15 @@ class HeadState:
         verified: Verified slots of each row.
         root: [B, 1, H] output of each row's last verified slot, before the final norm.
         hidden: [B, W, H] what the nodes of the newest level feed to their children.
-        seen: [B, W, n] which of the n drafted nodes each node of the newest level sees.
+        levels: Levels drafted since the last commit.
+        seen: [B, W, n] drafted nodes that each node of the newest level sees; None for chains.
     """
 
     cache: TreeCache
     verified: list[int]
     root: Tensor
     hidden: Tensor
+    levels: int = 0
     seen: Tensor | None = None
 
 
@@ -275,11 +277,7 @@ class Eagle3Head(nn.Module):
         cache, width = state.cache, tokens.shape[1]
         cache.reserve(width)
         positions = cache.slots(width, tokens.device)
-        keys = torch.arange(cache.stop, device=tokens.device)
-        visible = keys <= positions[:, :, None]
-        window = self.config.sliding_window
-        if window is not None:
-            visible &= positions[:, :, None] - keys < window
+        visible = self._visible_before(state, positions)
         return self._step(state, tokens, features, positions, visible)
 
     def expand(self, state: HeadState, tokens: Tensor, parents: Tensor) -> Tensor:
@@ -291,38 +289,48 @@ class Eagle3Head(nn.Module):
             parents: [B, W] which node of the level above each hangs under; 0 is the last verified
                 slot when the level is the first.
         """
-        batch, width = tokens.shape
-        cache, hidden = state.cache, state.hidden
-        own = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
-        if state.seen is None:
-            state.seen, depth = own, 0
-            hidden = hidden.expand(-1, width, -1)
-        else:
-            index = parents[:, :, None]
-            above = state.seen.gather(1, index.expand(-1, -1, state.seen.shape[2]))
-            state.seen = torch.cat([above, own], -1)
-            depth = state.seen.shape[2] // width - 1
-            hidden = hidden.gather(1, index.expand(-1, -1, hidden.shape[2]))
+        width, level, cache = tokens.shape[1], state.levels, state.cache
+        hidden = state.hidden
+        if width > 1:
+            index = parents[:, :, None].expand(-1, -1, hidden.shape[2])
+            hidden = hidden.gather(1, index) if level else hidden.expand(-1, width, -1)
         cache.reserve(width)
-        verified = cache.lengths[:, None] - depth * width
-        positions = (verified + depth).expand(-1, width)
-        visible = self._visible(state, verified, width)
+        if width == 1:  # slots and positions are one
+            positions = cache.lengths[:, None]
+            visible = self._visible_before(state, positions)
+        else:
+            verified = cache.lengths[:, None] - level * width
+            positions = (verified + level).expand(-1, width)
+            visible = self._visible_in_tree(state, verified, parents)
         out = self._step(state, tokens, hidden, positions, visible)
+        state.levels += 1
         cache.set_lengths([n + width for n in cache.host_lengths])
         return self._log_probs(state, out)
 
-    def _visible(self, state: HeadState, verified: Tensor, width: int) -> Tensor | None:
-        """[B, W, K] bool: verified slots of the row, and the ancestors among the drafted ones."""
+    def _visible_before(self, state: HeadState, positions: Tensor) -> Tensor | None:
+        """[B, n, K] bool: all slots up to the position and within the window; None for all."""
+        cache, window = state.cache, self.config.sliding_window
+        if positions.shape[1] == 1 and cache.start is not None and window is None:
+            return None
+        keys = torch.arange(cache.stop, device=positions.device)
+        visible = keys <= positions[:, :, None]
+        return visible if window is None else visible & (positions[:, :, None] - keys < window)
+
+    def _visible_in_tree(self, state: HeadState, verified: Tensor, parents: Tensor) -> Tensor:
+        """[B, W, K] bool: verified slots of the row, and a node's ancestors among the drafted."""
         cache, seen, window = state.cache, state.seen, self.config.sliding_window
-        if seen is None or (width == 1 and cache.start is not None and window is None):
-            return None  # a chain of rows of one length sees all there is
+        batch, width = parents.shape
+        own = torch.eye(width, dtype=torch.bool, device=parents.device).expand(batch, -1, -1)
+        if seen is not None:
+            above = seen.gather(1, parents[:, :, None].expand(-1, -1, seen.shape[2]))
+            own = torch.cat([above, own], -1)
+        state.seen = seen = own
         keys = torch.arange(cache.stop, device=verified.device)
-        visible = (keys < verified)[:, None].expand(-1, width, -1)
         drafted = torch.arange(seen.shape[2], device=verified.device)
-        depths = drafted // width
+        visible = (keys < verified)[:, None].expand(-1, width, -1)
         if window is not None:
-            visible = visible & (verified + depths[-1] - keys < window)[:, None]
-            seen = seen & (depths[-1] - depths < window)
+            visible = visible & (verified + state.levels - keys < window)[:, None]
+            seen = seen & (state.levels - drafted // width < window)
         slots = (verified + drafted)[:, None].expand(-1, width, -1)
         return visible.scatter(2, slots, seen)
 
@@ -360,7 +368,7 @@ class Eagle3Head(nn.Module):
     def rewind(self, state: HeadState) -> None:
         """Forgets all levels since the last `commit`."""
         state.cache.set_lengths(state.verified)
-        state.seen = None
+        state.seen, state.levels = None, 0
         state.hidden = self.norm(state.root) if self.config.feed_post_norm else state.root
 
 

@@ -1,0 +1,131 @@
+"""`specdec data features`: says how much it will write, and records the target's hidden states."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdec import demo
+from specdec.atomic_files import size_text
+from specdec.commands.loading import TOY, load_model, sentence
+from specdec.errors import ConfigError, SpecdecError
+from specdec.heads.config import default_aux_layers
+from specdec.terminal import facts, say
+from specdec_training.data_target import open_target
+from specdec_training.feature_cache import FeatureError
+from specdec_training.feature_options import DataFeaturesOptions
+from specdec_training.feature_writer import estimate_bytes, free_bytes, write_features
+from specdec_training.prepared import PreparedData
+
+_MOST_UNASKED = 20 * 10**9
+_MOST_LAYERS = 16
+
+
+def run_features(options: DataFeaturesOptions) -> int:
+    """Runs `specdec data features`; the exit code.
+
+    Raises:
+        SpecdecError: An option, the data or the target is wrong; the features would not fit on
+            the disk, or are large and nobody said --yes; or writing failed.
+    """
+    if options.data is None or options.out is None:
+        raise ConfigError(
+            f"--{'data' if options.data is None else 'out'} is missing; give a folder"
+        )
+    if options.shard_tokens < 1:
+        raise ConfigError(f"--shard-tokens must be at least 1, got {options.shard_tokens}")
+    if options.target_device_map not in (None, "auto", "balanced", "sequential"):
+        raise ConfigError(
+            "--target-device-map must be auto, balanced or sequential, got "
+            f"{options.target_device_map!r}"
+        )
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    out = options.out.expanduser()
+    prepared, target = PreparedData.load(options.data), open_target(options.target)
+    different = target.fingerprint.differences(prepared.meta.target)
+    if different:
+        raise ConfigError(f"--data was prepared for another target: {'; '.join(different)}")
+    layers = _layers(options, target.config)
+    _check_size(options, prepared, target.config, layers, out)
+    write_features(_load(options), prepared, layers, out, options.keep_as, options.shard_tokens)
+    say(f"features: {out}, {size_text(_present(out))}")
+    return 0
+
+
+def _load(options: DataFeaturesOptions) -> Any:
+    """The target, on one device or spread over all."""
+    if options.target_device_map is None:
+        return load_model(options.target, options.dtype, options.device)
+    import transformers
+
+    source = str(demo.target_path()) if options.target == TOY else options.target
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=options.dtype,
+            device_map=options.target_device_map,
+            trust_remote_code=False,
+        )
+    except Exception as problem:  # any failure to read foreign files means that they are wrong
+        raise SpecdecError(f"cannot load {options.target!r}: {sentence(problem)}") from problem
+
+
+def _layers(options: DataFeaturesOptions, model_config: Any) -> tuple[int, ...]:
+    """The layers to record; the head's own rule where none are named."""
+    count = model_config.get_text_config().num_hidden_layers
+    layers = options.aux_layers or default_aux_layers(count)
+    fits = all(-1 <= layer < count for layer in layers) and len(set(layers)) == len(layers)
+    if not fits or len(layers) > _MOST_LAYERS:
+        raise ConfigError(
+            f"--aux-layers takes up to {_MOST_LAYERS} different layers from -1 to {count - 1}, got "
+            f"{' '.join(map(str, layers))}"
+        )
+    return layers
+
+
+def _check_size(
+    options: DataFeaturesOptions,
+    prepared: PreparedData,
+    model_config: Any,
+    layers: tuple[int, ...],
+    out: Path,
+) -> None:
+    """Says how much will be written, and refuses what does not fit or was not asked for."""
+    try:
+        free, present = free_bytes(out), _present(out)
+    except OSError as problem:
+        raise SpecdecError(f"cannot look for --out {str(out)!r}: {problem.strerror}") from problem
+    loaded = "float32" if (options.target, options.dtype) == (TOY, "auto") else options.dtype
+    known = None if loaded == "auto" else getattr(torch, loaded)
+    size = estimate_bytes(prepared, model_config, layers, options.keep_as, known)
+    rest = max(size - present, 0)
+    lines = [
+        ("tokens", f"{prepared.meta.tokens:,} in {prepared.meta.rows:,} examples"),
+        ("layers", f"{', '.join(map(str, layers))} and the last one, as {options.keep_as}"),
+        ("size", size_text(size)),
+        ("on the disk", f"{size_text(free)} free at {out}"),
+    ]
+    if present:
+        lines.append(("already there", size_text(present)))
+    say("\n".join(facts(lines)), sys.stderr)
+    if rest > free:
+        raise FeatureError(
+            f"the features need {size_text(rest)} more and {size_text(free)} are free at {out}; "
+            "give another --out, record fewer data, or train without recorded features"
+        )
+    if rest > _MOST_UNASKED and not options.yes:
+        raise FeatureError(
+            f"this would write {size_text(rest)}; say --yes to do it. Training without recorded "
+            "features needs no disk and a forward of the target a batch"
+        )
+
+
+def _present(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 where there is none."""
+    if not folder.is_dir():
+        return 0
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
