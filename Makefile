@@ -8,13 +8,24 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraint
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check laws mutants models docs demo-target clean
+.PHONY: help demo train-demo test check laws mutants models docs demo-target demo-head clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.base ## plain generate and every method on the bundled model, with a table
 	$(BIN)/specdec demo
+
+train-demo: .venv/.train ## prepare, train and use an EAGLE-3 head for the bundled model (a quarter of an hour)
+	$(TEST_ENV) $(BIN)/specdec data regenerate --input demo --limit 1400 --min-lines 2 --max-lines 10 \
+		--max-new-tokens 192 --drop-loops --output runs/demo-data/answers.jsonl
+	$(TEST_ENV) $(BIN)/specdec data prepare --input runs/demo-data/answers.jsonl --draft-vocab 1024 \
+		--max-length 512 --held-out 24 --held-out-input demo-held-out --min-lines 4 --max-lines 12 \
+		--output runs/demo-data/prepared --overwrite
+	$(TEST_ENV) $(BIN)/specdec train --data runs/demo-data/prepared --output runs/demo-head --minutes 7 \
+		--threads 1
+	$(TEST_ENV) $(BIN)/specdec generate --prompt "class Stack:" --max-new-tokens 64 --stats \
+		--method eagle3 --option draft=runs/demo-head/head --option depth=5 --option top_k=4 --option nodes=12
 
 test: .venv/.dev ## the test suite without the slow grids
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests -m "not slow"
@@ -40,6 +51,16 @@ docs: .venv/.docs ## build the documentation into site/
 demo-target: .venv/.base ## train the bundled model again from scratch
 	$(BIN)/python -m specdec.demo.build_target
 
+demo-head: .venv/.train ## train the bundled head again, longer than train-demo does
+	$(TEST_ENV) $(BIN)/specdec data regenerate --input demo --limit 2400 --min-lines 2 --max-lines 10 \
+		--max-new-tokens 256 --drop-loops --batch-size 48 --output runs/bundled-data/answers.jsonl
+	$(TEST_ENV) $(BIN)/specdec data prepare --input runs/bundled-data/answers.jsonl --draft-vocab 1024 \
+		--max-length 512 --held-out 24 --held-out-input demo-held-out --min-lines 4 --max-lines 12 \
+		--output runs/bundled-data/prepared --overwrite
+	$(TEST_ENV) $(BIN)/specdec train --data runs/bundled-data/prepared --output runs/bundled-head \
+		--steps 4000 --threads 1
+	$(BIN)/specdec convert runs/bundled-head/head specdec/demo/head --dtype bfloat16 --target demo
+
 clean: ## remove build products and caches (keeps .venv)
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
@@ -52,6 +73,10 @@ clean: ## remove build products and caches (keeps .venv)
 
 .venv/.dev: .venv/.base
 	$(PIP) -e ".[dev]"
+	@touch $@
+
+.venv/.train: .venv/.base
+	$(PIP) -e ".[train]"
 	@touch $@
 
 .venv/.docs: .venv/.base

@@ -14,14 +14,42 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
+from importlib import import_module
+from operator import or_
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 from specdec.errors import SpecdecError
 
 _DESCRIPTION = "Speculative decoding inside Hugging Face generate: same text, fewer forwards."
-_COMMANDS = ("demo", "generate", "doctor")
+_COMMANDS = {  # name -> its options, and what runs them
+    "demo": ("specdec.options:DemoOptions", "specdec.demo.show:run_demo"),
+    "generate": ("specdec.options:GenerateOptions", "specdec.commands.generate:run_generate"),
+    "doctor": ("specdec.options:DoctorOptions", "specdec.commands.doctor:run_doctor"),
+    "data": ("specdec.options:DataOptions", ""),  # a group
+    "train": (
+        "specdec_training.train_options:TrainOptions",
+        "specdec_training.train_command:run_train",
+    ),
+    "inspect": ("specdec.head_options:InspectOptions", "specdec.commands.heads:run_inspect"),
+    "convert": ("specdec.head_options:ConvertOptions", "specdec.commands.heads:run_convert"),
+}
+_GROUPS = {
+    "data": {
+        name: (
+            f"specdec_training.{module}_options:Data{name.title()}Options",
+            f"specdec_training.{commands}:run_{name}",
+        )
+        for name, module, commands in (
+            ("prepare", "data", "data_commands"),
+            ("regenerate", "data", "data_commands"),
+            ("doctor", "data", "data_commands"),
+            ("features", "feature", "feature_command"),
+        )
+    }
+}
 _PLAIN_WORDS = (  # tyro's words -> ours
     (r"^Error parsing ", ""),
     (r"no type matching (\S+) could be instantiated from \['(.*?)'\].*", r"expected \1, got '\2'"),
@@ -100,53 +128,57 @@ def _run(arguments: list[str]) -> int:
 
         print(f"specdec {__version__}")
         return 0
-    from specdec.options import DemoOptions, DoctorOptions, GenerateOptions, check_ranges
+    from specdec.options import check_ranges
 
-    options, code = _parse(arguments)
-    if options is not None:
-        check_ranges(options)
-    if isinstance(options, DemoOptions):
-        from specdec.demo.show import run_demo
-
-        return run_demo(options)
-    if isinstance(options, GenerateOptions):
-        from specdec.commands.generate import run_generate
-
-        return run_generate(options)
-    if isinstance(options, DoctorOptions):
-        from specdec.commands.doctor import run_doctor
-
-        return run_doctor(options)
-    return code
+    name, rest, known = "specdec", arguments, _COMMANDS
+    if arguments and arguments[0] in _GROUPS:
+        name, rest, known = f"specdec {arguments[0]}", arguments[1:], _GROUPS[arguments[0]]
+    options, code = _parse(name, rest, known)
+    if options is None:
+        return code
+    check_ranges(options)
+    runs = {_load(kind): run for kind, run in known.values() if run}
+    run: Callable[[Any], int] = _load(runs[type(options)])
+    return run(options)
 
 
-def _parse(arguments: list[str]) -> tuple[Any, int]:
+def _load(place: str) -> Any:
+    """What stands at "module:name"."""
+    module, attribute = place.split(":")
+    return getattr(import_module(module), attribute)
+
+
+def _parse(
+    program: str, arguments: list[str], known: Mapping[str, tuple[str, str]]
+) -> tuple[Any, int]:
     """(options, 0), or (None, exit code) after help or an error was printed."""
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in _COMMANDS:
-        known = ", ".join(_COMMANDS)
-        return None, _fail(f"unknown command {arguments[0]!r}; choose one of {known}")
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
+        names = ", ".join(known)
+        return None, _fail(f"unknown command {arguments[0]!r}; choose one of {names}")
     import tyro
 
-    from specdec.options import Command
-
+    kinds = [
+        Annotated[_load(kind), tyro.conf.subcommand(name)] for name, (kind, _) in known.items()
+    ]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             options = tyro.cli(
-                Command,
+                reduce(or_, kinds),
                 args=arguments,
-                prog="specdec",
+                prog=program,
                 description=_DESCRIPTION,
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
             )
     except SystemExit as stop:
         if stop.code in (None, 0):
             return None, 0
-        return None, _fail(_one_line(said.getvalue(), arguments))
+        command = arguments[0] if arguments and arguments[0] in known else ""
+        return None, _fail(_one_line(said.getvalue(), " ".join(filter(None, [program, command]))))
     return options, 0
 
 
-def _one_line(box: str, arguments: list[str]) -> str:
+def _one_line(box: str, command: str) -> str:
     """tyro's framed error message as one sentence; its frame says little more."""
     rows = [row.strip("│ ") for row in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()]
     rows = [row for row in rows if row and not row.startswith(("╭", "╰"))]
@@ -154,14 +186,13 @@ def _one_line(box: str, arguments: list[str]) -> str:
         rows = rows[2:]
     message = list(itertools.takewhile(lambda row: not set(row) <= set("─-"), rows))
     text = " ".join(message) or "these arguments make no sense"
-    command = arguments[0] if arguments and arguments[0] in _COMMANDS else ""
     suggestion = rows.index("Perhaps you meant:") + 1 if "Perhaps you meant:" in rows else 0
     if suggestion and suggestion < len(rows):
         text += f"; perhaps you meant {rows[suggestion].split()[0]}"
     for pattern, replacement in _PLAIN_WORDS:
         text = re.sub(pattern, replacement, text)
     text = text[0].lower() + text[1:].rstrip(".")
-    return f"{text} (see {' '.join(filter(None, ['specdec', command]))} --help)"
+    return f"{text} (see {command} --help)"
 
 
 def _fail(message: str, code: int = _BAD_INPUT) -> int:

@@ -74,23 +74,23 @@ def open_answers(path: Path, made_with: Mapping[str, Any]) -> Iterator[AnswerFil
                 _compare(described, made_with)
             else:
                 raise ConfigError(
-                    f"--out {str(path)!r} has rows and no {described.name} beside it; give a new "
-                    "file"
+                    f"--output {str(path)!r} has rows and no {described.name} beside it; give a "
+                    "new file"
                 )
             yield AnswerFile(path, stream, _recover(stream, path))
     except OSError as problem:
         reason = problem.strerror or problem
-        raise ConfigError(f"cannot write --out {str(path)!r}: {reason}") from problem
+        raise ConfigError(f"cannot write --output {str(path)!r}: {reason}") from problem
 
 
 def _check_place(path: Path, described: Path) -> None:
     if path.suffix != ".jsonl":
-        raise ConfigError(f"--out {str(path)!r} must end in .jsonl")
+        raise ConfigError(f"--output {str(path)!r} must end in .jsonl")
     for one in (path, described):
         if one.is_symlink():
-            raise ConfigError(f"--out: {str(one)!r} is a symbolic link; name the file itself")
+            raise ConfigError(f"--output: {str(one)!r} is a symbolic link; name the file itself")
         if one.is_dir():
-            raise ConfigError(f"--out: {str(one)!r} is a folder; name a file")
+            raise ConfigError(f"--output: {str(one)!r} is a folder; name a file")
 
 
 def _lock(stream: BinaryIO, path: Path) -> None:
@@ -100,7 +100,7 @@ def _lock(stream: BinaryIO, path: Path) -> None:
     try:
         fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as problem:
-        raise ConfigError(f"--out {str(path)!r} is in use by another run") from problem
+        raise ConfigError(f"--output {str(path)!r} is in use by another run") from problem
     except OSError:  # a file system without locks
         return
 
@@ -123,8 +123,8 @@ def _compare(described: Path, made_with: Mapping[str, Any]) -> None:
     ]
     if different:
         raise ConfigError(
-            f"the answers in --out were made with other options: {', '.join(different)}; give the "
-            "same ones, or another file"
+            f"the answers in --output were made with other options: {', '.join(different)}; give "
+            "the same ones, or another file"
         )
 
 

@@ -45,7 +45,7 @@ def run_prepare(options: DataPrepareOptions) -> int:
             f"{meta.draft_vocab_size:,} of {meta.vocab_size:,} tokens, which are {share:.2f} % "
             "of those to be learnt",
         ),
-        ("written to", str(options.out)),
+        ("written to", str(options.output)),
     ]
     say("\n".join(facts(lines)))
     return 0
@@ -66,7 +66,7 @@ def run_regenerate(options: DataRegenerateOptions) -> int:
         ("answers", f"{done.rows:,}, {done.written:,} of them written now"),
         ("tokens", f"{done.new_tokens:,} in {done.seconds:.1f} s, {speed:,.0f} tokens/s"),
         ("ended by", ends or "nothing new"),
-        ("written to", str(options.out)),
+        ("written to", str(options.output)),
     ]
     say("\n".join(facts(lines)))
     return 0
@@ -95,7 +95,7 @@ def run_doctor(options: DataDoctorOptions) -> int:
         raw = DataPrepareOptions(
             input=(options.data,),
             target=options.target,
-            out=Path(folder) / "data",
+            output=Path(folder) / "data",
             max_length=options.max_length,
             chat_template=options.chat_template,
             template_option=options.template_option,

@@ -63,7 +63,7 @@ class DataPrepareOptions(ReadOptions):
 
     target: Annotated[str, _arg("NAME", "the bundled toy")] = "demo"
     """Folder or hub id of the target; demo is the bundled toy."""
-    out: Annotated[Path | None, _required("FOLDER")] = None
+    output: Annotated[Path | None, _required("FOLDER")] = None
     """Folder to write."""
     overwrite: _Flag = False
     """Replace prepared data that are already there."""
@@ -97,7 +97,7 @@ class DataRegenerateOptions(ReadOptions):
 
     target: Annotated[str, _arg("NAME", "the bundled toy")] = "demo"
     """Folder or hub id of the target; demo is the bundled toy."""
-    out: Annotated[Path | None, _required("FILE")] = None
+    output: Annotated[Path | None, _required("FILE")] = None
     """JSONL file to write; one that is there is continued."""
     batch_size: Annotated[int, _N] = 32
     """Prompts that are answered at the same time."""

@@ -31,9 +31,9 @@ def run_features(options: DataFeaturesOptions) -> int:
         SpecdecError: An option, the data or the target is wrong; the features would not fit on
             the disk, or are large and nobody said --yes; or writing failed.
     """
-    if options.data is None or options.out is None:
+    if options.data is None or options.output is None:
         raise ConfigError(
-            f"--{'data' if options.data is None else 'out'} is missing; give a folder"
+            f"--{'data' if options.data is None else 'output'} is missing; give a folder"
         )
     if options.shard_tokens < 1:
         raise ConfigError(f"--shard-tokens must be at least 1, got {options.shard_tokens}")
@@ -44,7 +44,7 @@ def run_features(options: DataFeaturesOptions) -> int:
         )
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    out = options.out.expanduser()
+    out = options.output.expanduser()
     prepared, target = PreparedData.load(options.data), open_target(options.target)
     different = target.fingerprint.differences(prepared.meta.target)
     if different:
@@ -98,7 +98,9 @@ def _check_size(
     try:
         free, present = free_bytes(out), _present(out)
     except OSError as problem:
-        raise SpecdecError(f"cannot look for --out {str(out)!r}: {problem.strerror}") from problem
+        raise SpecdecError(
+            f"cannot look for --output {str(out)!r}: {problem.strerror}"
+        ) from problem
     loaded = "float32" if (options.target, options.dtype) == (TOY, "auto") else options.dtype
     known = None if loaded == "auto" else getattr(torch, loaded)
     size = estimate_bytes(prepared, model_config, layers, options.keep_as, known)
@@ -115,7 +117,7 @@ def _check_size(
     if rest > free:
         raise FeatureError(
             f"the features need {size_text(rest)} more and {size_text(free)} are free at {out}; "
-            "give another --out, record fewer data, or train without recorded features"
+            "give another --output, record fewer data, or train without recorded features"
         )
     if rest > _MOST_UNASKED and not options.yes:
         raise FeatureError(

@@ -30,7 +30,7 @@ class DataFeaturesOptions:
     """What `specdec data prepare` wrote."""
     target: Annotated[str, _arg("NAME", "the bundled toy")] = "demo"
     """Folder or hub id of the target; demo is the bundled toy."""
-    out: Annotated[Path | None, _arg("FOLDER", "required")] = None
+    output: Annotated[Path | None, _arg("FOLDER", "required")] = None
     """Folder to write; one that was left unfinished is continued."""
     aux_layers: Annotated[tuple[int, ...], _arg("N", "a low, the middle and a high one")] = ()
     """Target layers, from 0, whose output the head reads; -1 stands for the embeddings."""

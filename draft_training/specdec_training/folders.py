@@ -34,7 +34,7 @@ def fresh_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     except OSError as problem:
-        raise ConfigError(f"cannot write --out {str(path)!r}: {problem.strerror}") from problem
+        raise ConfigError(f"cannot write --output {str(path)!r}: {problem.strerror}") from problem
     try:
         yield temporary
         check_folder(path, overwrite)  # it may have appeared meanwhile
@@ -42,7 +42,7 @@ def fresh_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         _replace(temporary, path)
     except (OSError, SafetensorError) as problem:
         reason = getattr(problem, "strerror", None) or problem
-        raise ConfigError(f"cannot write --out {str(path)!r}: {reason}") from problem
+        raise ConfigError(f"cannot write --output {str(path)!r}: {reason}") from problem
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -58,7 +58,7 @@ def check_folder(path: Path, overwrite: bool = False) -> None:
         ConfigError: It is a file, a symbolic link, or holds anything else.
     """
     path = path.expanduser()
-    what = f"--out {str(path)!r}"
+    what = f"--output {str(path)!r}"
     try:
         if path.is_symlink():
             raise ConfigError(f"{what} is a symbolic link; name the folder itself")

@@ -43,16 +43,16 @@ class Prepared:
 
 
 def prepare(options: DataPrepareOptions) -> Prepared:
-    """Writes the folder `options.out`.
+    """Writes the folder `options.output`.
 
     Raises:
         SpecdecError: An option is wrong, the target or an input cannot be read, too many rows are
             bad, or there is nothing to learn. Then nothing is written.
     """
     check_options(options)
-    if options.out is None:
-        raise ConfigError("--out is missing; give the folder to write")
-    check_folder(options.out, options.overwrite)
+    if options.output is None:
+        raise ConfigError("--output is missing; give the folder to write")
+    check_folder(options.output, options.overwrite)
     target = open_target(options.target)
     chat = target.chat(options.chat_template, options.template_option)
     encoder = Encoder(chat, target.vocab_size, options.max_length, options.turns)
@@ -69,9 +69,9 @@ def prepare(options: DataPrepareOptions) -> Prepared:
     if not chosen:
         raise ConfigError(f"no example is left to train on: {'; '.join(tally.lines())}")
     facts = _facts(target, encoder, options, tally)
-    with fresh_folder(options.out, options.overwrite) as folder:
+    with fresh_folder(options.output, options.overwrite) as folder:
         write_prepared(folder, table.select(chosen), prompts, facts)
-    return Prepared(PreparedData.load(options.out), tally)
+    return Prepared(PreparedData.load(options.output), tally)
 
 
 def check_options(options: DataPrepareOptions) -> None:

@@ -80,7 +80,7 @@ class Regenerated:
 
 
 def regenerate(options: DataRegenerateOptions) -> Regenerated:
-    """Writes answers to `options.out`, or goes on with it.
+    """Writes answers to `options.output`, or goes on with it.
 
     Raises:
         SpecdecError: An option is wrong, the target or an input cannot be read, too many rows are
@@ -89,13 +89,13 @@ def regenerate(options: DataRegenerateOptions) -> Regenerated:
     _check_options(options)
     target = open_target(options.target)
     chat = target.chat(options.chat_template, options.template_option)
-    if options.out is None:
-        raise ConfigError("--out is missing; give the .jsonl file to write")
+    if options.output is None:
+        raise ConfigError("--output is missing; give the .jsonl file to write")
     threads = 1 if options.threads is None and options.target == TOY else options.threads
     if threads is not None:
         torch.set_num_threads(threads)
     inputs = Inputs(options)
-    with open_answers(options.out, _made_with(options, target, chat, inputs.hash())) as answers:
+    with open_answers(options.output, _made_with(options, target, chat, inputs.hash())) as answers:
         model = load_model(options.target, options.dtype, options.device)
         pad = target.tokenizer.pad_token_id
         sampling = Sampling(

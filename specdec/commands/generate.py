@@ -23,6 +23,8 @@ from specdec.commands.loading import (
 )
 from specdec.commands.reading import chat_lines, check_input, prompt_text
 from specdec.config import SpecConfig
+from specdec.demo import head_path
+from specdec.demo.race import HEAD_SIZES
 from specdec.errors import ConfigError, SpecdecError
 from specdec.options import GenerateOptions
 from specdec.stats import GenerationStats
@@ -39,6 +41,8 @@ def run_generate(options: GenerateOptions) -> int:
         check_input("--chat")
     text = None if options.chat else prompt_text(options)
     chosen = method_options(options.method, options.option)
+    if options.method == "eagle3" and options.model is None:  # the toy has a head of its own
+        chosen = {"draft": str(head_path()), **HEAD_SIZES, **chosen}
     check_model(options.model)
     tokenizer = load_tokenizer(options.model)
     chosen = with_tokenizer(options.method, chosen, tokenizer)

@@ -15,7 +15,7 @@ from specdec.errors import SpecdecError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_target", "load_tokenizer", "target_path"]
+__all__ = ["head_path", "load_target", "load_tokenizer", "target_path"]
 
 
 def target_path() -> Path:
@@ -29,6 +29,21 @@ def target_path() -> Path:
         raise SpecdecError(
             f"the bundled demo target is missing: no model in {path}; install specdec again, or "
             "train it with `python -m specdec.demo.build_target`"
+        )
+    return path
+
+
+def head_path() -> Path:
+    """Folder of the bundled EAGLE-3 head, trained for the bundled model.
+
+    Raises:
+        SpecdecError: The folder is not there, or has no head in it.
+    """
+    path = Path(__file__).parent / "head"
+    if not (path / "config.json").is_file():
+        raise SpecdecError(
+            f"the bundled draft head is missing: nothing in {path}; install specdec again, or "
+            "train it with `make demo-head`"
         )
     return path
 

@@ -18,11 +18,15 @@ from torch import Tensor
 from specdec import tuning
 from specdec.augment import augment, last_stats
 from specdec.config import SpecConfig
-from specdec.errors import ConfigError
+from specdec.demo import head_path
+from specdec.errors import SpecdecError
+from specdec.hf_call import introduce
 from specdec.registry import methods
 
 _SMALL_LOOKAHEAD: Mapping[str, int] = {"window": 3, "ngram": 3, "guesses": 3}
 _PROBE_SECONDS = 0.5
+HEAD_SIZES: Mapping[str, Any] = {"depth": 5, "top_k": 4, "nodes": 12}
+"""Of `eagle3` with the bundled head: on a CPU every node costs, so the tree is small."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +90,21 @@ def choose_arms(model: Any) -> tuple[list[Arm], dict[str, str]]:
     """
     arms, left_out = [Arm("plain generate")], {}
     for name in methods.names():
-        options = lookahead_sizes(model) if name == "lookahead" else {}
         try:
-            methods.configure(name, options)
-        except (ConfigError, TypeError) as problem:
+            options = _options_of(name, model)
+            introduce(methods.create(name, methods.configure(name, options)), model, {})
+        except (SpecdecError, TypeError) as problem:
             left_out[name] = str(problem)
             continue
         arms.append(Arm(name, SpecConfig(method=name, options=options)))
     return arms, left_out
+
+
+def _options_of(method: str, model: Any) -> Mapping[str, Any]:
+    """What a method needs to be told."""
+    if method == "lookahead":
+        return lookahead_sizes(model)
+    return {"draft": str(head_path()), **HEAD_SIZES} if method == "eagle3" else {}
 
 
 def lookahead_sizes(model: Any) -> Mapping[str, Any]:

@@ -27,6 +27,11 @@ from specdec.errors import ConfigError
 from specdec.options import DemoOptions, DoctorOptions, GenerateOptions
 from specdec.registry import methods
 from specdec.stats import GenerationStats
+from specdec_training.data_options import (
+    DataDoctorOptions,
+    DataPrepareOptions,
+    DataRegenerateOptions,
+)
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., SimpleNamespace]
@@ -43,16 +48,39 @@ FROZEN_OPTIONS = {
         "stats": False,
     },
     "doctor": {"model": None, "dtype": "auto", "device": "auto"},
+    "data prepare": {
+        "input": (), "split": "train", "subset": None, "limit": None, "as_chat": False,
+        "min_lines": 4, "max_lines": 24, "seed": 0, "max_bad_fraction": 0.01, "target": "demo",
+        "output": None, "overwrite": False, "max_length": 2048, "draft_vocab": 32000,
+        "held_out": 64, "held_out_input": (), "chat_template": None, "template_option": (),
+        "turns": "all", "num_proc": 1, "cache_dir": None,
+    },
+    "data regenerate": {
+        "input": (), "split": "train", "subset": None, "limit": None, "as_chat": False,
+        "min_lines": 4, "max_lines": 24, "seed": 0, "max_bad_fraction": 0.01, "target": "demo",
+        "output": None, "batch_size": 32, "max_new_tokens": 256, "temperature": 0.7, "top_p": 1.0,
+        "max_prompt": None, "drop_loops": False, "chat_template": None, "template_option": (),
+        "method": "none", "dtype": "auto", "device": "auto", "threads": None,
+    },
+    "data doctor": {
+        "data": None, "target": None, "max_length": 2048, "chat_template": None,
+        "template_option": (), "examples": 8, "sample": 1, "sample_tokens": 400, "dtype": "auto",
+        "device": "auto", "no_colour": False,
+    },
 }  # fmt: skip
-"""Subcommand -> option -> default."""
+"""Subcommand -> option -> default; those of `train` stand in tests/training."""
+OPTIONS = {
+    "demo": DemoOptions, "generate": GenerateOptions, "doctor": DoctorOptions,
+    "data prepare": DataPrepareOptions, "data regenerate": DataRegenerateOptions,
+    "data doctor": DataDoctorOptions,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", FROZEN_OPTIONS)
 def test_options_are_frozen(command: str, run: Run) -> None:
     """Adding, renaming or dropping an option is a decision: change the list above with it."""
-    options = {"demo": DemoOptions, "generate": GenerateOptions, "doctor": DoctorOptions}[command]
-    assert {f.name: f.default for f in fields(options)} == FROZEN_OPTIONS[command]
-    shown = run(command, "--help")
+    assert {f.name: f.default for f in fields(OPTIONS[command])} == FROZEN_OPTIONS[command]
+    shown = run(*command.split(), "--help")
     assert shown.code == 0
     flags = {"--" + name.replace("_", "-") for name in FROZEN_OPTIONS[command]} | {"--help"}
     assert set(re.findall(r"--[a-z][a-z-]*", shown.out)) == flags
@@ -61,7 +89,24 @@ def test_options_are_frozen(command: str, run: Run) -> None:
 def test_commands_are_frozen(run: Run) -> None:
     shown = run("--help")
     assert shown.code == 0
-    assert "{" + ",".join(FROZEN_OPTIONS) + "}" in shown.out
+    assert "{demo,generate,doctor,data,train,inspect,convert}" in shown.out
+    group = run("data", "--help")
+    assert group.code == 0
+    assert "{prepare,regenerate,doctor,features}" in group.out
+
+
+@pytest.mark.parametrize("command", ["train", "inspect", "convert", "data features"])
+def test_every_command_has_help(command: str, run: Run) -> None:
+    shown = run(*command.split(), "--help")
+    assert shown.code == 0
+    assert f"usage: specdec {command}" in shown.out
+
+
+def test_unknown_commands_are_answered_with_the_known_ones(run: Run) -> None:
+    assert "choose one of demo, generate" in run("dmeo").err
+    shown = run("data", "prep")
+    assert shown.code == 2
+    assert "choose one of prepare, regenerate, doctor, features" in shown.err
 
 
 def test_errors_are_one_line_without_unicode_too(run: Run) -> None:
@@ -70,7 +115,7 @@ def test_errors_are_one_line_without_unicode_too(run: Run) -> None:
         "╭─ Value error ─────╮\n│ Error parsing --x: is │\n│ bad. │\n│ ───── │\n│ More │\n╰──╯\n",
         " Value error \n ----- \n  Error parsing --x: is \n  bad. \n  -----\n  More \n",
     ):
-        assert cli._one_line(box, ["demo"]) == "--x: is bad (see specdec demo --help)"
+        assert cli._one_line(box, "specdec demo") == "--x: is bad (see specdec demo --help)"
 
 
 def test_version(run: Run) -> None:
@@ -83,7 +128,7 @@ def cli_version() -> str:
 
 def test_help_imports_nothing_heavy() -> None:
     """Modules that parsing imports may not import torch or transformers themselves."""
-    for name in ("cli", "options", "errors", "terminal", "demo/__init__"):
+    for name in ("cli", "options", "head_options", "errors", "terminal", "demo/__init__"):
         tree = ast.parse((ROOT / "specdec" / f"{name}.py").read_text())
         imported = {alias.name for node in tree.body if isinstance(node, ast.Import)
                     for alias in node.names}  # fmt: skip

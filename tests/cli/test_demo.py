@@ -13,15 +13,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from helpers.heads import head_for
 from specdec import demo, register_drafter
 from specdec.capability import Capability
 from specdec.config import SpecConfig
-from specdec.demo import show
+from specdec.demo import race, show
 from specdec.demo.corpus import HELD_OUT_MODULES
 from specdec.demo.prompts import PROMPTS
 from specdec.demo.race import Arm, ArmResult, choose_arms
 from specdec.drafters.base import RowDrafter
 from specdec.errors import SpecdecError
+from specdec.heads.checkpoint import save_head
 from specdec.options import DemoOptions
 from specdec.registry import methods
 from specdec.terminal import bar, by_round, colour_wanted, columns
@@ -46,6 +48,10 @@ def small_target(
     )
     config.write_text(text)
     monkeypatch.setattr(demo, "target_path", lambda: folder)
+    model = demo.load_target()
+    layers = model.config.num_hidden_layers
+    save_head(head_for(model), tmp_path / "head", fingerprint=None, num_target_layers=layers)
+    monkeypatch.setattr(race, "head_path", lambda: tmp_path / "head")
     return folder
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import specdec
+from helpers.heads import head_for
 from helpers.hf import prompt, tiny_llama
 from specdec import SpecConfig
 from specdec.errors import ConfigError
@@ -50,7 +51,8 @@ def lengths(short: int, *fast_when_long: str) -> list[object]:
 
 def settings(model: Any, method: str, **more: Any) -> SpecConfig:
     """Small sizes; skips a method that cannot be configured without somebody's files."""
-    options = {"draft": model} if method == "draft_model" else SIZES.get(method, {})
+    drafts: dict[str, Callable[[Any], Any]] = {"draft_model": lambda own: own, "eagle3": head_for}
+    options = {"draft": drafts[method](model)} if method in drafts else SIZES.get(method, {})
     try:
         methods.configure(method, options)
     except ConfigError as problem:

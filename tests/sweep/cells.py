@@ -14,6 +14,7 @@ from torch import Tensor
 import specdec
 from helpers import families
 from helpers.drafters import THROW_AWAY, Truth
+from helpers.heads import head_for
 from specdec import SpecConfig, register_drafter
 from specdec.augment import capability
 from specdec.hf_compat import vocabulary_size
@@ -250,6 +251,7 @@ def _draft_for(model: Any) -> Any:
 OPTIONS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "lookahead": lambda _: {"window": 4, "ngram": 4, "guesses": 4},
     "draft_model": lambda model: {"draft": _draft_for(model)},
+    "eagle3": lambda model: {"draft": head_for(model), "depth": 3, "top_k": 3, "nodes": 9},
 }
 """Options of methods that need some, or whose default sizes are more than a tiny text can use."""
 

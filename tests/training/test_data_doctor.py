@@ -50,7 +50,7 @@ def make(
         chosen = DataPrepareOptions(
             input=(str(path),),
             target=str(target),
-            out=folder / "out",
+            output=folder / "out",
             cache_dir=folder / "cache",
             draft_vocab=64,
         )
@@ -125,7 +125,7 @@ def test_share_of_the_targets_own_tokens(
     options = DataRegenerateOptions(
         input=(str(write_rows(tmp_path / "rows.jsonl", ROWS)),),
         target=str(target),
-        out=answers,
+        output=answers,
         temperature=0.0,
         max_new_tokens=16,
         threads=1,

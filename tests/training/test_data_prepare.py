@@ -44,7 +44,7 @@ def options(tmp_path: Path, target: Path, cache: Path) -> DataPrepareOptions:
     return DataPrepareOptions(
         input=(str(rows),),
         target=str(target),
-        out=tmp_path / "out",
+        output=tmp_path / "out",
         cache_dir=cache,
         draft_vocab=64,
         max_length=96,
@@ -58,7 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, target: Path, cache: Path
         DataPrepareOptions(
             input=(str(write_rows(folder / "rows.jsonl", ROWS)),),
             target=str(target),
-            out=folder / "out",
+            output=folder / "out",
             cache_dir=cache,
             draft_vocab=64,
             max_length=96,
@@ -107,8 +107,8 @@ def test_what_is_written_is_what_is_read(options: DataPrepareOptions, target: Pa
 def test_the_same_twice(options: DataPrepareOptions, tmp_path: Path, cache: Path) -> None:
     """With and without the cache, in one process or in two."""
     first = prepare(options).data
-    fresh = replace(options, out=tmp_path / "fresh", cache_dir=tmp_path / "cache", num_proc=2)
-    cached = replace(options, out=tmp_path / "cached")
+    fresh = replace(options, output=tmp_path / "fresh", cache_dir=tmp_path / "cache", num_proc=2)
+    cached = replace(options, output=tmp_path / "cached")
     for again in (prepare(fresh).data, prepare(cached).data):
         assert again.meta == first.meta
         assert again.held_out == first.held_out
@@ -124,7 +124,7 @@ def test_other_options_make_other_data(options: DataPrepareOptions, tmp_path: Pa
     for number, changes in enumerate(
         ({}, {"seed": 1}, {"max_length": 40}, {"chat_template": template}, {"held_out": 0})
     ):
-        done = prepare(replace(options, out=tmp_path / str(number), **changes))
+        done = prepare(replace(options, output=tmp_path / str(number), **changes))
         hashes.add(done.data.meta.data_hash)
     assert len(hashes) == 5
 
@@ -161,8 +161,8 @@ def test_bad_rows_are_skipped_or_stop_it(options: DataPrepareOptions, tmp_path: 
     options = replace(options, input=(str(path),))
     with pytest.raises(ConfigError, match=r"2 of 42.*broken_json"):
         prepare(options)
-    assert options.out is not None
-    assert not options.out.exists()
+    assert options.output is not None
+    assert not options.output.exists()
     done = prepare(replace(options, max_bad_fraction=0.05))
     assert done.data.meta.skipped == {"bad_turn": 1, "broken_json": 1}
     assert done.tally.first["broken_json"].startswith("bad.jsonl:41: ")
@@ -196,7 +196,7 @@ def test_the_whole_vocabulary(options: DataPrepareOptions) -> None:
         ({"limit": 0}, "--limit"),
         ({"max_bad_fraction": 1.5}, "--max-bad-fraction"),
         ({"max_bad_fraction": float("nan")}, "--max-bad-fraction"),
-        ({"out": None}, "--out is missing"),
+        ({"output": None}, "--output is missing"),
         ({"input": ()}, "--input is missing"),
         ({"draft_vocab": 2}, "too small"),
     ],
@@ -223,21 +223,21 @@ def test_places_where_nothing_is_written(options: DataPrepareOptions, tmp_path: 
     ):  # fmt: skip
         for overwrite in (False, True):
             with pytest.raises((ConfigError, ValueError), match=message):
-                prepare(replace(options, out=tmp_path / name, overwrite=overwrite))
+                prepare(replace(options, output=tmp_path / name, overwrite=overwrite))
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 
 def test_an_empty_folder_is_taken_and_a_finished_one_only_on_request(
     options: DataPrepareOptions,
 ) -> None:
-    assert options.out is not None
-    options.out.mkdir()
+    assert options.output is not None
+    options.output.mkdir()
     first = prepare(options).data.meta
     with pytest.raises(ConfigError, match="--overwrite"):
         prepare(options)
     second = prepare(replace(options, overwrite=True, seed=1)).data.meta
     assert second != first
-    assert [p.name for p in options.out.parent.iterdir() if p.name.startswith(".")] == []
+    assert [p.name for p in options.output.parent.iterdir() if p.name.startswith(".")] == []
 
 
 def test_a_failure_leaves_nothing_behind(
@@ -249,11 +249,11 @@ def test_a_failure_leaves_nothing_behind(
 
     first = prepare(options).data.meta
     monkeypatch.setattr(prepare_module, "write_prepared", fail)
-    with pytest.raises(ConfigError, match=r"cannot write --out .*: No space left"):
+    with pytest.raises(ConfigError, match=r"cannot write --output .*: No space left"):
         prepare(replace(options, overwrite=True, seed=1))
-    assert options.out is not None
-    assert PreparedData.load(options.out).meta == first
-    assert [p.name for p in options.out.parent.iterdir() if p.name.startswith(".")] == []
+    assert options.output is not None
+    assert PreparedData.load(options.output).meta == first
+    assert [p.name for p in options.output.parent.iterdir() if p.name.startswith(".")] == []
 
 
 def test_unfinished_data_are_refused(damaged: Path, tmp_path: Path) -> None:
@@ -363,13 +363,13 @@ def test_the_cache_is_used(
         raise AssertionError("tokenised again")
 
     monkeypatch.setattr(prepare_module.Encoder, "examples", never)
-    assert prepare(replace(options, out=tmp_path / "again")).data.meta == first
+    assert prepare(replace(options, output=tmp_path / "again")).data.meta == first
 
 
 def test_the_command(
     options: DataPrepareOptions, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert run_prepare(replace(options, out=Path(os.path.relpath(tmp_path / "out")))) == 0
+    assert run_prepare(replace(options, output=Path(os.path.relpath(tmp_path / "out")))) == 0
     said = capsys.readouterr().out
     assert "36 of 40 rows" in said
     assert "4 prompts" in said

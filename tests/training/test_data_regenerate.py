@@ -52,7 +52,7 @@ def options(tmp_path: Path, target: Path) -> DataRegenerateOptions:
     return DataRegenerateOptions(
         input=(str(write_rows(tmp_path / "rows.jsonl", ROWS)),),
         target=str(target),
-        out=tmp_path / "answers.jsonl",
+        output=tmp_path / "answers.jsonl",
         batch_size=4,
         max_new_tokens=12,
         temperature=1.0,
@@ -61,8 +61,8 @@ def options(tmp_path: Path, target: Path) -> DataRegenerateOptions:
 
 
 def rows_of(options: DataRegenerateOptions) -> list[dict[str, Any]]:
-    assert options.out is not None
-    return [json.loads(line) for line in options.out.read_text().splitlines()]
+    assert options.output is not None
+    return [json.loads(line) for line in options.output.read_text().splitlines()]
 
 
 def test_every_row_is_answered_with_its_own_context(options: DataRegenerateOptions) -> None:
@@ -110,11 +110,11 @@ def test_the_same_twice_and_torchs_generator_is_left_alone(
     before = torch.random.get_rng_state()
     regenerate(options)
     assert torch.equal(before, torch.random.get_rng_state())
-    other = replace(options, out=tmp_path / "other.jsonl")
+    other = replace(options, output=tmp_path / "other.jsonl")
     torch.manual_seed(4)
     regenerate(other)
     assert rows_of(other) == rows_of(options)
-    changed = replace(options, out=tmp_path / "changed.jsonl", seed=1)
+    changed = replace(options, output=tmp_path / "changed.jsonl", seed=1)
     regenerate(changed)
     assert rows_of(changed) != rows_of(options)
 
@@ -136,13 +136,13 @@ def test_every_batch_and_turn_has_its_own_seed(
 @pytest.mark.fault
 def test_resuming_after_a_cut_anywhere_gives_the_same_file(options: DataRegenerateOptions) -> None:
     regenerate(options)
-    assert options.out is not None
-    whole = options.out.read_bytes()
+    assert options.output is not None
+    whole = options.output.read_bytes()
     line = whole.index(b"\n") + 1
     for cut in (0, 1, line - 1, line, line + 1, len(whole) // 2, len(whole) - 1, len(whole)):
-        options.out.write_bytes(whole[:cut])
+        options.output.write_bytes(whole[:cut])
         done = regenerate(options)
-        assert options.out.read_bytes() == whole, cut
+        assert options.output.read_bytes() == whole, cut
         assert done.written == len(ROWS) + 2 - whole[:cut].count(b"\n")
 
 
@@ -150,7 +150,7 @@ def test_resuming_after_a_cut_anywhere_gives_the_same_file(options: DataRegenera
 def test_a_killed_run_goes_on(
     options: DataRegenerateOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    regenerate(replace(options, out=tmp_path / "whole.jsonl"))
+    regenerate(replace(options, output=tmp_path / "whole.jsonl"))
     answer, calls = Writer.answer, []
 
     def dies(self: Writer, prompts: Any, seed: int) -> Any:
@@ -163,16 +163,16 @@ def test_a_killed_run_goes_on(
         patched.setattr(Writer, "answer", dies)
         with pytest.raises(KeyboardInterrupt):
             regenerate(options)
-    assert options.out is not None
-    assert options.out.read_text().count("\n") == 4
+    assert options.output is not None
+    assert options.output.read_text().count("\n") == 4
     regenerate(options)
-    assert options.out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert options.output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_other_options_are_refused_and_named(options: DataRegenerateOptions) -> None:
     regenerate(options)
-    assert options.out is not None
-    before = options.out.read_bytes()
+    assert options.output is not None
+    before = options.output.read_bytes()
     with pytest.raises(ConfigError) as refused:
         regenerate(replace(options, temperature=0.5, seed=2))
     message = str(refused.value)
@@ -182,7 +182,7 @@ def test_other_options_are_refused_and_named(options: DataRegenerateOptions) -> 
     write_rows(Path(options.input[0]), ROWS[:-1])
     with pytest.raises(ConfigError, match="inputs"):
         regenerate(options)
-    assert options.out.read_bytes() == before
+    assert options.output.read_bytes() == before
 
 
 def test_a_file_without_rows_may_be_begun_with_other_options(
@@ -203,11 +203,11 @@ def test_any_drafting_method_writes_the_same(
 ) -> None:
     plain = replace(options, dtype="float32")
     regenerate(plain)
-    drafted = replace(plain, out=tmp_path / "drafted.jsonl", method="prompt_lookup")
+    drafted = replace(plain, output=tmp_path / "drafted.jsonl", method="prompt_lookup")
     regenerate(drafted)
     assert rows_of(drafted) == rows_of(plain)
     with pytest.raises(ConfigError, match="nosuch"):
-        regenerate(replace(plain, out=tmp_path / "x.jsonl", method="nosuch"))
+        regenerate(replace(plain, output=tmp_path / "x.jsonl", method="nosuch"))
 
 
 def test_loops_are_cut_off(options: DataRegenerateOptions) -> None:
@@ -229,13 +229,13 @@ def test_prompts_that_leave_no_room_are_counted(
         regenerate(options)
     done = regenerate(replace(options, max_bad_fraction=0.7))
     assert done.rows == 1
-    roomy = replace(options, out=tmp_path / "b.jsonl", max_prompt=155, max_bad_fraction=0.7)
+    roomy = replace(options, output=tmp_path / "b.jsonl", max_prompt=155, max_bad_fraction=0.7)
     regenerate(roomy)
     assert {len(row["completion_ids"]) for row in rows_of(roomy)} <= set(
         range(1, CONTEXT - 150 + 1)
     )
     with pytest.raises(ConfigError, match="leaves no room"):
-        regenerate(replace(options, out=tmp_path / "c.jsonl", max_new_tokens=CONTEXT))
+        regenerate(replace(options, output=tmp_path / "c.jsonl", max_new_tokens=CONTEXT))
 
 
 def test_a_conversation_that_outgrows_the_context_ends_early(
@@ -260,18 +260,18 @@ def test_places_where_nothing_is_written(options: DataRegenerateOptions, tmp_pat
         ("mine.jsonl/x.jsonl", "cannot write"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
-            regenerate(replace(options, out=tmp_path / name))
+            regenerate(replace(options, output=tmp_path / name))
     assert (tmp_path / "mine.jsonl").read_text() == '{"my": "rows"}\n'
 
 
 def test_damage_in_the_middle_is_not_papered_over(options: DataRegenerateOptions) -> None:
     regenerate(options)
-    assert options.out is not None
-    lines = options.out.read_bytes().splitlines(keepends=True)
-    options.out.write_bytes(b"".join([lines[0], b"{broken}\n", *lines[2:]]))
+    assert options.output is not None
+    lines = options.output.read_bytes().splitlines(keepends=True)
+    options.output.write_bytes(b"".join([lines[0], b"{broken}\n", *lines[2:]]))
     with pytest.raises(ConfigError, match=r"line 2 .* is damaged"):
         regenerate(options)
-    options.out.with_suffix(".meta.json").write_text("[")
+    options.output.with_suffix(".meta.json").write_text("[")
     with pytest.raises(ConfigError, match="is damaged"):
         regenerate(options)
 
@@ -303,7 +303,7 @@ def test_two_runs_do_not_write_one_file(
         ({"temperature": float("nan")}, "--temperature"),
         ({"top_p": 0.0}, "--top-p"),
         ({"top_p": 1.1}, "--top-p"),
-        ({"out": None}, "--out is missing"),
+        ({"output": None}, "--output is missing"),
         ({"threads": 0}, "--threads"),
     ],
 )
@@ -334,9 +334,9 @@ def test_from_answers_to_prepared_data(
     assert "13, 13 of them written now" in capsys.readouterr().out
     data = prepare(
         DataPrepareOptions(
-            input=(str(options.out),),
+            input=(str(options.output),),
             target=options.target,
-            out=tmp_path / "data",
+            output=tmp_path / "data",
             draft_vocab=100,
             cache_dir=tmp_path / "cache",
         )

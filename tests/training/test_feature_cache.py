@@ -471,8 +471,10 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataFeaturesOpti
     from specdec_training.data_options import DataPrepareOptions
     from specdec_training.prepare import prepare
 
-    prepare(DataPrepareOptions(input=("demo",), limit=40, out=tmp_path / "data", max_length=64))
-    return DataFeaturesOptions(data=tmp_path / "data", out=tmp_path / "features", keep_as="float32")
+    prepare(DataPrepareOptions(input=("demo",), limit=40, output=tmp_path / "data", max_length=64))
+    return DataFeaturesOptions(
+        data=tmp_path / "data", output=tmp_path / "features", keep_as="float32"
+    )
 
 
 def test_the_command_records_the_bundled_toy(
@@ -482,14 +484,14 @@ def test_the_command_records_the_bundled_toy(
     said = capsys.readouterr()
     announced = float(said.err.partition("size")[2].split()[0])
     assert said.err.partition("size")[2].split()[1] == "MB"
-    size = sum(path.stat().st_size for path in Path(str(command.out)).iterdir())
+    size = sum(path.stat().st_size for path in Path(str(command.output)).iterdir())
     assert announced == pytest.approx(size / 1e6, rel=0.02)
     assert "free at" in said.err
-    assert str(command.out) in said.out
+    assert str(command.output) in said.out
     from specdec.commands.loading import load_model
 
     data, model = PreparedData.load(str(command.data)), load_model("demo", "auto", "cpu")
-    source = CachedFeatures(str(command.out), data.meta.data_hash, data.meta.target, (1, 2, 4))
+    source = CachedFeatures(str(command.output), data.meta.data_hash, data.meta.target, (1, 2, 4))
     online = OnlineFeatures(model, source.key.aux_layers)
     batch = collate([(0, 1), (5,)], data.examples, 64)
     assert away(source.features(batch).aux, online.features(batch).aux) < 1e-5
@@ -505,7 +507,7 @@ def test_training_on_them_is_training_online(command: DataFeaturesOptions, tmp_p
 
     run_features(command)
     losses = []
-    for features in (None, command.out):
+    for features in (None, command.output):
         options = TrainOptions(
             data=command.data, output=tmp_path / f"run {len(losses)}", features=features, steps=4,
             max_length=64, ttt_steps=2, eval_every=0, device="cpu", batch_rows=2, precision="fp32",
@@ -528,7 +530,7 @@ def test_the_command_refuses_what_is_too_large(
     monkeypatch.setattr(feature_command, "free_bytes", lambda _: 10**12)
     with pytest.raises(FeatureError, match=r"would write 30\.0 GB; say --yes"):
         run_features(command)
-    assert not Path(str(command.out)).exists()
+    assert not Path(str(command.output)).exists()
     assert run_features(dataclasses.replace(command, yes=True)) == 0
 
 
@@ -545,7 +547,7 @@ def test_the_command_spreads_the_target(
 def test_the_command_names_a_wrong_option(command: DataFeaturesOptions) -> None:
     for changes, message in (
         ({"data": None}, "--data is missing"),
-        ({"out": None}, "--out is missing"),
+        ({"output": None}, "--output is missing"),
         ({"shard_tokens": 0}, "--shard-tokens must be at least 1"),
         ({"aux_layers": (6,)}, "different layers from -1 to 5, got 6"),
         ({"aux_layers": (1, 1)}, "different layers"),

@@ -1,0 +1,155 @@
+"""One batch through target, head and loss: what the trainer repeats, without the optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.ttt_attention import Spans
+from specdec_training.contracts import FeatureSource, TokenBatch
+from specdec_training.losses import (
+    LossJob,
+    LossKind,
+    Slots,
+    Teacher,
+    make_teacher,
+    soft_target_loss,
+)
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """How a head is taught.
+
+    Attributes:
+        steps: TTT steps K.
+        kind: Which loss.
+        decay: Weight of a step relative to the one before it.
+        over_all: Average over all slots instead of the tokens with a loss.
+        noise: Largest uniform noise on the features, in their standard deviations.
+        keep_bytes: Target probabilities up to this size are kept for the loss; larger ones are
+            computed twice, a chunk at a time.
+    """
+
+    steps: int
+    kind: LossKind = "ce"
+    decay: float = 0.8
+    over_all: bool = False
+    noise: float = 0.0
+    keep_bytes: int = 2**30
+
+    def scale(self, counts: Tensor, slots: Tensor, spread: float = 1.0) -> Tensor:
+        """[K] fp32 factors of the steps' sums.
+
+        Args:
+            counts: [K] tokens with a loss in the whole global batch.
+            slots: [] all slots of the global batch.
+            spread: What the launcher divides gradients by.
+        """
+        order = torch.arange(self.steps, device=counts.device, dtype=counts.dtype)
+        over = slots.expand_as(counts) if self.over_all else counts
+        return self.decay**order / over.clamp(min=1) * spread
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch after the target has read it.
+
+    Attributes:
+        tokens: On the device.
+        aux: [B, T, F] features.
+        teacher: What the target says.
+        seen: Tokens to be predicted that each step reaches, whatever the target says.
+    """
+
+    tokens: TokenBatch
+    aux: Tensor
+    teacher: Teacher
+    seen: tuple[int, ...]
+
+
+def prepare(
+    batch: TokenBatch,
+    source: FeatureSource,
+    plan: LossPlan,
+    draft_ids: Tensor | None,
+    generator: torch.Generator | None = None,
+) -> Prepared:
+    """Lets the target read a batch.
+
+    Args:
+        batch: On the CPU, as `collate` makes it.
+        source: The target, or what was recorded of it.
+        plan: How to teach.
+        draft_ids: [D] target ids of the draft vocabulary, None for all.
+        generator: Of the feature noise, on the features' device.
+    """
+    found = source.features(batch)
+    device = found.aux.device
+    slots = Slots.of(batch, plan.steps)
+    teacher = make_teacher(source, found.last_hidden, slots, plan.steps, draft_ids, plan.keep_bytes)
+    aux = found.aux
+    if plan.noise:
+        shape = torch.rand(aux.shape, generator=generator, device=device, dtype=torch.float32)
+        spread = plan.noise * aux.float().std((0, 1))
+        aux = aux + ((2 * shape - 1) * spread).to(aux.dtype)
+    tokens = replace(batch, token_ids=batch.token_ids.to(device))
+    return Prepared(tokens, aux, teacher, slots.counts)
+
+
+class TttStep(nn.Module):
+    """Head and loss as one module, so that data-parallel wrappers see a single forward.
+
+    Args:
+        head: With embeddings and an output matrix.
+        steps: TTT steps.
+        recompute: Keep no activations inside a step.
+    """
+
+    def __init__(self, head: Eagle3Head, steps: int, recompute: bool = False) -> None:
+        super().__init__()
+        self.head = head
+        self._steps, self._recompute = steps, recompute
+
+    def forward(
+        self, token_ids: Tensor, aux: Tensor, spans: Spans | None, job: LossJob
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, [3, K] sums), as `soft_target_loss` says.
+
+        Args:
+            token_ids: [B, T] int64.
+            aux: [B, T, F] features.
+            spans: Documents of each row; None where every row is one.
+            job: The loss.
+        """
+        if self.head.lm_head is None:
+            raise RuntimeError("a head is trained with an output matrix of its own")
+        # Autocast's bf16 is for products; the residual stream that starts here adds up in fp32.
+        features = self.head.features(aux).to(self.head.fc.weight.dtype)
+        states = list(
+            self.head.unroll(token_ids, features, self._steps, spans, recompute=self._recompute)
+        )
+        return soft_target_loss(states, self.head.lm_head.weight, job)
+
+
+def spans_of(batch: TokenBatch) -> list[list[tuple[int, int]]] | None:
+    """The batch's documents, or None when every row is filled by a single one."""
+    spans = batch.spans()
+    width = batch.token_ids.shape[1]
+    return None if all(found == [(0, width)] for found in spans) else spans
+
+
+def draft_ids_of(head: Eagle3Head) -> Tensor | None:
+    """[D] target ids of the head's draft vocabulary, None when it drafts all."""
+    if head.d2t is None:
+        return None
+    return head.d2t + torch.arange(len(head.d2t), device=head.d2t.device)
+
+
+def mean_or_zero(sums: Sequence[float], counts: Sequence[float]) -> list[float]:
+    """Sums over counts; 0 where nothing was counted."""
+    return [a / b if b else 0.0 for a, b in zip(sums, counts, strict=True)]

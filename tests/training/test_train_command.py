@@ -1,0 +1,130 @@
+"""`specdec train` on the bundled target: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from specdec import demo
+from specdec.errors import ConfigError, SpecdecError
+from specdec.heads.checkpoint import load_head
+from specdec_training.data_options import DataPrepareOptions
+from specdec_training.feature_writer import write_features
+from specdec_training.prepare import prepare
+from specdec_training.prepared import PreparedData
+from specdec_training.run_lock import RunLock
+from specdec_training.train_command import head_config, run_train
+from specdec_training.train_options import TrainOptions
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(
+        DataPrepareOptions(
+            input=("demo",), limit=120, output=folder / "data", draft_vocab=512, held_out=4,
+            max_length=64, cache_dir=folder / "cache",
+        )
+    )  # fmt: skip
+    return folder / "data"
+
+
+def options(data: Path, output: Path, **changes: Any) -> TrainOptions:
+    found = TrainOptions(
+        data=data, output=output, steps=12, max_length=64, ttt_steps=2, eval_every=12, lr=5e-4,
+        eval_prompts=2, eval_tokens=10, depth=2, nodes=6, device="cpu", precision="fp32",
+    )  # fmt: skip
+    return replace(found, **changes)
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    assert run_train(options(data, folder)) == 0
+    return folder
+
+
+def test_what_a_run_writes(trained: Path, data: Path) -> None:
+    assert {path.name for path in trained.iterdir()} >= {
+        "head", "checkpoints", "metrics.json", "log.jsonl", "provenance.json",
+    }  # fmt: skip
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert set(metrics["acceptance_length"]) == {"chain_t0", "tree_t0", "chain_t1", "tree_t1"}
+    assert metrics["text_identical"] is True
+    assert metrics["prompt_lookup_t0"] >= 1
+    assert 0 <= metrics["looping_share"] < 1
+    assert [found["step"] for found in metrics["history"]] == [0, 12]
+    assert len((trained / "log.jsonl").read_text().splitlines()) == 12
+    known = json.loads((trained / "provenance.json").read_text())
+    assert known["options"]["ttt_steps"] == 2
+    assert known["data_hash"] == PreparedData.load(data).meta.data_hash
+
+
+def test_the_head_loads_and_is_in_bfloat16(trained: Path, data: Path) -> None:
+    found = load_head(trained / "head")
+    assert found.facts["acceptance_length"]["tree_t0"] >= 1
+    assert found.head.fc.weight.dtype == torch.bfloat16
+    vocabulary = PreparedData.load(data)
+    assert found.head.d2t is not None
+    assert vocabulary.d2t is not None
+    assert torch.equal(found.head.d2t, vocabulary.d2t)
+    assert found.head.config.aux_output_layers == (1, 2, 4)
+
+
+def test_a_finished_run_ends_at_once(trained: Path, data: Path) -> None:
+    before = (trained / "log.jsonl").read_bytes()
+    assert run_train(options(data, trained)) == 0
+    assert (trained / "log.jsonl").read_bytes() == before
+
+
+def test_warm_start(trained: Path, data: Path, tmp_path: Path) -> None:
+    head = str(trained / "head")
+    assert run_train(options(data, tmp_path, init_from=head, steps=2, eval_every=0)) == 0
+    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    fresh = json.loads((trained / "log.jsonl").read_text().splitlines()[0])
+    assert first["loss"] < fresh["loss"]
+    assert (tmp_path / "head" / "model.safetensors").is_file()
+
+
+def test_recorded_features_train_like_the_target(data: Path, trained: Path, tmp_path: Path) -> None:
+    write_features(
+        demo.load_target(), PreparedData.load(data), (1, 2, 4), tmp_path / "f", "float32"
+    )
+    run = tmp_path / "run"
+    assert run_train(options(data, run, features=tmp_path / "f", eval_every=0)) == 0
+    ours, theirs = (
+        [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (run, trained)
+    )
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_dry_run_writes_no_head(data: Path, tmp_path: Path) -> None:
+    assert run_train(options(data, tmp_path, max_steps=0)) == 0
+    assert not (tmp_path / "head").exists()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_refusals(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no folder"):
+        run_train(options(tmp_path / "nothing", tmp_path / "run"))
+    with RunLock(tmp_path / "locked"), pytest.raises(SpecdecError, match="another run"):
+        run_train(options(data, tmp_path / "locked"))
+    with pytest.raises(SpecdecError, match="no folder"):
+        run_train(options(data, tmp_path / "run", target="./nowhere"))
+    with pytest.raises(ConfigError, match="aux_output_layers"):
+        run_train(options(data, tmp_path / "layers", aux_layers=(1, 1, 2)))
+
+
+def test_a_head_has_the_shape_of_a_layer() -> None:
+    config = AutoConfig.from_pretrained(demo.target_path())
+    found = head_config(TrainOptions(), config, 1024)
+    assert (found.hidden_size, found.num_key_value_heads, found.head_dim) == (192, 2, 32)
+    assert found.rope["rope_theta"] == 10_000.0
+    assert found.draft_vocab_size == 1024
