@@ -7,8 +7,9 @@ from mutants.fault import Fault
 from mutants.faults_call import CALL
 from mutants.faults_chain import CHAIN
 from mutants.faults_drafters import DRAFTERS
+from mutants.faults_heads import HEADS
 from mutants.faults_rejection import REJECTION
 from mutants.faults_round import ROUND
 from mutants.faults_target import TARGET
 
-FAULTS: tuple[Fault, ...] = (*ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION)
+FAULTS: tuple[Fault, ...] = (*ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS)

@@ -187,9 +187,9 @@ TARGET: tuple[Fault, ...] = (
     Fault(
         "taps_are_one_layer_too_low",
         "the drafter is shown the wrong row",
-        _TARGET,
-        "output.hidden_states[layer + 1] for layer",
-        "output.hidden_states[layer] for layer",
+        _COMPAT,
+        "(hidden_states[tap + 1] for tap in taps)",
+        "(hidden_states[tap] for tap in taps)",
         "tests/laws/test_contract.py::test_needs_are_met",
     ),
     Fault(

@@ -23,8 +23,15 @@ import pytest
 
 from mutants.fault import Fault, FaultError
 
-SOURCES = ("specdec", "tests", "benchmarks", "pyproject.toml")
-_OURS = ("specdec", "helpers", "mutants")  # modules that a run must take from its copy
+SOURCES = ("specdec", "draft_training", "tests", "benchmarks", "pyproject.toml")
+_PACKAGES = ("draft_training", "benchmarks")  # folders that hold a package each
+_OURS = (
+    "specdec",
+    "specdec_training",
+    "specdec_bench",
+    "helpers",
+    "mutants",
+)  # modules that a run must take from its copy
 _PRELOADED = (
     "hypothesis",
     "torch",
@@ -157,9 +164,11 @@ def _run_tests(copy: Path, log: Path, report: Path, arguments: Sequence[str]) ->
         for name in [name for name in sys.modules if name.split(".")[0] in _OURS]:
             del sys.modules[name]
         root = Path(__file__).resolve().parents[2]
-        ours = {root, root / "tests"}
-        sys.path[:] = [str(copy), *(p for p in sys.path if Path(p).resolve() not in ours)]
-        os.environ["PYTHONPATH"] = str(copy)
+        roots = [copy, *(copy / name for name in _PACKAGES)]
+        ours = {root / path.relative_to(copy) for path in roots} | {root / "tests"}
+        own = [str(path) for path in roots]
+        sys.path[:] = [*own, *(p for p in sys.path if Path(p).resolve() not in ours)]
+        os.environ["PYTHONPATH"] = os.pathsep.join(own)
         code = int(pytest.main(list(arguments), plugins=[_Report(report)]))
     except BaseException:  # noqa: BLE001 - a fork must not return into its parent's code
         traceback.print_exc()

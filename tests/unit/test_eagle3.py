@@ -76,9 +76,12 @@ def test_ragged_batches_of_trees_and_chains(family: str, top_k: int, mode: Any) 
     assert torch.equal(state, wanted_state)
 
 
-def test_trees_hold_the_likeliest_candidates(llama: Any, head: Eagle3Head) -> None:
+@pytest.mark.parametrize("draft_vocab", [None, 20])
+def test_trees_hold_the_likeliest_candidates(llama: Any, draft_vocab: int | None) -> None:
     """Against a search of every candidate on the host, with the head's own chain steps."""
-    ids = prompt()
+    ids, head = prompt(), head_for(llama, draft_vocab=draft_vocab)
+    if draft_vocab is not None:
+        head.set_vocabulary(2 * torch.arange(draft_vocab) + 3, None)  # ids 3, 6, 9, ...
     _, records = rounds_of(llama, ids, draft=head, depth=3, top_k=3, nodes=9)
     tree = trees_of(records)[0]
     assert tree.scores is not None
@@ -114,6 +117,7 @@ def _search(
                 one = torch.tensor([[token]])
                 log_probs = head.expand(state, one, torch.zeros_like(one))[0, 0]
             scores, tokens = log_probs.topk(width)
+            tokens = tokens if head.d2t is None else 3 * tokens + 3
             below |= {(*path, t): score + s
                       for t, s in zip(tokens.tolist(), scores.tolist(), strict=True)}  # fmt: skip
         found |= below

@@ -1,0 +1,140 @@
+"""Draft heads: drafting, training, checkpoints."""
+
+from mutants.fault import Fault
+
+_HEAD, _DRAFTER = "specdec/heads/eagle3.py", "specdec/drafters/eagle3.py"
+_TTT = "specdec/heads/ttt_attention.py"
+_LOSS = "draft_training/specdec_training/losses.py"
+_STORE = "draft_training/specdec_training/checkpoints.py"
+
+_LOOP = "tests/heads/test_closed_loop.py"
+_CHAIN_STEPS = f"{_LOOP}::test_a_chain_steps_through_the_training_states"
+_TREE_STEPS = f"{_LOOP}::test_every_path_of_a_tree_is_a_chain"
+_MERGED = f"{_LOOP}::test_merged_attention_is_the_dense_one -k float64"
+_DRAFTS = "tests/unit/test_eagle3.py::test_trees_hold_the_likeliest_candidates"
+_DEFINITION = (
+    "tests/training/test_train_loss.py::test_loss_and_gradient_are_those_of_the_definition"
+)
+
+HEADS = (
+    Fault(
+        "drafting_stands_one_position_too_far",
+        "trainer/inference skew",
+        _HEAD,
+        "positions = (verified + level).expand(-1, width)",
+        "positions = (verified + level + 1).expand(-1, width)",
+        _TREE_STEPS,
+    ),
+    Fault(
+        "training_never_moves_on",
+        "trainer/inference skew",
+        _HEAD,
+        "turn = self._rotary(order + step,",
+        "turn = self._rotary(order,",
+        _CHAIN_STEPS,
+    ),
+    Fault(
+        "feedback_after_the_norm_always",
+        "trainer/inference skew",
+        _HEAD,
+        "state.hidden = normed if self.config.feed_post_norm else out",
+        "state.hidden = normed",
+        _CHAIN_STEPS,
+    ),
+    Fault(
+        "drafted_siblings_see_each_other",
+        "tree attention mask",
+        _HEAD,
+        "own = torch.eye(width, dtype=torch.bool, device=parents.device)",
+        "own = torch.ones(width, width, dtype=torch.bool, device=parents.device)",
+        _TREE_STEPS,
+    ),
+    Fault(
+        "drafted_levels_stay_in_the_cache",
+        "rollback",
+        _HEAD,
+        "        state.cache.set_lengths(state.verified)\n        state.seen, state.levels = None, 0",
+        "        state.seen, state.levels = None, 0",
+        _TREE_STEPS,
+    ),
+    Fault(
+        "a_row_that_stands_still_forgets_its_place",
+        "ragged batches",
+        _HEAD,
+        "state.root = torch.where(here[:, None, None], found, state.root)",
+        "state.root = found",
+        f"{_LOOP}::test_a_prompt_in_pieces_is_the_prompt",
+    ),
+    Fault(
+        "draft_ids_are_taken_for_target_ids",
+        "d2t absolute or missing",
+        _HEAD,
+        "return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]",
+        "return draft_ids",
+        _DRAFTS,
+    ),
+    Fault(
+        "the_features_of_the_nodes_before",
+        "features off by one",
+        _DRAFTER,
+        "nodes = pad(path, (1, 0))[:, :, None]",
+        "nodes = pad(path, (0, 1))[:, :, None]",
+        "tests/training/test_train_run.py::test_four_texts_learnt_by_heart_are_drafted_whole",
+    ),
+    Fault(
+        "a_level_is_scored_by_itself",
+        "tree scores",
+        _DRAFTER,
+        "every = (scores[:, :, None] + below).flatten(1)",
+        "every = below.flatten(1)",
+        _DRAFTS,
+    ),
+    Fault(
+        "children_hang_under_another_candidate",
+        "parents after reordering",
+        _DRAFTER,
+        "rank.gather(1, above.clamp(min=0)) + 1)",
+        "rank.gather(1, above.clamp(min=0)))",
+        _DRAFTS,
+    ),
+    Fault(
+        "the_diagonal_weighs_nothing",
+        "TTT attention",
+        _TTT,
+        "lse = torch.logsumexp(torch.cat([block_lse[..., None], scores], -1), -1)\n        share",
+        "lse = block_lse\n        share",
+        _MERGED,
+    ),
+    Fault(
+        "the_diagonal_has_no_gradient",
+        "TTT attention",
+        _TTT,
+        "d_query = (d_query + extra).to(query.dtype)",
+        "d_query = d_query.to(query.dtype)",
+        _MERGED,
+    ),
+    Fault(
+        "labels_one_slot_too_early",
+        "loss mask not shifted with labels",
+        _LOSS,
+        "(position - 1 - step).clamp(min=0)",
+        "(position - 2 - step).clamp(min=0)",
+        _DEFINITION,
+    ),
+    Fault(
+        "tokens_that_cannot_be_drafted_are_learnt",
+        "draft vocabulary",
+        _LOSS,
+        "weight, best = (reached & torch.cat(valid)).float()",
+        "weight, best = reached.float()",
+        _DEFINITION,
+    ),
+    Fault(
+        "the_damaged_newest_checkpoint_is_trusted",
+        "truncated newest is trusted",
+        _STORE,
+        "if digest_of(folder / name) != wanted:",
+        "if False:",
+        "tests/training/test_checkpoints.py::test_every_damage_of_every_file_is_noticed",
+    ),
+)
