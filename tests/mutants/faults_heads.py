@@ -53,8 +53,8 @@ HEADS = (
         "drafted_levels_stay_in_the_cache",
         "rollback",
         _HEAD,
-        "        state.cache.set_lengths(state.verified)\n        state.seen, state.levels = None, 0",
-        "        state.seen, state.levels = None, 0",
+        "state.cache.set_lengths(state.verified)\n        state.seen, state.levels",
+        "state.seen, state.levels",
         _TREE_STEPS,
     ),
     Fault(
