@@ -1,4 +1,4 @@
-"""Every training-free method on the bundled target: speed-up over the loop without speculation.
+"""Every method on the bundled target: speed-up over the loop without speculation.
 
 Greedy, one thread, arms interleaved prompt by prompt in one process. Each text is cut where plain
 decoding falls into its first repetition loop, and the share of looping text is printed. Drafters
@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +25,8 @@ from torch import Tensor
 
 import specdec
 from loop_cost import code_prompts
-from specdec import SpecConfig
-from specdec.demo import load_target, load_tokenizer
+from specdec import SpecConfig, tuning
+from specdec.demo import head_path, load_target, load_tokenizer
 from specdec.sources.suffix_store import SuffixStore
 from specdec.tokenizers import tokenizer_fingerprint
 from specdec_bench.drafts import first_layers
@@ -47,6 +48,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "recycling 16": ("recycling", {"nodes": 16, "top_k": 4}),
     "recycling 80": ("recycling", {}),
     "draft_model, first layer": ("draft_model", {"num_draft_tokens": 3}),
+    "eagle3 chain 3": ("eagle3", {"depth": 3, "top_k": 1}),
+    "eagle3 chain 5": ("eagle3", {"depth": 5, "top_k": 1}),
+    "eagle3 tree 8": ("eagle3", {"depth": 4, "top_k": 3, "nodes": 8}),
+    "eagle3 tree 16": ("eagle3", {"depth": 5, "top_k": 4, "nodes": 16}),
+    "eagle3 tree 48": ("eagle3", {}),
 }
 _SHORTEST_CUT = 16  # prompts whose text loops before are left out
 
@@ -67,6 +73,8 @@ class Options:
     """Data type of the target."""
     only: tuple[str, ...] = ()
     """Names of arms to run, besides both `none`; all without it."""
+    head: Path | None = None
+    """Draft head of the eagle3 arms; the bundled one without it."""
 
 
 def read_prompts(options: Options) -> list[Tensor]:
@@ -128,17 +136,18 @@ def limits(new_tokens: int) -> dict[str, Any]:
 
 
 def make_arms(
-    model: Any, units: Units, folder: str, tokenizer: Any, only: tuple[str, ...]
+    model: Any, units: Units, folder: str, tokenizer: Any, options: Options
 ) -> dict[str, Callable[[int], Tensor]]:
     """Name -> function of a prompt's index."""
-    plain, draft = type(model).generate, first_layers(model)
+    plain, draft, head = type(model).generate, first_layers(model), options.head or head_path()
 
     def hugging_face(**extra: Any) -> Callable[[int], Tensor]:
         return lambda u: plain(model, units.prompts[u], **limits(units.cuts[u]), **extra)
 
     def ours(name: str) -> Callable[[int], Tensor]:
         method, chosen = METHODS[name]
-        extra: dict[str, Any] = {"draft": draft} if method == "draft_model" else {}
+        drafts: dict[str, Any] = {"draft_model": draft, "eagle3": str(head)}
+        extra: dict[str, Any] = {"draft": drafts[method]} if method in drafts else {}
         if name.endswith("store"):
             extra = {"store": folder, "tokenizer": tokenizer, "store_update": False}
 
@@ -152,6 +161,7 @@ def make_arms(
 
         return run
 
+    only = options.only
     chosen = [name for name in METHODS if not only or name in ("none", "none again", *only)]
     return {
         "hf generate": hugging_face(),
@@ -170,8 +180,8 @@ def main() -> None:
     specdec.augment(model, "none")
     with tempfile.TemporaryDirectory() as folder:
         units.fill_stores(folder, tokenizer)
-        arms = make_arms(model, units, folder, tokenizer, options.only)
-        rows = [(n, *accepted(model, run, n in METHODS, units)) for n, run in arms.items()]
+        arms = make_arms(model, units, folder, tokenizer, options)
+        rows = {n: accepted(model, run, n in METHODS, units) for n, run in arms.items()}
         seconds = time_arms(arms, len(units.prompts), options.repeats, time.perf_counter)
     where = options.prompts_file.name if options.prompts_file else "held-out modules"
     print(
@@ -180,21 +190,78 @@ def main() -> None:
     )
     print("| method | text identical | tokens per round | speed-up over none (95 % interval) |")
     print("|---|---|---|---|")
-    for name, same, tau in rows:
-        gain = ratio(seconds["none"], seconds[name])
-        print(f"| {name} | {same}/{len(units.prompts)} | {tau} | {gain} |")
+    for name, row in rows.items():
+        gain, tau = ratio(seconds["none"], seconds[name]), f"{row.tau:.2f}" if row.rounds else ""
+        print(f"| {name} | {row.same}/{len(units.prompts)} | {tau} | {gain} |")
+    print_costs(model, {name: row for name, row in rows.items() if name in METHODS}, seconds)
 
 
-def accepted(model: Any, run: Callable[[int], Tensor], ours: bool, units: Units) -> tuple[int, str]:
-    """(texts equal to plain's, tokens per round in two digits) of one arm."""
-    same, emitted, rounds = 0, 0, 0
+@dataclass
+class Accepted:
+    """One instrumented pass of an arm over all prompts.
+
+    Attributes:
+        same: Texts equal to plain's.
+        histogram: Tokens of a round -> how often.
+        stages: Seconds by stage.
+        nodes: Nodes verified besides the roots.
+    """
+
+    same: int = 0
+    histogram: Counter[int] = field(default_factory=Counter)
+    stages: Counter[str] = field(default_factory=Counter)
+    nodes: int = 0
+
+    @property
+    def rounds(self) -> int:
+        """Target forwards after the prefill."""
+        return sum(self.histogram.values())
+
+    @property
+    def tau(self) -> float:
+        """Tokens a round."""
+        return sum(size * count for size, count in self.histogram.items()) / self.rounds
+
+    def stage(self, *names: str) -> float:
+        """Milliseconds a round."""
+        return 1000 * sum(self.stages[name] for name in names) / self.rounds
+
+
+def accepted(model: Any, run: Callable[[int], Tensor], ours: bool, units: Units) -> Accepted:
+    """What one pass of an arm accepted, and what its rounds cost."""
+    found = Accepted()
     for unit, text in enumerate(units.texts):
-        same += torch.equal(run(unit), text)
+        found.same += torch.equal(run(unit), text)
         if ours:
-            histogram = specdec.last_stats(model).histogram
-            emitted += sum(size * count for size, count in histogram.items())
-            rounds += sum(histogram.values())
-    return same, f"{emitted / rounds:.2f}" if rounds else ""
+            stats = specdec.last_stats(model)
+            found.histogram.update(stats.histogram)
+            found.stages.update(stats.seconds)
+            found.nodes += stats.drafted_nodes
+    return found
+
+
+def print_costs(
+    model: Any, rows: dict[str, Accepted], seconds: dict[str, list[list[float]]]
+) -> None:
+    """The cost of a round, and the speed-up that it predicts with the measured cost of a forward.
+
+    Predicted: acceptance length x the time of a round of `none`, over the arm's drafting and
+    bookkeeping plus the forward of `none` times what one over its nodes costs relative to one.
+    """
+    curve, none = tuning.measure_cost(model, 4.0), rows["none"]
+    rest = ("verify", "commit", "observe")
+    whole = none.stage("draft", "forward", *rest)
+    print("\n| method | rounds by tokens 1, 2, 3, ... | nodes | draft ms | forward ms | rest ms "
+          "| predicted | measured |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        nodes = row.nodes / row.rounds
+        forward = none.stage("forward") * curve.ratio(max(round(nodes) + 1, 1))
+        predicted = row.tau * whole / (row.stage("draft", *rest) + forward)
+        counts = ", ".join(str(row.histogram[n]) for n in range(1, max(row.histogram) + 1))
+        costs = f"{row.stage('draft'):.2f} | {row.stage('forward'):.2f} | {row.stage(*rest):.2f}"
+        measured = ratio(seconds["none"], seconds[name]).value
+        print(f"| {name} | {counts} | {nodes:.1f} | {costs} | {predicted:.2f} | {measured:.2f} |")
 
 
 if __name__ == "__main__":
