@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec import demo
-from specdec.commands.loading import TOY, load_config, load_model, load_tokenizer
+from specdec.commands.loading import load_config, load_model, load_tokenizer
 from specdec.commands.probing import show_probe
 from specdec.errors import ConfigError, SpecdecError
 from specdec.head_options import ConvertOptions, InspectOptions
@@ -176,8 +175,8 @@ def _use_target(options: ConvertOptions, loaded: LoadedHead, colour: bool) -> di
     if isinstance(longest, int) and kind in _ROPES_OF_ANY_LENGTH:
         most = max(longest, head.config.max_position_embeddings)
         head.config = replace(head.config, max_position_embeddings=most)
-    name = str(demo.target_path()) if options.target == TOY else options.target
-    return {"target": name, "target_architectures": list(model.config.architectures or [])}
+    architectures = list(model.config.architectures or [])
+    return {"target": _public(options.target), "target_architectures": architectures}
 
 
 def _like(inputs: Tensor, own: Tensor) -> Tensor:
@@ -185,7 +184,13 @@ def _like(inputs: Tensor, own: Tensor) -> Tensor:
 
 
 def _facts(options: ConvertOptions, found: HeadDescription) -> dict[str, Any]:
-    return {**found.facts, "converted_from": {"name": options.source, "dialect": found.dialect}}
+    source = {"name": _public(options.source), "dialect": found.dialect}
+    return {**found.facts, "converted_from": source}
+
+
+def _public(name: str | None) -> str | None:
+    """A hub id, or the last part of a path: a checkpoint is handed on, and homes are private."""
+    return Path(name).expanduser().name if name and Path(name).expanduser().exists() else name
 
 
 def _assumed(sentences: Sequence[str], colour: bool) -> None:

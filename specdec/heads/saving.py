@@ -128,6 +128,8 @@ def _write(folder: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tenso
         for name, content in files.items():
             write_new(temporary / name, [content])
         save_file(dict(tensors), temporary / WEIGHTS, metadata={"format": "pt"})
+        # safetensors makes files for the owner alone; a head is as readable as its configuration.
+        (temporary / WEIGHTS).chmod((temporary / next(iter(files))).stat().st_mode)
         _flush(temporary / WEIGHTS)
         flush_folder(temporary)
         if folder.exists():
