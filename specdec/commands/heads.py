@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.commands.loading import load_config, load_model, load_tokenizer
+from specdec import demo
+from specdec.commands.loading import TOY, load_config, load_model, load_tokenizer
 from specdec.commands.probing import show_probe
 from specdec.errors import ConfigError, SpecdecError
 from specdec.head_options import ConvertOptions, InspectOptions
@@ -176,7 +177,10 @@ def _use_target(options: ConvertOptions, loaded: LoadedHead, colour: bool) -> di
         most = max(longest, head.config.max_position_embeddings)
         head.config = replace(head.config, max_position_embeddings=most)
     architectures = list(model.config.architectures or [])
-    return {"target": _public(options.target), "target_architectures": architectures}
+    name = options.target
+    if name == TOY and options.to == "speculators":  # its readers load the target by this name
+        name = str(demo.target_path())
+    return {"target": name, "target_architectures": architectures}
 
 
 def _like(inputs: Tensor, own: Tensor) -> Tensor:
@@ -188,9 +192,9 @@ def _facts(options: ConvertOptions, found: HeadDescription) -> dict[str, Any]:
     return {**found.facts, "converted_from": source}
 
 
-def _public(name: str | None) -> str | None:
+def _public(name: str) -> str:
     """A hub id, or the last part of a path: a checkpoint is handed on, and homes are private."""
-    return Path(name).expanduser().name if name and Path(name).expanduser().exists() else name
+    return Path(name).expanduser().name if Path(name).expanduser().exists() else name
 
 
 def _assumed(sentences: Sequence[str], colour: bool) -> None:

@@ -130,7 +130,7 @@ def test_convert_between_dialects(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert raw["speculators_config"]["verifier"]["name_or_path"] == str(target)
     loaded = load_head(out)
     assert loaded.head.fc.weight.dtype == torch.bfloat16
-    assert loaded.facts["converted_from"] == {"name": str(source), "dialect": "specforge"}
+    assert loaded.facts["converted_from"] == {"name": "head", "dialect": "specforge"}
     assert loaded.fingerprint is not None
     # The embeddings that came along are the target's, so they go again.
     back = tmp_path / "back"
