@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -68,8 +67,11 @@ def run_train(options: TrainOptions) -> int:
         if lock is not None:
             lock.__enter__()
         result = _run(options, accelerator, folder)
+    except BrokenPipeError:
+        raise
     except OSError as problem:
-        raise SpecdecError(f"cannot write in {str(folder)!r}: {problem.strerror}") from problem
+        reason = problem.strerror or problem
+        raise SpecdecError(f"cannot write in {str(folder)!r}: {reason}") from problem
     finally:
         if lock is not None:
             lock.__exit__(None, None, None)
@@ -148,15 +150,8 @@ def _bf16_is_faster(device: str) -> bool:
     if device != "cpu":
         return bool(torch.cuda.is_bf16_supported())
 
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.randn(1024, 256).to(dtype), torch.randn(256, 768).to(dtype)
-        a @ b
-        start = time.process_time()
-        for _ in range(20):
-            a @ b
-        return time.process_time() - start
-
-    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+    # Asked of the processor and not timed: every process and every resumed run must agree.
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _load_target(options: TrainOptions, device: torch.device) -> tuple[Any, Any]:
@@ -193,10 +188,11 @@ def head_config(options: TrainOptions, model_config: Any, draft_vocab: int) -> E
         draft_vocab: D.
     """
     text = model_config.get_text_config()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None) or max(text.hidden_size // 64, 1)
+    middle = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return Eagle3Config(
         hidden_size=text.hidden_size,
-        intermediate_size=options.intermediate_size or text.intermediate_size,
+        intermediate_size=options.intermediate_size or middle,
         num_attention_heads=heads,
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
@@ -243,7 +239,7 @@ def make_head(
         head = Eagle3Head(config)
         head.set_vocabulary(data.d2t, data.t2d)
         head.to(device)
-    head.attach(embeddings.to(device), output)
+    head.attach(embeddings, output)
     if options.init_from is None and head.lm_head is not None:
         rows = output[: len(data.counts)]
         rows = rows if data.t2d is None else rows[data.t2d.to(device)]

@@ -150,13 +150,12 @@ class Trainer:
         if self.step == 0 and self.options.max_steps == 0:
             self._dry_run()
             return self._result("everything was checked and nothing trained", None)
-        self._measure_if_due(progress)
+        self._measure_if_due(progress, at_end=bool(reason))  # a signal may have come before it
         while not reason:
             begin = time.perf_counter()
-            record, ends = self._one_step(signals)
+            record, reason = self._one_step(signals)
             self._write(record, time.perf_counter() - begin, progress)
-            if ends:
-                reason = "early" if self._selection.is_over else "signal"
+            if reason:
                 break
             reason = self._finished()
             self._measure_if_due(progress, at_end=bool(reason))
@@ -193,17 +192,17 @@ class Trainer:
         self._teaching.clear()
         self.parts.sampler.restore(before)
 
-    def _one_step(self, signals: StopSignals) -> tuple[dict[str, Any], bool]:
-        """Does an optimiser step; returns its record, and whether somebody wants to stop."""
+    def _one_step(self, signals: StopSignals) -> tuple[dict[str, Any], str]:
+        """Does an optimiser step; returns its record, and why all processes stop, or nothing."""
         options, teaching = self.options, self._teaching
         rows = self._next_rows()
-        wants_end = signals.received is not None or (self._leads and self._selection.is_over)
+        early = self._leads and self._selection.is_over  # the others do not measure
         share = self._clock.share(self.step + 1) if self._leads else 0.0
         due = self._leads and self._measurement_due(self.step + 1, share)
         seed = options.seed * 2**32 + self.step
-        told = (float(wants_end), share, float(due))
+        told = (float(signals.received is not None), float(early), share, float(due))
         found = teaching.gradients(self._batches(rows), told, options.clip, seed)
-        self._share, self._is_due = found.told[1], found.told[2] > 0
+        self._share, self._is_due = found.told[2], found.told[3] > 0
         lr = (options.lr or 0.0) * lr_factor(self._share, options.warmup, options.final_lr)
         if self._guard.passes(found.loss, found.norm):
             teaching.update(lr)
@@ -212,7 +211,8 @@ class Trainer:
         teaching.clear()
         self.step += 1
         self._guard.check(str(self.parts.folder / "bad_batches.jsonl"))
-        return {"step": self.step, **found.record, "lr": lr}, found.told[0] > 0
+        reason = "signal" if found.told[0] > 0 else "early" if found.told[1] > 0 else ""
+        return {"step": self.step, **found.record, "lr": lr}, reason
 
     def _next_rows(self) -> list[tuple[int, ...]]:
         options = self.options
@@ -312,6 +312,7 @@ class Trainer:
                 "share": self._share,
                 "next_measurement": self._next_measurement,
                 "measured_at": self._measured_at,
+                "is_due": self._is_due,
                 "log_bytes": 0 if self._log is None else self._log.size,
                 "skipped": [self._guard.skipped, self._guard.in_a_row],
                 "history": self._selection.state(),
@@ -340,6 +341,7 @@ class Trainer:
                 f"{self.parts.folder} holds a run with other options; repeat them, or choose "
                 f"another --output. Different: {'; '.join(differing)}"
             )
+        self._is_due = bool(state["is_due"])
         self._teaching.stepper.load(found.tensors("head"), found.tensors("optimizer"))
         generators = found.tensors("random")
         self._teaching.acceptance = generators.pop("acceptance").to(self._teaching.device)

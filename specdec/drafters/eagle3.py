@@ -27,6 +27,7 @@ from specdec.heads.ready import ready_head
 from specdec.tree import MAX_NODES, TreeBatch, bucket_size
 
 _FIRST_ROOM = 4096  # new tokens that the head's cache is allocated for at once
+_MOST_WAITING = 64  # rounds without a draft after which the head reads them all the same
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,8 @@ class Eagle3:
     def start(self, state: BatchState) -> None:
         """Makes an empty draft state."""
         longest = max(map(len, state.tokens)) + min(state.max_new_tokens, _FIRST_ROOM)
-        room = self._config.depth * self._config.top_k + 1
+        depth = min(self._config.depth, state.max_new_tokens)
+        room = depth * min(self._config.top_k, state.vocab_size) + 1
         self._state = self._head.begin(len(state.tokens), longest + room)
         self._prompt, self._fresh, self._next, self._prefilled = [], [], None, False
 
@@ -118,9 +120,11 @@ class Eagle3:
     def propose(self, state: BatchState, budget: int) -> TreeBatch:
         """The likeliest nodes of a dynamic tree for every row."""
         depth = self._depth(state, budget)
-        if depth < 1:
+        if depth < 1 and len(self._fresh) < _MOST_WAITING:
             return TreeBatch.roots(state.pending)
         self._catch_up(state)
+        if depth < 1:
+            return TreeBatch.roots(state.pending)
         drafting = [on and n > 0 for on, n in zip(state.active, self._state.verified, strict=True)]
         if self._next is None or not any(drafting):
             return TreeBatch.roots(state.pending)
@@ -169,7 +173,11 @@ class Eagle3:
                 ids[row].append(token_ids[index])
                 found[row].append(features[index])
         empty, nothing = state.pending[:0], features[0, :0]
-        tokens = [torch.cat([*own, state.pending[row : row + 1]])[1:] if own else empty
+        first = [
+            row[length] for row, length in zip(state.tokens, state.prompt_lengths, strict=True)
+        ]
+        after = torch.tensor(first, device=state.pending.device)[:, None]
+        tokens = [torch.cat([*own, after[row]])[1:] if own else empty
                   for row, own in enumerate(ids)]  # fmt: skip
         slots = [torch.cat(own) if own else nothing for own in found]
         counts = [len(row) for row in tokens]
@@ -253,6 +261,8 @@ class Eagle3:
             drafting: Rows that get a tree.
         """
         scores, tokens, parents = found
+        # A head that overflows must not change where a child stands: nothing below NaN is a number.
+        scores = scores.nan_to_num(nan=float("-inf"))
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         nodes = min(nodes, order.shape[1])
         rank = torch.empty_like(order).scatter_(

@@ -140,6 +140,11 @@ class Eagle3Head(nn.Module):
                     f"the head reads embeddings of {wanted[0]} tokens and hidden_size {wanted[1]}, "
                     f"the target has {tuple(embeddings.shape)}; this head is another model's"
                 )
+            if embeddings.is_meta:
+                raise ConfigError(
+                    "the target's embeddings are offloaded, and the head has none of its own; keep "
+                    "them on a device (device_map), or use a head that brings its own"
+                )
             weight = embeddings.detach()[: wanted[0]].to(self.fc.weight)
             self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=True)
         if self.lm_head is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +46,25 @@ def ready_head(draft: str | Eagle3Head, tokenizer: Any, target: TargetFacts) -> 
         loaded = load_head(draft, target=fingerprint, dtype=target.dtype, device=target.device)
         head = loaded.head
     else:
-        head = draft
+        head = _own_copy(draft)
     check_fit(head, target)
-    head.attach(target.embeddings.to(target.device), target.output_embeddings)
+    head.attach(target.embeddings, target.output_embeddings)
     kept[:] = [*kept[-_MOST_KEPT + 1 :], _Kept(draft, tokenizer, head)]
     return head
+
+
+def _own_copy(head: Eagle3Head) -> Eagle3Head:
+    """The same layers, without what another target lent: the user's module stays as it is.
+
+    Its parameters are shared, so a head in training drafts with what it has learnt so far.
+    """
+    own = copy.copy(head)
+    own._modules = dict(head._modules)
+    if not head.owns_embeddings:
+        own.embed_tokens = None
+    if not head.owns_lm_head:
+        own.lm_head = None
+    return own
 
 
 def _is_here(head: Eagle3Head, target: TargetFacts) -> bool:

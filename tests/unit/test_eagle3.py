@@ -237,3 +237,54 @@ def test_a_head_is_loaded_once(llama: Any, head: Eagle3Head) -> None:
         assert len(kept) == 1
     drafter = Eagle3(Eagle3DraftConfig(draft=head, top_k=1, depth=3))
     assert drafter.max_nodes == 3
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_a_head_that_overflows_changes_nothing(llama: Any, top_k: int) -> None:
+    """What is not a number anywhere below the first level must neither crash nor reach the text."""
+    draft = head_for(llama)
+    layer: Any = draft.layers[0]
+    with torch.no_grad():
+        layer.mlp.down_proj.weight.fill_(float("inf"))
+    ids = prompt(rows=2)
+    text, _ = rounds_of(llama, ids, draft=draft, depth=4, top_k=top_k, nodes=9)
+    assert torch.equal(text, plain(llama, ids, **CALL))
+
+
+def test_one_head_for_two_models_takes_each_ones_embeddings(llama: Any) -> None:
+    """And the user's own module stays as it was: nothing of a target hangs in it."""
+    draft = Eagle3Head(head_for(llama).config)
+    other = tiny_llama()
+    with torch.no_grad():
+        other.get_input_embeddings().weight.add_(1.0)
+    for model in (llama, other):
+        with specdec.augmented(model, "eagle3", draft=draft):
+            (kept,) = model._specdec.memory["eagle3.heads"]
+            shared = kept.head.embed_tokens.weight
+            assert torch.equal(shared, model.get_input_embeddings().weight.to(shared.dtype))
+            assert kept.head.fc is draft.fc
+    assert draft.embed_tokens is None
+
+
+def test_offloaded_embeddings_are_refused(llama: Any) -> None:
+    draft = Eagle3Head(head_for(llama).config)
+    with pytest.raises(ConfigError, match="offloaded"):
+        draft.attach(torch.empty(64, 32, device="meta"))
+
+
+def test_rounds_without_a_budget_keep_little(
+    llama: Any, head: Eagle3Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting: list[int] = []
+    observe = Eagle3.observe
+    call = {"max_new_tokens": 90, "do_sample": False, "pad_token_id": 0}
+
+    def watched(self: Eagle3, result: Any) -> None:
+        observe(self, result)
+        waiting.append(len(self._fresh))
+
+    monkeypatch.setattr(Eagle3, "observe", watched)
+    with specdec.augmented(llama, "eagle3", draft=head, budget=0):
+        text = llama.generate(prompt(), **call)
+    assert torch.equal(text, plain(llama, prompt(), **call))
+    assert max(waiting) <= 64
