@@ -23,6 +23,7 @@ from transformers.activations import ACT2FN
 
 from specdec.errors import ConfigError
 from specdec.heads.config import Eagle3Config
+from specdec.heads.draft_ids import checked_target_ids
 from specdec.heads.layer import Eagle3Layer, RotaryTable
 from specdec.heads.ttt_attention import Spans, ttt_attention
 from specdec.tree_cache import TreeCache
@@ -375,31 +376,3 @@ class Eagle3Head(nn.Module):
         state.cache.set_lengths(state.verified)
         state.seen, state.levels = None, 0
         state.hidden = self.norm(state.root) if self.config.feed_post_norm else state.root
-
-
-def checked_target_ids(d2t: Tensor, config: Eagle3Config) -> Tensor:
-    """Target ids [D] of a draft vocabulary.
-
-    Raises:
-        ConfigError: `d2t` holds no offsets that give ascending ids of the target.
-    """
-    if d2t.shape != (config.draft_vocab_size,) or d2t.is_floating_point():
-        raise ConfigError(
-            f"d2t must hold {config.draft_vocab_size} integers, got {tuple(d2t.shape)} {d2t.dtype}"
-        )
-    ids = d2t.cpu().long() + torch.arange(config.draft_vocab_size)
-    ascending = (
-        bool((ids.diff() > 0).all()) and int(ids[0]) >= 0 and int(ids[-1]) < config.vocab_size
-    )
-    if not ascending:
-        hint = "; it looks like absolute ids" if _absolute(d2t, config) else ""
-        raise ConfigError(
-            "d2t must be offsets: draft id + d2t must ascend and stay below vocab_size "
-            f"{config.vocab_size}{hint}"
-        )
-    return ids
-
-
-def _absolute(d2t: Tensor, config: Eagle3Config) -> bool:
-    """Whether these are ids rather than offsets."""
-    return bool((d2t.diff() > 0).all()) and int(d2t.max()) < config.vocab_size

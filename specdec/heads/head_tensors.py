@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdec.errors import ConfigError
 from specdec.heads.config import Eagle3Config
-from specdec.heads.eagle3 import checked_target_ids
+from specdec.heads.draft_ids import checked_target_ids
 from specdec.heads.strict_files import TensorInfo
 
 FLOATS = ("F64", "F32", "F16", "BF16")
