@@ -87,7 +87,6 @@ class Eagle3:
         self._state: HeadState
         self._prompt: list[tuple[Sequence[int], Tensor, Tensor]] = []
         self._fresh: list[tuple[Tensor, Tensor, list[int]]] = []
-        self._prefilled = False
         self._next: Tensor | None = None
 
     def meet(self, target: TargetFacts) -> None:
@@ -106,7 +105,7 @@ class Eagle3:
         depth = min(self._config.depth, state.max_new_tokens)
         room = depth * min(self._config.top_k, state.vocab_size) + 1
         self._state = self._head.begin(len(state.tokens), longest + room)
-        self._prompt, self._fresh, self._next, self._prefilled = [], [], None, False
+        self._prompt, self._fresh, self._next = [], [], None
 
     @torch.no_grad()
     def observe_prefill(
@@ -129,8 +128,9 @@ class Eagle3:
         if self._next is None or not any(drafting):
             return TreeBatch.roots(state.pending)
         if state.shape == "chain" or self._config.top_k == 1:
-            return self._chain(state, depth, drafting)
-        return self._tree(state, depth, min(budget, self._config.nodes), drafting)
+            return self._chain(state, self._next, depth, drafting)
+        nodes = min(budget, self._config.nodes)
+        return self._best(state, self._candidates(self._next, depth), nodes, drafting)
 
     @torch.no_grad()
     def observe(self, round_result: RoundResult) -> None:
@@ -154,11 +154,9 @@ class Eagle3:
 
     def _catch_up(self, state: BatchState) -> None:
         """Shows the head what was verified since it last looked."""
-        if not self._prefilled:
-            self._prefilled = True
-            if self._prompt:
-                self._fresh.insert(0, self._prompt_slots(state))
-                self._prompt = []
+        if self._prompt:
+            self._fresh.insert(0, self._prompt_slots(state))
+            self._prompt = []
         last = self._head.config.vocab_size - 1
         for tokens, features, counts in self._fresh:
             self._next = self._head.commit(self._state, tokens.clamp(0, last), features, counts)
@@ -183,10 +181,11 @@ class Eagle3:
         counts = [len(row) for row in tokens]
         return pad_sequence(tokens, True), pad_sequence(slots, True), counts
 
-    def _chain(self, state: BatchState, depth: int, drafting: Sequence[bool]) -> TreeBatch:
-        """The likeliest token of every level."""
+    def _chain(
+        self, state: BatchState, log_probs: Tensor, depth: int, drafting: Sequence[bool]
+    ) -> TreeBatch:
+        """The likeliest token of every level; `log_probs` [B, D] are those of the first."""
         head, own = self._head, self._state
-        log_probs = self._following()
         tokens, scores = [state.pending[:, None]], [log_probs.new_zeros(len(log_probs), 1)]
         first = torch.zeros_like(tokens[0])
         for level in range(depth):
@@ -200,12 +199,6 @@ class Eagle3:
         head.rewind(own)
         return self._trees(TreeBatch.chains(torch.cat(tokens, 1)), torch.cat(scores, 1), drafting)
 
-    def _following(self) -> Tensor:
-        """[B, D] log-probabilities of what follows each row's pending token."""
-        if self._next is None:
-            raise RuntimeError("nothing was committed yet")
-        return self._next
-
     def _too_unlikely(self, scores: Tensor) -> bool:
         """Whether nothing below these nodes can be likely enough; only asked on a CPU."""
         least = self._config.min_probability
@@ -213,12 +206,16 @@ class Eagle3:
             return False
         return float(scores.max()) < math.log(least)
 
-    def _tree(
-        self, state: BatchState, depth: int, nodes: int, drafting: Sequence[bool]
-    ) -> TreeBatch:
-        """Grows the candidates level by level, then keeps the best of them all."""
+    def _candidates(self, log_probs: Tensor, depth: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Scores, target ids and parents [B, n] of every level's candidates.
+
+        A parent is counted over all candidates so far; -1 is the root.
+
+        Args:
+            log_probs: [B, D] of what follows each row's pending token.
+            depth: Levels to grow.
+        """
         head, own = self._head, self._state
-        log_probs = self._following()
         width = min(self._config.top_k, log_probs.shape[-1])
         scores, index = log_probs.topk(width)
         tokens, parents = head.target_ids(index), torch.zeros_like(index)
@@ -237,15 +234,13 @@ class Eagle3:
                 scores, best = every.topk(width)
                 tokens, parents, frontier = ids.gather(1, best), best // width, count + best
         head.rewind(own)
-        joined = [torch.cat(parts, 1) for parts in zip(*levels, strict=True)]
-        return self._best(state, (joined[0], joined[1], joined[2]), nodes, len(levels), drafting)
+        return levels
 
     def _best(
         self,
         state: BatchState,
-        found: tuple[Tensor, Tensor, Tensor],
+        levels: Sequence[tuple[Tensor, Tensor, Tensor]],
         nodes: int,
-        depth: int,
         drafting: Sequence[bool],
     ) -> TreeBatch:
         """The likeliest candidates as trees; a stable order puts a parent before its children.
@@ -255,12 +250,11 @@ class Eagle3:
 
         Args:
             state: Where the rows stand.
-            found: [B, N] scores, target ids and parents; -1 hangs under the root.
+            levels: As `_candidates` grew them.
             nodes: Candidates to keep.
-            depth: Levels of the candidates.
             drafting: Rows that get a tree.
         """
-        scores, tokens, parents = found
+        scores, tokens, parents = (torch.cat(part, 1) for part in zip(*levels, strict=True))
         # A head that overflows must not change where a child stands: nothing below NaN is a number.
         scores = scores.nan_to_num(nan=float("-inf"))
         scores, order = scores.sort(dim=1, descending=True, stable=True)
@@ -279,7 +273,7 @@ class Eagle3:
             tokens=pad(tokens.gather(1, kept), fill),
             parents=pad(above, fill).index_fill_(1, above.new_zeros(1), -1).to(torch.int32),
             sizes=torch.full_like(state.pending, nodes + 1, dtype=torch.int32),
-            max_depth=depth,
+            max_depth=len(levels),
         )
         return self._trees(trees, pad(scores[:, :nodes], fill), drafting)
 
