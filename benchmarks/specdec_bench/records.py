@@ -1,0 +1,294 @@
+"""What a run measured, as JSON lines: the one format between runner, report, tuner and gate.
+
+A file is a header, then records in the order in which they were measured, then an end mark. Lines
+are only ever appended, so a killed run leaves whole lines and at most one torn one; `--resume`
+goes on after the last whole line. Without its end mark a file is not a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+SCHEMA = 1
+
+Verdict = Literal["exact", "near_tie", "wrong"]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Under which conditions units are decoded.
+
+    Attributes:
+        dtype: Of the target: "float32", "bfloat16", "float16" or "float64".
+        batch: Prompts decoded together.
+        temperature: 0 is greedy; otherwise all arms of a unit sample from one seed.
+        prompt_tokens: Longest prompt; longer ones keep their end. None keeps all of it.
+    """
+
+    dtype: str = "float32"
+    batch: int = 1
+    temperature: float = 0.0
+    prompt_tokens: int | None = None
+
+    def __str__(self) -> str:
+        """A short name, for tables."""
+        parts = [self.dtype, f"batch {self.batch}"]
+        parts.append(f"T {self.temperature:g}" if self.temperature else "greedy")
+        if self.prompt_tokens is not None:
+            parts.append(f"prompts <= {self.prompt_tokens}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """First line: what is measured, and where.
+
+    Attributes:
+        run_id: Random name of the run; a resumed run keeps it.
+        settings: Conditions; records name them by their index here.
+        arms: Names of the arms in the order of the tables.
+        baseline: Arm that speed-ups are relative to: our loop without speculation.
+        config: Options of the command, as given.
+        provenance: Versions, device, threads, load, hashes of prompts and target.
+    """
+
+    run_id: str
+    settings: Sequence[Setting]
+    arms: Sequence[str]
+    baseline: str
+    config: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    schema: int = SCHEMA
+    kind: str = "header"
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRecord:
+    """One request (or `batch` of them together) that every arm answers.
+
+    Attributes:
+        setting: Index of the setting.
+        unit: Name, unique within its setting.
+        cluster: Units of one cluster (the turns of a prompt) are resampled together.
+        category: Stratum of the bootstrap, and a row of the table by category.
+        seed: Of sampling.
+        prompt_tokens: Length of each prompt.
+        new_tokens: Tokens that every arm emits for each row: plain's text up to its first
+            repetition loop, its end of text, or the limit.
+        looping: Share of plain's text that was cut off because it looped.
+        text_sha256: Hash of plain's token ids (all rows).
+    """
+
+    setting: int
+    unit: str
+    cluster: str
+    category: str
+    seed: int
+    prompt_tokens: Sequence[int]
+    new_tokens: int
+    looping: float
+    text_sha256: str
+    kind: str = "unit"
+
+    @property
+    def tokens(self) -> int:
+        """Emitted tokens of an arm over all rows."""
+        return self.new_tokens * len(self.prompt_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class TimeRecord:
+    """One timed answer of one arm; nothing but the clocks runs beside it.
+
+    Attributes:
+        setting: Index of the setting.
+        unit: Name of the unit.
+        arm: Name of the arm.
+        pair: Number of the repeat, from 0.
+        order: When it ran among the arms of its repeat, from 0.
+        wall: Seconds.
+        cpu: Seconds of processor time of the process; None for an arm in another process.
+        text_sha256: Hash of the emitted token ids.
+        error: What went wrong, instead of figures; empty when nothing did.
+    """
+
+    setting: int
+    unit: str
+    arm: str
+    pair: int
+    order: int
+    wall: float
+    cpu: float | None
+    text_sha256: str
+    error: str = ""
+    kind: str = "time"
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """One instrumented answer of one arm, apart from the timed ones.
+
+    Attributes:
+        setting: Index of the setting.
+        unit: Name of the unit.
+        arm: Name of the arm.
+        histogram: Tokens that a row emitted in a round -> how often; the one stored fact about
+            acceptance. JSON makes the keys strings. Empty for arms that do not count rounds.
+        rounds: Target forwards after the prefill.
+        drafted: Nodes proposed below the root, over rows and rounds.
+        chain: All proposals were chains, so that position i means depth i.
+        stages: Seconds by stage of the loop (prefill, draft, forward, verify, commit, observe).
+        seconds: Wall seconds of the whole answer in this pass.
+        first_token: Seconds until the first token (TTFT).
+        gaps: [tokens, seconds since the burst before] of every burst after the first token.
+        peak_bytes: Peak memory above that before the answer, where it can be measured.
+        joules: Energy, where a counter can be read.
+    """
+
+    setting: int
+    unit: str
+    arm: str
+    histogram: Mapping[str, int]
+    rounds: int
+    drafted: int
+    chain: bool
+    stages: Mapping[str, float]
+    seconds: float
+    first_token: float
+    gaps: Sequence[tuple[int, float]]
+    peak_bytes: int | None = None
+    joules: float | None = None
+    kind: str = "pass"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckRecord:
+    """How one arm's text of one unit compares with plain's.
+
+    Attributes:
+        setting: Index of the setting.
+        unit: Name of the unit.
+        arm: Name of the arm.
+        text_sha256: The text that was looked at; each different text of an arm is checked once.
+        verdict: "exact": the same ids. "near_tie" (half precision only): every token is within
+            twice the rounding noise of the best one. "wrong": neither.
+        tokens: Tokens by verdict; "wrong" and "near_tie" count single tokens.
+        first_difference: [row, position] where it parts from plain's text; None when exact.
+        worst_ratio: Largest regret over rounding noise; the rule allows 2. None when exact.
+    """
+
+    setting: int
+    unit: str
+    arm: str
+    text_sha256: str
+    verdict: Verdict
+    tokens: Mapping[str, int]
+    first_difference: Sequence[int] | None = None
+    worst_ratio: float | None = None
+    kind: str = "check"
+
+
+@dataclass(frozen=True, slots=True)
+class CurveRecord:
+    """t(q): median seconds of a target forward over q tokens a row.
+
+    Attributes:
+        dtype: Of the target.
+        batch: Rows.
+        seconds: q -> seconds; JSON makes the keys strings.
+    """
+
+    dtype: str
+    batch: int
+    seconds: Mapping[str, float]
+    kind: str = "curve"
+
+
+@dataclass(frozen=True, slots=True)
+class ViewRecord:
+    """One answer as text, for the report's token view.
+
+    Attributes:
+        setting: Index of the setting.
+        unit: Name of the unit.
+        arm: Name of the arm.
+        prompt: Text of the prompt.
+        rounds: Pieces of text that each round emitted; the first is the prefill's.
+    """
+
+    setting: int
+    unit: str
+    arm: str
+    prompt: str
+    rounds: Sequence[Sequence[str]]
+    kind: str = "view"
+
+
+@dataclass(frozen=True, slots=True)
+class EndRecord:
+    """Last line: the run was not cut off.
+
+    Attributes:
+        records: Lines before this one.
+        stopped_by: "pairs", "time-budget" or "until-ci".
+        seconds: Wall seconds, over all its starts.
+    """
+
+    records: int
+    stopped_by: str
+    seconds: float
+    kind: str = "end"
+
+
+Record = (
+    Header
+    | UnitRecord
+    | TimeRecord
+    | PassRecord
+    | CheckRecord
+    | CurveRecord
+    | ViewRecord
+    | EndRecord
+)
+KINDS: Mapping[str, type[Any]] = {
+    "header": Header,
+    "unit": UnitRecord,
+    "time": TimeRecord,
+    "pass": PassRecord,
+    "check": CheckRecord,
+    "curve": CurveRecord,
+    "view": ViewRecord,
+    "end": EndRecord,
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole result file, sorted by kind.
+
+    Attributes:
+        header: Its first line.
+        units: By (setting, unit).
+        times: In the order of measurement.
+        passes: By (setting, unit, arm).
+        checks: In the order of measurement.
+        curves: By (dtype, batch).
+        views: Answers as text.
+        end: Its last line.
+    """
+
+    header: Header
+    units: Mapping[tuple[int, str], UnitRecord]
+    times: Sequence[TimeRecord]
+    passes: Mapping[tuple[int, str, str], PassRecord]
+    checks: Sequence[CheckRecord]
+    curves: Mapping[tuple[str, int], CurveRecord]
+    views: Sequence[ViewRecord] = field(default_factory=list)
+    end: EndRecord | None = None
+
+
+def to_json(record: Record) -> dict[str, Any]:
+    """The record as plain JSON types."""
+    return asdict(record)
