@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -204,15 +204,16 @@ class Eagle3Head(nn.Module):
             spans: Documents packed into each row.
             recompute: Keep no activations inside a step; the backward computes them again.
         """
-        length = token_ids.shape[1]
+        length, layer = token_ids.shape[1], cast(Eagle3Layer, self.layers[0])
         order = torch.arange(length, device=token_ids.device)
-        tokens, hidden = token_ids, features
+        parts = layer.self_attn.embedding_parts(layer.input_layernorm(self._embed(token_ids)))
+        hidden = features
         keys: list[Tensor] = []
         values: list[Tensor] = []
         for step in range(steps):
-            tokens = functional.pad(tokens[:, 1:], (0, 1))
+            parts = [functional.pad(part[:, 1:], (0, 0, 0, 1)) for part in parts]
             turn = self._rotary(order + step, length + steps, self.fc.weight.dtype)
-            inputs = tokens, hidden, turn, spans, tuple(keys), tuple(values)
+            inputs = parts, hidden, turn, spans, tuple(keys), tuple(values)
             if recompute and torch.is_grad_enabled():
                 out, key, value = checkpoint(self._ttt_step, *inputs, use_reentrant=False)
             else:
@@ -225,16 +226,16 @@ class Eagle3Head(nn.Module):
 
     def _ttt_step(
         self,
-        tokens: Tensor,
+        parts: Sequence[Tensor],
         hidden: Tensor,
         turn: tuple[Tensor, Tensor],
         spans: Spans | None,
         keys: tuple[Tensor, ...],
         values: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        layer: Any = self.layers[0]
-        residual, inputs = layer.inputs(self._embed(tokens), hidden)
-        query, key, value = layer.self_attn.project(inputs, *turn)
+        layer = cast(Eagle3Layer, self.layers[0])
+        residual, normed = layer.normed(hidden)
+        query, key, value = layer.self_attn.project_hidden(normed, parts, *turn)
         attended = ttt_attention(
             query, (*keys, key), (*values, value), spans, self.config.sliding_window
         )
@@ -349,7 +350,7 @@ class Eagle3Head(nn.Module):
         visible: Tensor | None,
     ) -> Tensor:
         """One pass of the layer over [B, n] tokens; what their successors read, [B, n, H]."""
-        layer: Any = self.layers[0]
+        layer = cast(Eagle3Layer, self.layers[0])
         residual, inputs = layer.inputs(self._embed(tokens), hidden)
         longest = max(state.cache.host_lengths) + tokens.shape[1]
         cos, sin = self._rotary(positions, longest, inputs.dtype)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -69,9 +72,38 @@ class Eagle3Attention(nn.Module):
 
     def project(self, inputs: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, Hq, T, d], keys and values [B, Hkv, T, d] of `inputs` [B, T, 2H]."""
-        query = self.q_proj(inputs).unflatten(-1, (self.heads, -1))
-        key = self.k_proj(inputs).unflatten(-1, (self.kv_heads, -1))
-        value = self.v_proj(inputs).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        return self._turned([proj(inputs) for proj in self._projections()], cos, sin)
+
+    def embedding_parts(self, embeds: Tensor) -> list[Tensor]:
+        """What normed embeddings [B, T, H] add to queries, keys and values, [B, T, heads * d] each.
+
+        Training steps see the same embeddings, shifted, so they project them once.
+        """
+        half = embeds.shape[-1]
+        return [functional.linear(embeds, proj.weight[:, :half]) for proj in self._projections()]
+
+    def project_hidden(
+        self, hidden: Tensor, parts: Sequence[Tensor], cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `project`, of normed states [B, T, H] beside what the embeddings add."""
+        half = hidden.shape[-1]
+        found = [
+            part + functional.linear(hidden, proj.weight[:, half:], proj.bias)
+            for proj, part in zip(self._projections(), parts, strict=True)
+        ]
+        return self._turned(found, cos, sin)
+
+    def _projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def _turned(
+        self, projected: Sequence[Tensor], cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.heads, self.kv_heads, self.kv_heads
+        query, key, value = (
+            found.unflatten(-1, (count, -1)) for found, count in zip(projected, heads, strict=True)
+        )
+        value = value.transpose(1, 2)
         if self._qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
@@ -110,9 +142,13 @@ class Eagle3Layer(nn.Module):
 
     def inputs(self, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(residual [B, T, H], attention input [B, T, 2H])."""
-        normed = self.hidden_norm(hidden)
-        residual = normed if self._normed_residual else hidden
+        residual, normed = self.normed(hidden)
         return residual, torch.cat([self.input_layernorm(embeds), normed], -1)
+
+    def normed(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(residual, normed states), [B, T, H] both."""
+        normed = self.hidden_norm(hidden)
+        return (normed if self._normed_residual else hidden), normed
 
     def outputs(self, attended: Tensor, residual: Tensor) -> Tensor:
         """[B, T, H] from the attention's [B, Hq, T, d]."""
