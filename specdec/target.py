@@ -80,6 +80,7 @@ class HFTarget:
         self._prefill_chunk = prefill_chunk
         self._taps, self._all_hidden = taps, hidden_states
         self._kinds = MaskKinds.of(model.config)
+        self._dtype: torch.dtype = model.dtype  # asking walks all parameters
         self._positions = max_positions(model.config)
         self._keeps_logits = supports_logits_to_keep(model)
         self._shifts = [0] * len(prompt.counts)  # highest position of a token, less its slot
@@ -236,8 +237,7 @@ class HFTarget:
     def _mask_dtype(self, device: torch.device) -> torch.dtype:
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
-        dtype: torch.dtype = self.model.dtype
-        return dtype
+        return self._dtype
 
     def commit(self, path: Tensor, accepted: Sequence[Sequence[int]], rows: Sequence[bool]) -> None:
         """Keeps root and accepted nodes: then the cache holds all but the pending token (I1)."""

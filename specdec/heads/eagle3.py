@@ -39,6 +39,7 @@ class HeadState:
         cache: Keys and values of each row's verified slots, then of the levels being drafted.
         verified: Verified slots of each row.
         root: [B, 1, H] output of each row's last verified slot, before the final norm.
+        root_fed: [B, 1, H] what that slot feeds to the first level.
         hidden: [B, W, H] what the nodes of the newest level feed to their children.
         levels: Levels drafted since the last commit.
         seen: [B, W, n] drafted nodes that each node of the newest level sees; None for chains.
@@ -47,6 +48,7 @@ class HeadState:
     cache: TreeCache
     verified: list[int]
     root: Tensor
+    root_fed: Tensor
     hidden: Tensor
     levels: int = 0
     seen: Tensor | None = None
@@ -253,7 +255,7 @@ class Eagle3Head(nn.Module):
         weight = self.fc.weight
         cache = TreeCache(rows, weight.device, capacity)
         empty = weight.new_zeros(rows, 1, self.config.hidden_size)
-        return HeadState(cache, [0] * rows, empty, empty)
+        return HeadState(cache, [0] * rows, empty, empty, empty)
 
     def commit(
         self, state: HeadState, tokens: Tensor, features: Tensor, counts: Sequence[int]
@@ -266,6 +268,19 @@ class Eagle3Head(nn.Module):
             features: [B, n, H] of the slots.
             counts: Slots of each row, 0 for a row that stands still.
         """
+        if min(counts) == tokens.shape[1] <= _COMMIT_CHUNK:  # one row, and most others: no choosing
+            state.root = self._verified_step(state, tokens, features)[:, -1:]
+            self._count_verified(state, counts)
+        else:
+            self._commit_ragged(state, tokens, features, counts)
+        found = self._log_probs(state, state.root)[:, 0]
+        state.root_fed = state.hidden
+        return found
+
+    def _commit_ragged(
+        self, state: HeadState, tokens: Tensor, features: Tensor, counts: Sequence[int]
+    ) -> None:
+        """Rows of different lengths, in chunks."""
         last = torch.tensor(counts, device=tokens.device) - 1
         for start in range(0, tokens.shape[1], _COMMIT_CHUNK):
             stop = min(start + _COMMIT_CHUNK, tokens.shape[1])
@@ -274,10 +289,11 @@ class Eagle3Head(nn.Module):
             index = (last - start).clamp(0, stop - start - 1)[:, None, None]
             found = out.gather(1, index.expand(-1, 1, out.shape[-1]))
             state.root = torch.where(here[:, None, None], found, state.root)
-            new = [min(max(n - start, 0), stop - start) for n in counts]
-            state.verified = [a + b for a, b in zip(state.verified, new, strict=True)]
-            state.cache.set_lengths(state.verified)
-        return self._log_probs(state, state.root)[:, 0]
+            self._count_verified(state, [min(max(n - start, 0), stop - start) for n in counts])
+
+    def _count_verified(self, state: HeadState, new: Sequence[int]) -> None:
+        state.verified = [a + b for a, b in zip(state.verified, new, strict=True)]
+        state.cache.set_lengths(state.verified)
 
     def _verified_step(self, state: HeadState, tokens: Tensor, features: Tensor) -> Tensor:
         """States [B, n, H] of new verified slots, each seeing all slots before it."""
@@ -376,4 +392,4 @@ class Eagle3Head(nn.Module):
         """Forgets all levels since the last `commit`."""
         state.cache.set_lengths(state.verified)
         state.seen, state.levels = None, 0
-        state.hidden = self.norm(state.root) if self.config.feed_post_norm else state.root
+        state.hidden = state.root_fed
