@@ -203,7 +203,7 @@ def specforge_arm(problem: Problem, folder: str) -> Step:
 
 
 def speculators_arm(problem: Problem, folder: str) -> Step:
-    """speculators' EAGLE-3 model; it packs all rows into one and wants the state before the norm."""
+    """speculators' EAGLE-3 model; it packs all rows into one, and wants states before the norm."""
     from speculators.config import SpeculatorsConfig, VerifierConfig
     from speculators.losses import resolve_loss_config
     from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig

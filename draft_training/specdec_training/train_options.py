@@ -131,7 +131,7 @@ class TrainOptions:
     patience: Annotated[int, _N] = 5
     """Stop after this many measurements without a gain; 0 never does."""
 
-    save_every: Annotated[int | None, _arg("N", "at every measurement")] = None
+    save_every: Annotated[int | None, _arg("N", "at every measurement, or eight")] = None
     """Steps between checkpoints."""
     keep: Annotated[int, _N] = 2
     """Checkpoints to keep."""

@@ -293,7 +293,14 @@ class Trainer:
 
     def _save_if_due(self, at_end: bool) -> None:
         every = self.options.save_every
-        due = self._measured_at == self.step if every is None else self.step % every == 0
+        if every is not None:
+            due = self.step % every == 0
+        elif self.parts.meter is not None:
+            due = self._measured_at == self.step
+        else:
+            due = self._share >= self._next_measurement
+            if due:
+                self._next_measurement = self._share + 1 / _MEASUREMENTS
         if due or at_end:
             self._save()
 
@@ -311,6 +318,7 @@ class Trainer:
                 "seconds": self._clock.elapsed,
                 "share": self._share,
                 "next_measurement": self._next_measurement,
+                "reserve": self._clock.reserve,
                 "measured_at": self._measured_at,
                 "is_due": self._is_due,
                 "log_bytes": 0 if self._log is None else self._log.size,
@@ -354,4 +362,5 @@ class Trainer:
         self._selection.restore(state["history"])
         self._baselines = state["baselines"]
         self._clock = Clock(self._steps, self.options.minutes, state["seconds"])
+        self._clock.reserve = state["reserve"]
         return int(state["log_bytes"])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,22 @@ def test_a_signal_saves_and_ends_cleanly(straight: Path, tmp_path: Path, number:
     assert newest(tmp_path).step == 24  # the step that was under way is finished
     train(tmp_path, noise=0.05, loss="lk")
     same_runs(straight, tmp_path)
+
+
+def test_without_measurements_checkpoints_come_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    keep = CheckpointStore.save
+
+    def save(store: Any, step: int, *rest: Any) -> Any:
+        saved.append(step)
+        return keep(store, step, *rest)
+
+    monkeypatch.setattr(CheckpointStore, "save", save)
+    train(tmp_path, save_every=None)
+    assert (saved[0], saved[-1], len(saved)) == (1, 40, 9)
+    assert all(after - before <= 6 for before, after in pairwise(saved))
 
 
 def test_random_generators_come_back(tmp_path: Path) -> None:
