@@ -190,10 +190,12 @@ def hidden_states_argument(taps: Sequence[int]) -> bool | list[int]:
 def tapped_states(hidden_states: Sequence[Tensor], taps: Sequence[int], config: Any) -> Tensor:
     """[B, T, F] outputs of layers `taps`, concatenated, from those that a forward returned.
 
-    Gemma 3n carries several copies of a state through its layers; the active one is its own.
+    Gemma 3n carries several copies of a state through its layers; the active one is its own. Of a
+    model that is spread over devices, all states go to the device of the last tap.
     """
     active = getattr(config.get_text_config(), "altup_active_idx", 0)
-    found = (hidden_states[tap + 1] for tap in taps)
+    place = hidden_states[taps[-1] + 1].device
+    found = (hidden_states[tap + 1].to(place) for tap in taps)
     return torch.cat([state[active] if state.ndim == 4 else state for state in found], -1)
 
 

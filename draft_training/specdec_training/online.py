@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from specdec.errors import UnsupportedModelError
-from specdec.hf_compat import hidden_states_argument, input_device, supports_logits_to_keep
+from specdec.hf_compat import (
+    hidden_states_argument,
+    input_device,
+    supports_logits_to_keep,
+    tapped_states,
+)
 from specdec_training.contracts import Document, FeatureBatch, TokenBatch
 
 _PADDING = 1.15  # slots over tokens that a forward may have
@@ -56,8 +61,8 @@ class OnlineFeatures:
         aux = last = None
         for group in _groups(batch.documents):
             states = self._forward(_unpacked(batch.token_ids, group).to(self._place))
-            found = [states[layer + 1].to(self._device) for layer in self._layers]
-            joined, final = torch.cat(found, -1), states[self._last + 1].to(self._device)
+            joined = tapped_states(states, self._layers, self._target.config).to(self._device)
+            final = states[self._last + 1].to(self._device)
             if aux is None or last is None:
                 aux = joined.new_zeros(*batch.token_ids.shape, joined.shape[-1])
                 last = final.new_zeros(*batch.token_ids.shape, final.shape[-1])
