@@ -22,8 +22,8 @@ train-demo: .venv/.train ## prepare, train and use an EAGLE-3 head for the bundl
 	$(TEST_ENV) $(BIN)/specdec data prepare --input runs/demo-data/answers.jsonl --draft-vocab 1920 \
 		--max-length 512 --held-out 24 --held-out-input demo-held-out --min-lines 4 --max-lines 12 \
 		--output runs/demo-data/prepared --overwrite
-	$(TEST_ENV) $(BIN)/specdec train --data runs/demo-data/prepared --output runs/demo-head --minutes 9 \
-		--threads 1
+	$(TEST_ENV) $(BIN)/specdec train --data runs/demo-data/prepared --output runs/demo-head --minutes 8 \
+		--fc-norm --feed-post-norm --threads 1
 	$(TEST_ENV) $(BIN)/specdec generate --prompt "class Stack:" --max-new-tokens 64 --stats \
 		--method eagle3 --option draft=runs/demo-head/head --option depth=5 --option top_k=4 --option nodes=12
 
@@ -52,13 +52,13 @@ demo-target: .venv/.base ## train the bundled model again from scratch
 	$(BIN)/python -m specdec.demo.build_target
 
 demo-head: .venv/.train ## train the bundled head again, longer than train-demo does
-	$(TEST_ENV) $(BIN)/specdec data regenerate --input demo --limit 2400 --min-lines 2 --max-lines 10 \
+	$(TEST_ENV) $(BIN)/specdec data regenerate --input demo --limit 2800 --min-lines 2 --max-lines 10 \
 		--max-new-tokens 256 --drop-loops --batch-size 48 --output runs/bundled-data/answers.jsonl
 	$(TEST_ENV) $(BIN)/specdec data prepare --input runs/bundled-data/answers.jsonl --draft-vocab 1920 \
 		--max-length 512 --held-out 24 --held-out-input demo-held-out --min-lines 4 --max-lines 12 \
 		--output runs/bundled-data/prepared --overwrite
 	$(TEST_ENV) $(BIN)/specdec train --data runs/bundled-data/prepared --output runs/bundled-head \
-		--steps 4500 --eval-every 750 --eval-prompts 12 --patience 0 --threads 1
+		--steps 6000 --eval-every 1000 --eval-prompts 12 --patience 0 --fc-norm --feed-post-norm --threads 1
 	$(BIN)/specdec convert runs/bundled-head/head specdec/demo/head --dtype bfloat16 --target demo
 
 clean: ## remove build products and caches (keeps .venv)
