@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from specdec.hf_generate import SpeculativeDecode
 from specdec.hf_steps import cache_argument
 from specdec.registry import methods
 from specdec.stats import GenerationStats
+from specdec.tuned_file import read_tuned
 
 ModelT = TypeVar("ModelT")
 _ATTRIBUTE = "_specdec"
@@ -38,6 +40,7 @@ class Augmentation:
         memory: What drafters keep from call to call.
         last_stats: Of the newest call.
         replaced: A `generate` that had been set on the model itself.
+        by_batch: Defaults by batch size, from a tuned file; empty without one.
     """
 
     settings: SpecConfig
@@ -45,10 +48,21 @@ class Augmentation:
     memory: dict[str, Any] = field(default_factory=dict)
     last_stats: GenerationStats | None = None
     replaced: Any = None
+    by_batch: Mapping[int, SpecConfig] = field(default_factory=dict)
+
+    def defaults(self, rows: int) -> SpecConfig:
+        """Of a call of `rows` rows: those of the largest tuned batch size that is not above it."""
+        below = [batch for batch in self.by_batch if batch <= rows]
+        return self.by_batch[max(below)] if below else self.settings
 
 
 def augment(
-    model: ModelT, method: str | None = None, *, config: SpecConfig | None = None, **options: Any
+    model: ModelT,
+    method: str | None = None,
+    *,
+    config: SpecConfig | None = None,
+    tuned: str | Path | None = None,
+    **options: Any,
 ) -> ModelT:
     """Makes `model.generate` speculative; same seed, same text.
 
@@ -57,6 +71,9 @@ def augment(
         method: Drafting method; None chooses `lookahead` sizes, or `none`, by a cost probe of
             about a second on this device.
         config: Everything at once, instead of `method` and `options`.
+        tuned: File that `specdec bench tune` wrote for this target, instead of `method` and
+            `options`: method and sizes by batch size. It may be joined by `on_round` and `trace`,
+            and by the `draft` and `tokenizer` of its methods.
         **options: `budget`, `on_round` and `trace` of `SpecConfig`; all others go to the method.
 
     Returns:
@@ -64,14 +81,21 @@ def augment(
 
     Raises:
         UnsupportedModelError: The object is not a decoder-only language model.
-        ConfigError: Unknown method or option, or a value out of range.
+        ConfigError: Unknown method or option, or a value out of range; or a tuned file that is
+            broken or of another target.
     """
     _check_model(model)
     if config is not None and (method is not None or options):
         raise ConfigError("give either config= or a method with options, not both")
     if config is not None and not isinstance(config, SpecConfig):
         raise ConfigError(f"config= takes a SpecConfig, got {config!r}")
-    settings = config if config is not None else _settings(method, options)
+    if tuned is not None and (method is not None or config is not None):
+        raise ConfigError("give either tuned= or a method or config=, not both")
+    by_batch = {} if tuned is None else _tuned_settings(hf_compat.unwrap(model), tuned, options)
+    if by_batch:
+        settings = by_batch[min(by_batch)]
+    else:
+        settings = config if config is not None else _settings(method, options)
     if settings.method is None and settings.options:
         raise ConfigError(
             f"option {next(iter(settings.options))!r} needs a method, for example 'lookahead'"
@@ -79,13 +103,15 @@ def augment(
     capability = probe(hf_compat.unwrap(model))
     if settings.method is None:
         settings = _with_default_method(model, settings, capability)
-    method = settings.method or "none"
-    drafter = methods.create(method, methods.configure(method, settings.options))
     memory: dict[str, Any] = {}
-    introduce(drafter, hf_compat.unwrap(model), memory)
+    for each in by_batch.values() or [settings]:
+        method = each.method or "none"
+        drafter = methods.create(method, methods.configure(method, each.options))
+        introduce(drafter, hf_compat.unwrap(model), memory)
     restore(model)
     replaced = vars(model).get("generate")
-    setattr(model, _ATTRIBUTE, Augmentation(settings, capability, memory, replaced=replaced))
+    handle = Augmentation(settings, capability, memory, replaced=replaced, by_batch=by_batch)
+    setattr(model, _ATTRIBUTE, handle)
     model.generate = MethodType(generate, model)  # type: ignore[attr-defined]
     return model
 
@@ -103,11 +129,16 @@ def restore(model: ModelT) -> ModelT:
 
 @contextmanager
 def augmented(
-    model: ModelT, method: str | None = None, *, config: SpecConfig | None = None, **options: Any
+    model: ModelT,
+    method: str | None = None,
+    *,
+    config: SpecConfig | None = None,
+    tuned: str | Path | None = None,
+    **options: Any,
 ) -> Iterator[ModelT]:
     """`augment` for the length of a `with` block; an earlier augmentation comes back after it."""
     before = vars(model).get(_ATTRIBUTE)
-    augment(model, method, config=config, **options)
+    augment(model, method, config=config, tuned=tuned, **options)
     try:
         yield model
     finally:
@@ -152,8 +183,9 @@ def generate(self: Any, *args: Any, specdec: SpecConfig | bool | None = None, **
     plain = type(self).generate
     if specdec is False or _serves_another_loop(kwargs):
         return plain(self, *args, **kwargs)
-    settings = _call_settings(specdec, handle.settings)
     kwargs = {**hf_compat.name_arguments(self, args), **kwargs}
+    defaults = handle.defaults(_rows(self, kwargs)) if handle.by_batch else handle.settings
+    settings = _call_settings(specdec, defaults)
     reason = why_call_is_plain(self, kwargs, handle.capability)
     if reason is not None:
         warn_plain(reason)
@@ -200,6 +232,32 @@ def _settings(method: str | None, options: Mapping[str, Any]) -> SpecConfig:
     own = {name: options[name] for name in ("budget", "on_round", "trace") if name in options}
     rest = {name: value for name, value in options.items() if name not in own}
     return SpecConfig(method=method, options=rest, **own)
+
+
+def _tuned_settings(
+    model: Any, tuned: str | Path, options: Mapping[str, Any]
+) -> dict[int, SpecConfig]:
+    """Settings by batch size from a tuned file, joined by what a file cannot hold."""
+    own = {name: options[name] for name in ("on_round", "trace") if name in options}
+    objects = {name: options[name] for name in ("draft", "tokenizer") if name in options}
+    left = sorted(set(options) - set(own) - set(objects))
+    if left:
+        raise ConfigError(f"option {left[0]!r} cannot join tuned=: the file sets the sizes")
+    found = read_tuned(tuned)
+    found.check(model)
+    settings = {}
+    for batch, choice in found.choices.items():
+        joined = {name: objects[name] for name in objects if "draft" in choice.options}
+        settings[batch] = SpecConfig(choice.method, {**choice.options, **joined}, **own)
+    return settings
+
+
+def _rows(model: Any, kwargs: Mapping[str, Any]) -> int:
+    """Rows that a call decodes together."""
+    names = ("input_ids", "inputs", "inputs_embeds")
+    rows = next((len(kwargs[name]) for name in names if kwargs.get(name) is not None), 1)
+    copies = option(model, kwargs, "num_return_sequences")
+    return rows * copies if isinstance(copies, int) else rows
 
 
 def _with_default_method(model: Any, settings: SpecConfig, found: Capability) -> SpecConfig:

@@ -29,6 +29,7 @@ _COMMANDS = {  # name -> its options, and what runs them
     "generate": ("specdec.options:GenerateOptions", "specdec.commands.generate:run_generate"),
     "doctor": ("specdec.options:DoctorOptions", "specdec.commands.doctor:run_doctor"),
     "data": ("specdec.options:DataOptions", ""),  # a group
+    "bench": ("specdec.options:BenchOptions", ""),  # another
     "train": (
         "specdec_training.train_options:TrainOptions",
         "specdec_training.train_command:run_train",
@@ -48,7 +49,14 @@ _GROUPS = {
             ("doctor", "data", "data_commands"),
             ("features", "feature", "feature_command"),
         )
-    }
+    },
+    "bench": {
+        name: (
+            f"specdec_bench.{name}_options:{name.title()}Options",
+            f"specdec_bench.{name}_command:run_{name}",
+        )
+        for name in ("run", "replay", "tune", "report", "gate")
+    },
 }
 _PLAIN_WORDS = (  # tyro's words -> ours
     (r"^Error parsing ", ""),

@@ -110,6 +110,11 @@ class DataOptions:
     """Training data: prepare, regenerate, doctor, features."""
 
 
+@dataclass(frozen=True)
+class BenchOptions:
+    """Measured speed-up: run, replay, tune, report, gate."""
+
+
 def check_ranges(options: Any) -> None:
     """Refuses what holds for no command: numbers too large for torch, and a device without data.
 

@@ -99,6 +99,26 @@ class UnitRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SkippedRecord:
+    """Requests of a setting that became no unit; follows the last unit of its setting.
+
+    Attributes:
+        setting: Index of the setting.
+        asked: Requests (turns of prompts) that there were.
+        short: Left out because their text ends or loops before the 16th token.
+        ungrouped: Left out because too few were left to fill a batch.
+        shortened: Requests whose prompt lost its beginning, to the setting or to the context.
+    """
+
+    setting: int
+    asked: int
+    short: int
+    ungrouped: int
+    shortened: int
+    kind: str = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
 class TimeRecord:
     """One timed answer of one arm; nothing but the clocks runs beside it.
 
@@ -145,6 +165,7 @@ class PassRecord:
         gaps: [tokens, seconds since the burst before] of every burst after the first token.
         peak_bytes: Peak memory above that before the answer, where it can be measured.
         joules: Energy, where a counter can be read.
+        sizes: Tokens a row of a target forward, padding included -> how often; prefill left out.
     """
 
     setting: int
@@ -160,6 +181,7 @@ class PassRecord:
     gaps: Sequence[tuple[int, float]]
     peak_bytes: int | None = None
     joules: float | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
     kind: str = "pass"
 
 
@@ -188,6 +210,39 @@ class CheckRecord:
     first_difference: Sequence[int] | None = None
     worst_ratio: float | None = None
     kind: str = "check"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRecord:
+    """Whether what one arm samples has the target's law (`--check-sampling`).
+
+    Attributes:
+        setting: Index of the setting.
+        arm: Name of the arm.
+        samples: Texts that were drawn, each from a seed of its own.
+        tokens: Tokens of each.
+        p_value: Of texts as far from the exact law, if it holds; over all tests of the arm.
+        limit: The check fails below it: 1e-4 over the number of arms.
+        total_variation: Half the summed distance between the shares that cells of texts had and
+            those of the exact law; noise alone gives the value in `expected_variation`.
+        expected_variation: See there.
+        same_text: Texts equal to plain's with the same seed.
+        promised: The arm promises that all of them are (fp32 and fp64 only).
+        passed: The law holds, and so does the promise.
+    """
+
+    setting: int
+    arm: str
+    samples: int
+    tokens: int
+    p_value: float
+    limit: float
+    total_variation: float
+    expected_variation: float
+    same_text: int
+    promised: bool
+    passed: bool
+    kind: str = "sampling"
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,9 +300,11 @@ class EndRecord:
 Record = (
     Header
     | UnitRecord
+    | SkippedRecord
     | TimeRecord
     | PassRecord
     | CheckRecord
+    | SamplingRecord
     | CurveRecord
     | ViewRecord
     | EndRecord
@@ -255,9 +312,11 @@ Record = (
 KINDS: Mapping[str, type[Any]] = {
     "header": Header,
     "unit": UnitRecord,
+    "skipped": SkippedRecord,
     "time": TimeRecord,
     "pass": PassRecord,
     "check": CheckRecord,
+    "sampling": SamplingRecord,
     "curve": CurveRecord,
     "view": ViewRecord,
     "end": EndRecord,
@@ -277,6 +336,8 @@ class Results:
         curves: By (dtype, batch).
         views: Answers as text.
         end: Its last line.
+        skipped: What became no unit, by setting.
+        sampling: Tests of distributions.
     """
 
     header: Header
@@ -287,6 +348,13 @@ class Results:
     curves: Mapping[tuple[str, int], CurveRecord]
     views: Sequence[ViewRecord] = field(default_factory=list)
     end: EndRecord | None = None
+    skipped: Mapping[int, SkippedRecord] = field(default_factory=dict)
+    sampling: Sequence[SamplingRecord] = field(default_factory=list)
+
+
+def repeated_arm(baseline: str) -> str:
+    """Name of the arm that is the baseline once more: what it seems to gain is noise (A/A)."""
+    return f"{baseline}_again"
 
 
 def to_json(record: Record) -> dict[str, Any]:

@@ -22,7 +22,7 @@ LAYERS = (
     | {"draft_loading", "draft_runner"}
     | {"prompt_target", "prompt_check"},
     {"loop"},
-    {"drafters", "heads", "tuning"},
+    {"drafters", "heads", "tuning", "tuned_file"},
     {"augment", "hf_generate", "hf_call", "hf_fallback", "hf_outputs"},
     {"demo", "commands"},
     {"cli"},

@@ -1,0 +1,148 @@
+"""What was measured, with what and where: the header's facts. Nothing in here can fail a run."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import specdec
+from specdec.hf_compat import input_device
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+_GIT_SECONDS = 10
+_SAMPLED = 64  # values at each end of a weight that go into the target's hash
+_CPUINFO = Path("/proc/cpuinfo")
+_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
+
+def provenance(model: Any, prompts: Sequence[Any], **more: Any) -> dict[str, Any]:
+    """Facts about a run, as plain values for JSON.
+
+    Args:
+        model: The target.
+        prompts: Dataclasses of the prompts.
+        **more: Further facts.
+
+    Returns:
+        Among them `device` ("cpu" or "cuda"), `device_name`, `threads`, `target_sha256` and
+        `prompts_sha256`.
+    """
+    device = input_device(model)
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "specdec": specdec.__version__,
+        "revision": _revision(Path(__file__).resolve().parent),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device.type,
+        "device_name": _device_name(device),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "governor": _line(_GOVERNOR),
+        "load": _load(),
+        "cuda": torch.version.cuda,
+        "attention": str(getattr(model.config, "_attn_implementation", None)),
+        "model_type": str(getattr(model.config, "model_type", None)),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "target_sha256": target_hash(model),
+        "prompts": len(prompts),
+        "prompts_sha256": prompts_hash(prompts),
+        **more,
+    }
+
+
+def prompts_hash(prompts: Sequence[Any]) -> str:
+    """SHA-256 over ids, categories and texts of all prompts, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(asdict(prompt), sort_keys=True).encode("ascii") + b"\n")
+    return digest.hexdigest()
+
+
+def target_hash(model: Any) -> str:
+    """SHA-256 over names, shapes and a few values of all weights, in fp32 so that dtypes agree.
+
+    Empty where some of them are kept elsewhere.
+    """
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            return ""
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        flat = weight.detach().reshape(-1)
+        ends = torch.cat([flat[:_SAMPLED], flat[-_SAMPLED:]]).cpu().float().contiguous()
+        digest.update(ends.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _line(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+
+
+def _load() -> float | None:
+    """Programs that wanted to run in the last minute, on average."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (OSError, AttributeError):
+        return None
+
+
+def _revision(folder: Path) -> str | None:
+    """The git commit of the sources, with "+changes"; None when they are in no checkout."""
+    head = _git(folder, "rev-parse", "HEAD")
+    # A file that git does not know lies in somebody else's checkout, as a virtual environment may.
+    if head is None or _git(folder, "ls-files", "--error-unmatch", "records.py") is None:
+        return None
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return head + ("+changes" if changes else "")
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(  # noqa: S603 - fixed words, no shell
+            ["git", "-C", str(folder), *words],  # noqa: S607 - the user's own git
+            capture_output=True,
+            text=True,
+            timeout=_GIT_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,28 @@
+"""What `specdec bench report` can be told; imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+_Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+
+
+def _arg(metavar: str, default: str = "") -> Any:
+    hint = f"(default: {default})" if default else ""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Turn the results of a run into one HTML page, Markdown and PNG plots."""
+
+    results: Annotated[tyro.conf.Positional[Path], _arg("RESULTS")]
+    """File of a finished `specdec bench run`."""
+    output: Annotated[Path | None, _arg("FOLDER", "RESULTS-report beside the file")] = None
+    """Folder for report.html, report.md and the plots; files of these names are replaced."""
+    no_png: _Flag = False
+    """No PNG plots. They need matplotlib; the page has its own plots in any case."""

@@ -1,0 +1,244 @@
+"""Units and costs: what is counted of a text, who is batched with whom, what theory predicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from specdec.demo import load_tokenizer
+from specdec.errors import ConfigError
+from specdec.sources.suffix_index import NO_MATCH
+from specdec.sources.suffix_store import SuffixStore
+from specdec.tokenizers import tokenizer_fingerprint
+from specdec_bench.arms import Workbench, fill_stores, space_of
+from specdec_bench.costs import RoundCosts, cost_ratio, measure_curve, predict
+from specdec_bench.records import CurveRecord, PassRecord, Setting
+from specdec_bench.run_options import RunOptions
+from specdec_bench.runner import _Loaded, default_arms, settings_of
+from specdec_bench.tasks import Prompt
+from specdec_bench.units import MIXED, Maker, Unit, padded, text_hash
+
+END = 99
+
+
+@dataclass
+class Script:
+    """A model that answers a prompt with what its first token stands for."""
+
+    answers: dict[int, list[int]]
+    asked: list[list[list[int]]] = field(default_factory=list)
+    context: int = 1000
+
+    def __post_init__(self) -> None:
+        self.config = SimpleNamespace(
+            get_text_config=lambda: SimpleNamespace(max_position_embeddings=self.context)
+        )
+        self.generation_config = SimpleNamespace(pad_token_id=0)
+
+    def generate(self, ids: Any, attention_mask: Any, max_new_tokens: int, **_: Any) -> Any:
+        prompts = [row[mask > 0].tolist() for row, mask in zip(ids, attention_mask, strict=True)]
+        self.asked.append(prompts)
+        rows = []
+        for prompt in prompts:
+            text = self.answers[prompt[0]]
+            rows.append((text + [7 * i % 97 for i in range(max_new_tokens)])[:max_new_tokens])
+        return torch.cat([ids, torch.tensor(rows)], 1)
+
+
+class Words:
+    """A tokenizer whose ids are the numbers that its texts hold."""
+
+    chat_template: Any = None
+
+    def __call__(self, text: str) -> Any:
+        return SimpleNamespace(input_ids=[int(word) for word in text.split()])
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return " " + " ".join(map(str, ids))
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> Any:
+        words = [f"{90 + (m['role'] == 'user')} {m['content']}" for m in messages]
+        return {"input_ids": self(" ".join(words)).input_ids}
+
+
+def news(count: int, start: int = 0) -> list[int]:
+    """Ids that do not loop."""
+    return [(start + i * i) % 97 for i in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec_bench.units.input_device", lambda _: torch.device("cpu"))
+
+
+def maker(model: Script, tokenizer: Any = None, **setting: Any) -> Maker:
+    words = tokenizer or Words()
+    return Maker(model, words, Setting(**setting), {}, 40, frozenset({END}))
+
+
+def prompt(name: str, *turns: str, category: str = "k", **more: Any) -> Prompt:
+    return Prompt(name, more.get("cluster", name), category, turns, more.get("chat", False))
+
+
+def test_a_text_counts_up_to_its_end_its_loop_or_the_limit() -> None:
+    model = Script(
+        {
+            1: [*news(20), END, *news(50)],
+            2: news(18) + [3, 4, 5] * 20,
+            3: news(60),
+            4: [*news(10), END],
+            5: [8] * 60,
+        }
+    )
+    units, skipped = maker(model).make(0, [prompt(f"p{i}", f"{i} 1") for i in range(1, 6)])
+    assert [unit.record.unit for unit in units] == ["p1", "p2", "p3"]
+    assert [unit.record.new_tokens for unit in units] == [21, 21, 40]
+    assert units[0].text_ids == [[*news(20), END]]
+    assert [round(unit.record.looping, 3) for unit in units] == [0.0, round(19 / 40, 3), 0.0]
+    assert (skipped.asked, skipped.short, skipped.ungrouped) == (5, 2, 0)
+    assert [unit.index for unit in units] == [0, 1, 2]
+    assert units[0].record.text_sha256 == text_hash(units[0].text_ids)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_second_turn_holds_plains_answer(chat: bool) -> None:
+    tokenizer = Words()
+    tokenizer.chat_template = "yes" if chat else None
+    model = Script({1: [*news(20, 5), END], 91: [*news(20, 5), END]})
+    units, _ = maker(model, tokenizer).make(0, [prompt("p", "1 2", "6", chat=chat)])
+    answer = [*news(20, 5), END]
+    first, second = (list(unit.prompt_ids[0]) for unit in units)
+    if chat:
+        assert (first, second) == ([91, 1, 2], [91, 1, 2, 90, *answer, 91, 6])
+    else:
+        assert (first, second) == ([1, 2], [1, 2, *answer, 6])
+    assert [unit.record.unit for unit in units] == ["p.1", "p.2"]
+    assert len({unit.record.cluster for unit in units}) == 1
+    assert units[0].record.seed != units[1].record.seed
+
+
+def test_long_prompts_keep_their_end_and_are_counted() -> None:
+    model = Script({1: news(60), 4: news(60), 6: news(60)})
+    prompts = [prompt("p", "1 2 3 4 5 6"), prompt("q", "4 5")]
+    units, skipped = maker(model, prompt_tokens=3).make(0, prompts)
+    assert [list(unit.prompt_ids[0]) for unit in units] == [[4, 5, 6], [4, 5]]
+    assert skipped.shortened == 1
+    model.context = 41
+    units, skipped = maker(model, prompt_tokens=3).make(0, prompts[:1])
+    assert list(units[0].prompt_ids[0]) == [6]
+    model.context = 40
+    with pytest.raises(ConfigError, match="no room for a prompt"):
+        maker(model).make(0, prompts)
+    with pytest.raises(ConfigError, match="'empty' has no tokens"):
+        maker(Script({})).make(0, [prompt("empty", "")])
+
+
+def test_batches_hold_one_category_and_similar_lengths_and_the_rest_is_mixed() -> None:
+    lengths = {1: 20, 2: 39, 3: 21, 4: 38, 5: 30, 6: 31, 7: 25}
+    model = Script({i: [*news(n), END] for i, n in lengths.items()})
+    prompts = [prompt(f"a{i}", f"{i}", category="a") for i in (1, 2, 3, 4, 5)]
+    prompts += [prompt("b6", "6 6 6", category="b"), prompt("c7", "7", category="c")]
+    units, skipped = maker(model, batch=2).make(0, prompts)
+    assert [u.record.unit for u in units] == ["a1+a3", "a5+a4", "c7+b6"]
+    assert [u.record.category for u in units] == ["a", "a", MIXED]
+    assert [u.record.new_tokens for u in units] == [21, 31, 26]
+    assert skipped.ungrouped == 1
+    last = units[-1]
+    assert last.input_ids.tolist() == [[0, 0, 7], [6, 6, 6]]
+    assert last.attention_mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert model.asked[-1] == [[7], [6, 6, 6]], "plain answered the batch together"
+    assert last.record.tokens == 52
+
+
+def test_batches_that_share_a_cluster_are_one_cluster() -> None:
+    model = Script({i: [*news(30 + i), END] for i in range(1, 7)})
+    shared = {1: "x", 2: "y", 3: "y", 4: "z", 5: "v", 6: "v"}
+    prompts = [prompt(f"p{i}", f"{i}", cluster=c) for i, c in shared.items()]
+    units, _ = maker(model, batch=2).make(0, prompts)
+    clusters = [unit.record.cluster for unit in units]
+    assert clusters[0] == clusters[1] == "x+y+z"
+    assert clusters[2] == "v"
+    odd = [prompt("p1", "1", cluster="a+b"), prompt("p2", "2", cluster="a")]
+    units, _ = maker(model).make(0, odd)
+    assert [unit.record.cluster for unit in units] == ["a+b", "a"]
+
+
+def test_padding_is_on_the_left() -> None:
+    ids, mask = padded([[1, 2, 3], [4]], Script({}))
+    assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+CURVE = CurveRecord("float32", 1, {"1": 2.0, "2": 2.2, "8": 4.0, "16": 6.0})
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio"), [(1, 1.0), (2, 1.1), (5, 1.55), (8, 2.0), (12, 2.5), (24, 4.0)]
+)
+def test_costs_between_and_beyond_what_was_measured(size: int, ratio: float) -> None:
+    assert cost_ratio(CURVE, size) == pytest.approx(ratio)
+
+
+def passed(arm: str, rounds: int, sizes: dict[str, int], **stages: float) -> PassRecord:
+    return PassRecord(
+        0, "u", arm, {"1": rounds}, rounds, 0, True, {"prefill": 1.0, **stages}, 9.0, 1.0, [],
+        sizes=sizes,
+    )  # fmt: skip
+
+
+def test_the_prediction_is_the_formula() -> None:
+    base = RoundCosts.of([passed("loop0", 30, {"1": 30}, forward=60.0, verify=3.0)])
+    arm = RoundCosts.of(
+        [passed("x", 10, {"1": 5, "8": 5}, draft=4.0, forward=999.0, verify=2.0, commit=1.0)]
+    )
+    # Rounds of the arm: 0.4 draft, 1.5 forwards of 2 s, 0.3 of the rest.
+    assert predict(arm, base, CURVE) == pytest.approx((1 + 30 * 2.1) / (1 + 10 * (0.4 + 3 + 0.3)))
+    # On a GPU verify waits for the forward and grows with it.
+    on_device = (1 + 30 * 2.1) / (1 + 10 * (0.4 + 1.5 * 2.1 + 0.1))
+    assert predict(arm, base, CURVE, on_device=True) == pytest.approx(on_device)
+    assert predict(base, base, CURVE) == pytest.approx(1.0)
+    assert predict(RoundCosts.of([]), base, CURVE) is None
+
+
+def test_a_curve_is_measured_in_every_batch() -> None:
+    loaded = _Loaded(RunOptions(), "float32")
+    for batch in (1, 2):
+        curve = measure_curve(loaded.model, "float32", batch, seconds=0.01)
+        assert (curve.dtype, curve.batch) == ("float32", batch)
+        assert {"1", "2"} <= set(curve.seconds)
+        assert all(0 < seconds < 10 for seconds in curve.seconds.values())
+
+
+def test_sweeps_are_combined_and_defaults_fit_the_target() -> None:
+    options = RunOptions(dtypes=("float32", "bfloat16"), batches=(1, 4), temperatures=(0.0, 1.0))
+    settings = settings_of(options)
+    assert len(settings) == len(set(settings)) == 8
+    assert [s.dtype for s in settings] == ["float32"] * 4 + ["bfloat16"] * 4
+    assert settings_of(RunOptions()) == [Setting()]
+    assert any(arm.startswith("eagle3") for arm in default_arms(RunOptions()))
+    other = default_arms(RunOptions(target="someone/model", tasks=("gsm8k",)))
+    assert not any(arm.startswith(("eagle3", "draft_model", "hf_assisted")) for arm in other)
+
+
+def test_a_store_never_holds_texts_of_the_units_own_cluster(tmp_path: Path) -> None:
+    model = Script({1: [*news(20), END], 2: [70, *news(25, 3), END], 3: [71, *news(30, 7), END]})
+    clusters = {1: "x", 2: "x", 3: "y"}
+    prompts = [prompt(f"p{i}", f"{i}", cluster=c) for i, c in clusters.items()]
+    units, _ = maker(model).make(0, prompts)
+    tokenizer = load_tokenizer()
+    fill_stores(Workbench(None, tokenizer, Setting(), stores=tmp_path), units)
+
+    def held(owner: Unit, text: Unit) -> bool:
+        store = SuffixStore(tmp_path, space_of(owner), tokenizer_fingerprint(tokenizer))
+        store.refresh()
+        ids = list(text.text_ids[0])
+        return store.indexes[0].follow(NO_MATCH, ids).length == len(ids)
+
+    for owner in units:
+        for text in units:
+            assert held(owner, text) is (owner.record.cluster != text.record.cluster)
