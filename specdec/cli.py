@@ -29,7 +29,7 @@ _COMMANDS = {  # name -> its options, and what runs them
     "generate": ("specdec.options:GenerateOptions", "specdec.commands.generate:run_generate"),
     "doctor": ("specdec.options:DoctorOptions", "specdec.commands.doctor:run_doctor"),
     "data": ("specdec.options:DataOptions", ""),  # a group
-    "bench": ("specdec.options:BenchOptions", ""),  # another
+    "bench": ("specdec.options:BenchOptions", ""),  # a group
     "train": (
         "specdec_training.train_options:TrainOptions",
         "specdec_training.train_command:run_train",
@@ -52,10 +52,16 @@ _GROUPS = {
     },
     "bench": {
         name: (
-            f"specdec_bench.{name}_options:{name.title()}Options",
-            f"specdec_bench.{name}_command:run_{name}",
+            f"specdec_bench.{folder}.options:{name.title()}Options",
+            f"specdec_bench.{folder}.command:run_{name}",
         )
-        for name in ("run", "replay", "tune", "report", "gate")
+        for name, folder in (
+            ("run", "measure"),  # specdec_bench.run is the function
+            ("replay", "replay"),
+            ("tune", "tune"),
+            ("report", "report"),
+            ("gate", "gate"),
+        )
     },
 }
 _PLAIN_WORDS = (  # tyro's words -> ours

@@ -11,16 +11,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specdec_bench.record_reading import read_results
-    from specdec_bench.run_options import RunOptions
-    from specdec_bench.runner import run
+    from specdec_bench.measure.options import RunOptions
+    from specdec_bench.measure.runner import run
+    from specdec_bench.results.reading import read_results
 
 __all__ = ["RunOptions", "read_results", "run"]
 
 _PLACES = {  # imported when asked for: help texts need no torch
-    "RunOptions": "run_options",
-    "read_results": "record_reading",
-    "run": "runner",
+    "RunOptions": "measure.options",
+    "read_results": "results.reading",
+    "run": "measure.runner",
 }
 
 

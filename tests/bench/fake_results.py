@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from specdec_bench.records import (
+from specdec_bench.results.records import (
     CheckRecord,
     CurveRecord,
     EndRecord,

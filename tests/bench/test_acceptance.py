@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from specdec.errors import SpecdecError
-from specdec_bench.acceptance import Acceptance, Counts, acceptance_of
-from specdec_bench.records import PassRecord
-from specdec_bench.speculation_profile import (
+from specdec_bench.results.records import PassRecord
+from specdec_bench.summary.acceptance import Acceptance, Counts, acceptance_of
+from specdec_bench.summary.speculation_profile import (
     Measured,
     build_profile,
     check_profile,

@@ -8,10 +8,10 @@ import pytest
 
 from bench.fake_results import ARMS, PROVENANCE, Fake, FakeArm, with_arm, write
 from specdec.errors import ConfigError, SpecdecError
-from specdec_bench.gate import Judgement, compare
-from specdec_bench.gate_command import run_gate
-from specdec_bench.gate_options import GateOptions
-from specdec_bench.records import Results, Setting
+from specdec_bench.gate.command import run_gate
+from specdec_bench.gate.judge import Judgement, compare
+from specdec_bench.gate.options import GateOptions
+from specdec_bench.results.records import Results, Setting
 
 EAGLE = "eagle3:depth=3,top_k=1"
 SOMEWHERE = Path("base.jsonl"), Path("new.jsonl")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from specdec.errors import SpecdecError
-from specdec_bench import intervals
-from specdec_bench.intervals import (
+from specdec_bench.summary import intervals
+from specdec_bench.summary.intervals import (
     Ratio,
     geometric_mean_ratio,
     mean_ratio_of_counts,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from specdec.errors import ConfigError, SpecdecError
-from specdec_bench.record_files import RecordWriter, is_unfinished, read_results
-from specdec_bench.records import (
+from specdec_bench.results.files import RecordWriter, is_unfinished, read_results
+from specdec_bench.results.records import (
     CheckRecord,
     Header,
     PassRecord,

@@ -16,12 +16,12 @@ from specdec.demo import load_target, load_tokenizer
 from specdec.drafters.base import RowDrafter, RowRound
 from specdec.errors import ConfigError, DrafterError, SpecdecError
 from specdec.tree import TokenTree
-from specdec_bench.replay import Encoded, _state, encode, figures, replay, walk
-from specdec_bench.replay_command import run_replay
-from specdec_bench.replay_methods import parse_methods
-from specdec_bench.replay_options import ReplayOptions
-from specdec_bench.replay_tokenizer import Encoder, existing, trained, training_texts
-from specdec_bench.replay_traces import (
+from specdec_bench.replay.command import run_replay
+from specdec_bench.replay.methods import parse_methods
+from specdec_bench.replay.options import ReplayOptions
+from specdec_bench.replay.replay import Encoded, _state, encode, figures, replay, walk
+from specdec_bench.replay.tokenizer import Encoder, existing, trained, training_texts
+from specdec_bench.replay.traces import (
     Answer,
     Reading,
     load_prompts,

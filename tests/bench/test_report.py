@@ -13,16 +13,16 @@ import pytest
 
 from bench.fake_results import ARMS, PROVENANCE, Fake, FakeArm, with_arm, write
 from specdec.errors import ConfigError, SpecdecError
-from specdec_bench.intervals import Ratio
-from specdec_bench.records import Results, Setting, ViewRecord
-from specdec_bench.report_command import run_report
-from specdec_bench.report_format import NONE, facts, fine, seconds, times
-from specdec_bench.report_markdown import escaped, markdown
-from specdec_bench.report_options import ReportOptions
-from specdec_bench.report_page import page, stamps
-from specdec_bench.report_style import STYLE
-from specdec_bench.report_svg import NARROW, WIDE, Scale, spread, ticks
-from specdec_bench.summary import summarize
+from specdec_bench.report.command import run_report
+from specdec_bench.report.format import NONE, facts, fine, seconds, times
+from specdec_bench.report.markdown import escaped, markdown
+from specdec_bench.report.options import ReportOptions
+from specdec_bench.report.page import page, stamps
+from specdec_bench.report.style import STYLE
+from specdec_bench.report.svg import NARROW, WIDE, Scale, spread, ticks
+from specdec_bench.results.records import Results, Setting, ViewRecord
+from specdec_bench.summary.intervals import Ratio
+from specdec_bench.summary.summarize import summarize
 
 EAGLE = "eagle3:depth=3,top_k=1"
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;|`*_"

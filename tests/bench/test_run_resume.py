@@ -15,9 +15,9 @@ import pytest
 
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench import RunOptions, read_results, run
-from specdec_bench.record_files import is_unfinished
-from specdec_bench.record_reading import read_lines
-from specdec_bench.records import TimeRecord, UnitRecord
+from specdec_bench.results.files import is_unfinished
+from specdec_bench.results.reading import read_lines
+from specdec_bench.results.records import TimeRecord, UnitRecord
 
 PROMPTS = ["import os\nimport sys\n\ndef main(argv=None):\n", "class Stack:\n    def push(self):\n"]
 

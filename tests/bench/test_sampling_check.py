@@ -13,8 +13,8 @@ import torch
 import specdec
 from specdec.demo import load_target, load_tokenizer
 from specdec.errors import ConfigError
-from specdec_bench import sampling_check
-from specdec_bench.sampling_check import (
+from specdec_bench.checks import sampling as sampling_check
+from specdec_bench.checks.sampling import (
     SampledArm,
     Sampler,
     SamplingPlan,

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from specdec.errors import ConfigError, SpecdecError
-from specdec_bench.acceptance import acceptance_of
-from specdec_bench.records import Setting, UnitRecord
-from specdec_bench.server_arm import ServerArm
-from specdec_bench.server_dialects import Reply, rounds_of
-from specdec_bench.units import Unit
+from specdec_bench.measure.units import Unit
+from specdec_bench.results.records import Setting, UnitRecord
+from specdec_bench.server.arm import ServerArm
+from specdec_bench.server.dialects import Reply, rounds_of
+from specdec_bench.summary.acceptance import acceptance_of
 
 ROUNDS = [[5], [6, 7, 8], [9], [10, 11]]  # the first is the prefill's
 TEXT = [token for part in ROUNDS for token in part]

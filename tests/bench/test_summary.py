@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from bench.fake_results import ARMS, PROVENANCE, Fake, FakeArm, with_arm
-from specdec_bench.records import Results, Setting
-from specdec_bench.summary import noisy_clocks, summarize
-from specdec_bench.summary_types import ArmFigures, SettingFigures, Summary
+from specdec_bench.results.records import Results, Setting
+from specdec_bench.summary.summarize import noisy_clocks, summarize
+from specdec_bench.summary.types import ArmFigures, SettingFigures, Summary
 
 EAGLE = "eagle3:depth=3,top_k=1"
 

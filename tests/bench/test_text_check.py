@@ -15,9 +15,9 @@ import specdec.loop
 from specdec.demo import load_target, load_tokenizer
 from specdec.errors import ConfigError, SpecdecError
 from specdec.exactness import audit, reference_model, replay_noise
-from specdec_bench.records import Setting, UnitRecord
-from specdec_bench.teacher_forced import LARGEST_RATIO, Judged, Requests, judge
-from specdec_bench.text_check import ReferenceModel, check_text, promises_text
+from specdec_bench.checks.teacher_forced import LARGEST_RATIO, Judged, Requests, judge
+from specdec_bench.checks.text import ReferenceModel, check_text, promises_text
+from specdec_bench.results.records import Setting, UnitRecord
 
 VOCAB, NEW, SEED = 256, 48, 5
 PROMPTS = [list(range(2, 14)), [7, 3, 9, 200, 41], list(range(90, 115)), [5, 5, 5, 5]]

@@ -14,27 +14,28 @@ import pytest
 import torch
 
 import specdec
-import specdec_bench.tune as tune_module
+import specdec_bench.tune.tuner as tune_module
 from helpers.families import model_of
 from specdec.commands.loading import load_model, load_tokenizer
 from specdec.demo import head_path
 from specdec.errors import ConfigError, SpecdecError
 from specdec.tuned_file import read_tuned
-from specdec_bench import tune_search, tune_timing
-from specdec_bench.arms import Workbench
-from specdec_bench.records import CurveRecord, Setting, UnitRecord
-from specdec_bench.runner import clear_generation_config
+from specdec_bench.measure.arms import Workbench
+from specdec_bench.measure.runner import clear_generation_config
+from specdec_bench.measure.units import Maker, Unit, padded
+from specdec_bench.results.records import CurveRecord, Setting, UnitRecord
 from specdec_bench.tasks import load_tasks
-from specdec_bench.tune import tune
-from specdec_bench.tune_command import run_tune
-from specdec_bench.tune_forced import STATE_READERS, force, verifies_trees
-from specdec_bench.tune_grid import Candidate, Grid, climb, grid_of, tunable
-from specdec_bench.tune_measure import PLAIN, Bench, Rounds
-from specdec_bench.tune_options import TuneOptions, check_tune_options
-from specdec_bench.tune_replay import replay
-from specdec_bench.tune_search import Forecast, best_of, text_rounds
-from specdec_bench.tune_timing import Race
-from specdec_bench.units import Maker, Unit, padded
+from specdec_bench.tune import search as tune_search
+from specdec_bench.tune import timing as tune_timing
+from specdec_bench.tune.command import run_tune
+from specdec_bench.tune.forced import STATE_READERS, force, verifies_trees
+from specdec_bench.tune.grid import Candidate, Grid, climb, grid_of, tunable
+from specdec_bench.tune.measured import PLAIN, Bench, Rounds
+from specdec_bench.tune.options import TuneOptions, check_tune_options
+from specdec_bench.tune.replayed import replay
+from specdec_bench.tune.search import Forecast, best_of, text_rounds
+from specdec_bench.tune.timing import Race
+from specdec_bench.tune.tuner import tune
 
 CURVE = CurveRecord("float32", 1, {"1": 1.0, "4": 1.2, "16": 2.0, "64": 5.0})
 

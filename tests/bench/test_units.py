@@ -15,13 +15,13 @@ from specdec.errors import ConfigError
 from specdec.sources.suffix_index import NO_MATCH
 from specdec.sources.suffix_store import SuffixStore
 from specdec.tokenizers import tokenizer_fingerprint
-from specdec_bench.arms import Workbench, fill_stores, space_of
-from specdec_bench.costs import RoundCosts, cost_ratio, measure_curve, predict
-from specdec_bench.records import CurveRecord, PassRecord, Setting
-from specdec_bench.run_options import RunOptions
-from specdec_bench.runner import _Loaded, default_arms, settings_of
+from specdec_bench.measure.arms import Workbench, fill_stores, space_of
+from specdec_bench.measure.costs import RoundCosts, cost_ratio, measure_curve, predict
+from specdec_bench.measure.options import RunOptions
+from specdec_bench.measure.runner import _Loaded, default_arms, settings_of
+from specdec_bench.measure.units import MIXED, Maker, Unit, padded, text_hash
+from specdec_bench.results.records import CurveRecord, PassRecord, Setting
 from specdec_bench.tasks import Prompt
-from specdec_bench.units import MIXED, Maker, Unit, padded, text_hash
 
 END = 99
 
@@ -73,7 +73,7 @@ def news(count: int, start: int = 0) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec_bench.units.input_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr("specdec_bench.measure.units.input_device", lambda _: torch.device("cpu"))
 
 
 def maker(model: Script, tokenizer: Any = None, **setting: Any) -> Maker:

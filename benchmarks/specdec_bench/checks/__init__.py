@@ -1,0 +1,1 @@
+"""Is the text, or its distribution, that of plain decoding?"""

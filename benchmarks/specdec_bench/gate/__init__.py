@@ -1,0 +1,1 @@
+"""`specdec bench gate`: two runs compared."""

@@ -1,0 +1,395 @@
+"""`run`: from options to a result file, setting by setting."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from specdec.augment import augment, capability, restore
+from specdec.commands.loading import TOY, check_model, load_config, load_model, load_tokenizer
+from specdec.demo import head_path
+from specdec.errors import ConfigError
+from specdec.hf_compat import input_device
+from specdec_bench.checks.sampling_run import sampling_records
+from specdec_bench.checks.text import ReferenceModel
+from specdec_bench.drafts import first_layers
+from specdec_bench.measure.arms import (
+    AGAIN,
+    BASELINE,
+    Arm,
+    ArmSpec,
+    Workbench,
+    fill_stores,
+    make_arm,
+    parse_arm,
+)
+from specdec_bench.measure.costs import CurveMeter
+from specdec_bench.measure.measuring import EnergyMeter
+from specdec_bench.measure.options import DTYPES, RunOptions, check_run_options
+from specdec_bench.measure.schedule import Stopping
+from specdec_bench.measure.setting_run import Progress, SettingRun
+from specdec_bench.measure.units import Maker, Unit
+from specdec_bench.results.files import RecordWriter, check_output, read_results
+from specdec_bench.results.provenance import provenance
+from specdec_bench.results.records import Header, Record, Results, Setting
+from specdec_bench.tasks import Prompt, load_tasks
+
+ArmMaker = Callable[[Workbench], Arm]
+"""Makes an arm of one's own for a setting."""
+
+_SMOKE_ARMS = ("hf", "prompt_lookup", "lookahead:window=1,ngram=3,guesses=1")
+_ARMS = (
+    "hf",
+    "hf_prompt_lookup",
+    "prompt_lookup",
+    "suffix",
+    "lookahead:window=1,ngram=3,guesses=1",
+)
+_EAGLE, _DRAFT = "eagle3:depth=3,top_k=1", ("hf_assisted", "draft_model:num_draft_tokens=3")
+
+
+def run(
+    options: RunOptions,
+    extra_arms: Mapping[str, ArmMaker] | None = None,
+    on_start: Callable[[int, str], Progress] | None = None,
+) -> Results:
+    """Measures, and writes the result file.
+
+    Args:
+        options: What to measure.
+        extra_arms: Arms of one's own, by name; besides `Arm` they may have `promises_text` (False
+            where the text may differ from plain's) and `instrumented(unit) -> PassRecord`.
+        on_start: Called with the number of steps and a title; returns what is told about each.
+
+    Returns:
+        What the file holds, of all starts of a resumed run.
+
+    Raises:
+        SpecdecError: An option, the model, the prompts or the file is wrong.
+    """
+    check_run_options(options)
+    return _Run(options, dict(extra_arms or {}), on_start).all()
+
+
+def default_arms(options: RunOptions) -> tuple[str, ...]:
+    """What is measured when no arms are named; without the baseline."""
+    is_toy = options.target == TOY
+    eagle = (_EAGLE,) if is_toy or options.head else ()
+    if options.is_smoke:
+        return (*_SMOKE_ARMS, *eagle)
+    return (*_ARMS, *eagle, *(_DRAFT if is_toy or options.draft else ()))
+
+
+def settings_of(options: RunOptions) -> list[Setting]:
+    """All combinations of the sweeps, dtype by dtype, so that each is loaded once."""
+    dtypes = options.dtypes or (_own_dtype(options.target),)
+    return [
+        Setting(*combination)
+        for combination in itertools.product(
+            dtypes,
+            options.batches or (1,),
+            options.temperatures or (0.0,),
+            options.prompt_tokens or (None,),
+        )
+    ]
+
+
+def _own_dtype(target: str) -> str:
+    if target == TOY:
+        return "float32"  # where identical text is a promise; the file holds bfloat16
+    found = str(getattr(load_config(target), "dtype", None) or "float32").removeprefix("torch.")
+    if found not in DTYPES:
+        raise ConfigError(f"{target!r} has dtype {found}; choose with --dtypes")
+    return found
+
+
+@dataclass
+class _Run:
+    options: RunOptions
+    extra_arms: dict[str, ArmMaker]
+    on_start: Callable[[int, str], Progress] | None
+    specs: list[ArmSpec] = field(init=False)
+    prompts: list[Prompt] = field(init=False)
+    tokenizer: Any = field(init=False)
+
+    def all(self) -> Results:
+        """Everything; the options were checked."""
+        options, start = self.options, time.perf_counter()
+        check_output(options.output_path, options.resume, options.overwrite)
+        check_model(options.target)
+        wanted = options.arms or default_arms(options)
+        self.specs = [ArmSpec(BASELINE, "none"), ArmSpec(AGAIN, "none")]
+        self.specs += [spec for spec in map(parse_arm, wanted) if spec.method != "none"]
+        self._check_arms()
+        self.prompts = load_tasks(options.task_list, options.data, options.limit, options.seed)
+        self.tokenizer = load_tokenizer(options.target)
+        settings = settings_of(options)
+        with self._threads(), tempfile.TemporaryDirectory() as folder:
+            model = _Loaded(options, settings[0].dtype)
+            header = self._header(settings, model.model)
+            with RecordWriter(
+                options.output_path, header, options.resume, options.overwrite
+            ) as writer:
+                reasons = []
+                for index, setting in enumerate(settings):
+                    if setting.dtype != model.dtype:
+                        model.close()  # before the next one: never two at a time
+                        model = _Loaded(options, setting.dtype)
+                    left = (len(settings) - index, time.perf_counter() - start)
+                    stores = Path(folder) / str(index)
+                    reasons.append(self._setting(index, setting, model, writer, stores, left))
+                before = _seconds_before(writer.before)
+                writer.finish(_overall(reasons), time.perf_counter() - start + before)
+        return read_results(options.output_path)
+
+    def _check_arms(self) -> None:
+        names = [*(spec.name for spec in self.specs), *self.extra_arms]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"--arms names {twice!r} twice")
+        bench = Workbench(None, None, Setting(), _drafts(self.options, None))
+        servers = [spec.name for spec in self.specs if spec.method == "server"]
+        if servers and any(self.options.temperatures):
+            raise ConfigError(
+                f"arm {servers[0]!r} answers greedily only: a server's random numbers are its own; "
+                "leave out --temperatures above 0, or measure it in a run of its own"
+            )
+        for spec in self.specs:
+            if spec.needs_draft:
+                bench.check_draft(spec.method, spec.name)
+
+    def _header(self, settings: Sequence[Setting], model: Any) -> Header:
+        options = self.options
+        chat = any(prompt.chat for prompt in self.prompts)
+        template = bool(self.tokenizer.chat_template)
+        return Header(
+            run_id=uuid.uuid4().hex,
+            settings=settings,
+            arms=[*(spec.name for spec in self.specs), *self.extra_arms],
+            baseline=BASELINE,
+            config={**options.to_json(), "tasks": list(options.task_list)},
+            provenance=provenance(
+                model,
+                self.prompts,
+                target=options.target,
+                tasks=list(options.task_list),
+                max_new_tokens=options.new_tokens,
+                chat_template=(template if chat else None),
+                energy=EnergyMeter(input_device(model)).source,
+                pairs=options.most_pairs,
+                until_ci=options.until_ci,
+                time_budget=options.time_budget,
+                text_check=not options.no_text_check,
+            ),
+        )
+
+    def _setting(
+        self,
+        index: int,
+        setting: Setting,
+        model: _Loaded,
+        writer: RecordWriter,
+        stores: Path,
+        left: tuple[int, float],
+    ) -> str:
+        """One setting; returns why its timing ended."""
+        options = self.options
+        bench = Workbench(model.model, self.tokenizer, setting, model.drafts, stores)
+        arms = [make_arm(spec, bench) for spec in self.specs]
+        arms += [make(bench) for make in self.extra_arms.values()]
+        units = self._units(index, bench, model.ends, writer)
+        if any(spec.store for spec in self.specs):
+            fill_stores(bench, units)
+        curve = self._curve(bench, units, writer)
+        if options.check_sampling and _is_first(setting, writer.header.settings, index):
+            self._sampling(index, bench, units, arms, writer)
+        rounds = options.most_pairs
+        progress = None
+        if self.on_start is not None:
+            progress = self.on_start(len(units) * len(arms) * (1 + rounds), str(setting))
+        reference = None if options.no_text_check else ReferenceModel()
+        measured = SettingRun(bench, arms, units, writer, reference, progress)
+        measured.prepare(curve)
+        budget = _share(options.time_budget, *left)
+        return measured.time(Stopping(rounds, budget, options.until_ci))
+
+    def _units(
+        self, index: int, bench: Workbench, ends: frozenset[int], writer: RecordWriter
+    ) -> list[Unit]:
+        """The units; those that the file has already must be the same."""
+        options, setting = self.options, bench.setting
+        maker = Maker(
+            bench.model,
+            self.tokenizer,
+            setting,
+            bench.sampling(),
+            options.new_tokens,
+            ends,
+            options.seed,
+        )
+        progress = None
+        if self.on_start is not None:
+            turns = sum(len(prompt.turns) for prompt in self.prompts)
+            grouped = turns // setting.batch if setting.batch > 1 else 0
+            progress = self.on_start(turns + grouped, f"{setting}: plain's texts")
+        tick: Callable[[], object] = (lambda: None) if progress is None else progress.update
+        units, skipped = maker.make(index, self.prompts, tick)
+        if not units:
+            raise ConfigError(
+                f"no prompt is left to measure in setting {setting}: of {skipped.asked} texts "
+                f"{skipped.short} end or loop before the 16th token, and {skipped.ungrouped} fill "
+                "no batch; take other prompts, a longer --max-new-tokens or a smaller --batches"
+            )
+        known = {} if writer.before is None else writer.before.units
+        new: list[Record] = []
+        for unit in units:
+            old = known.get((index, unit.record.unit))
+            if old is None:
+                new.append(unit.record)
+            elif old != unit.record:
+                raise ConfigError(
+                    f"{options.output_path}: unit {unit.record.unit!r} has another text than "
+                    "before the run was stopped, so its times cannot be joined; this device "
+                    "computes differently each time, or has changed. Use --overwrite"
+                )
+        if writer.before is None or index not in writer.before.skipped:
+            new.append(skipped)
+        writer.append(*new)
+        return units
+
+    def _curve(
+        self, bench: Workbench, units: Sequence[Unit], writer: RecordWriter
+    ) -> CurveMeter | None:
+        """Measures t(q) beside the units, where that was not done before."""
+        setting = bench.setting
+        done = self.curves if writer.before is None else {*self.curves, *writer.before.curves}
+        key = (setting.dtype, setting.batch)
+        if key in done or capability(bench.model).mode != "tree":
+            return None
+        self.curves.add(key)
+        lengths = [
+            length + unit.record.new_tokens // 2
+            for unit in units
+            for length in unit.record.prompt_tokens
+        ]
+        return CurveMeter(bench.model, *key, sum(lengths) // len(lengths))
+
+    def _sampling(
+        self,
+        index: int,
+        bench: Workbench,
+        units: Sequence[Unit],
+        arms: Sequence[Arm],
+        writer: RecordWriter,
+    ) -> None:
+        known = set()
+        if writer.before is not None:
+            known = {record.arm for record in writer.before.sampling if record.setting == index}
+        writer.append(*sampling_records(index, bench, units, arms, known, self.options.seed))
+
+    curves: set[tuple[str, int]] = field(default_factory=set, init=False)
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Torch's threads for the length of the run: one on a CPU."""
+        before = torch.get_num_threads()
+        on_cpu = self.options.device != "auto" or not torch.cuda.is_available()
+        wanted = self.options.threads or (1 if on_cpu else before)
+        torch.set_num_threads(wanted)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+class _Loaded:
+    """The target in one dtype, augmented, with its own generation settings taken away."""
+
+    def __init__(self, options: RunOptions, dtype: str) -> None:
+        self.dtype = dtype
+        self.model = load_model(options.target, dtype, options.device)
+        self.ends = frozenset(_ends(self.model))
+        clear_generation_config(self.model)
+        augment(self.model, "none")
+        self.drafts = _drafts(options, self)
+
+    def close(self) -> None:
+        """Lets go of the model."""
+        restore(self.model)
+        self.model, self.drafts = None, {}
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _ends(model: Any) -> list[int]:
+    found = model.generation_config.eos_token_id
+    found = model.config.get_text_config().eos_token_id if found is None else found
+    return list(found) if isinstance(found, list | tuple) else [] if found is None else [found]
+
+
+def clear_generation_config(model: Any) -> None:
+    """Leaves greedy decoding without an end: warpers and processors would change the text's law."""
+    pad = model.generation_config.pad_token_id
+    if pad is None:
+        pad = next(iter(_ends(model)), 0)
+    model.generation_config = GenerationConfig(pad_token_id=pad)
+    model.generation_config.eos_token_id = None
+
+
+def _drafts(options: RunOptions, loaded: _Loaded | None) -> dict[str, Callable[[], Any]]:
+    """Method -> its head or draft model, made when first asked for."""
+    is_toy = options.target == TOY
+    made: list[Any] = []
+    found: dict[str, Callable[[], Any]] = {}
+    if options.head is not None or is_toy:
+        found["eagle3"] = lambda: options.head or str(head_path())
+
+    def draft() -> Any:
+        if loaded is None:
+            return None
+        if not made:
+            if options.draft is None:
+                model = first_layers(loaded.model).to(loaded.model.device)
+            else:
+                model = load_model(options.draft, loaded.dtype, str(loaded.model.device))
+            clear_generation_config(model)
+            made.append(model)
+        return made[0]
+
+    if options.draft is not None or is_toy:
+        found |= {"draft_model": draft, "hf_assisted": draft}
+    return found
+
+
+def _is_first(setting: Setting, settings: Sequence[Setting], index: int) -> bool:
+    """Whether no earlier setting has the dtype."""
+    return all(earlier.dtype != setting.dtype for earlier in settings[:index])
+
+
+def _share(budget: float, settings: int, spent: float) -> float:
+    """Seconds of the time budget that this setting gets; 0 for no limit."""
+    return max((budget - spent) / settings, 1e-9) if budget else 0.0
+
+
+def _seconds_before(before: Results | None) -> float:
+    """Seconds that an earlier start measured for."""
+    if before is None:
+        return 0.0
+    return sum(t.wall for t in before.times) + sum(p.seconds for p in before.passes.values())
+
+
+def _overall(reasons: Sequence[str]) -> str:
+    """Why the run ended: the reason that cut most short."""
+    return min(reasons, key=("time-budget", "pairs", "until-ci").index)

@@ -1,0 +1,1 @@
+"""`specdec bench replay`: recorded answers through n-gram methods."""

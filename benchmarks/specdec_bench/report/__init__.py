@@ -1,0 +1,1 @@
+"""`specdec bench report`: one page, Markdown and plots."""

@@ -1,0 +1,1 @@
+"""Result files: what a run wrote down, and how it is read again."""

@@ -1,0 +1,261 @@
+"""Writes result files so that a kill costs at most the unit at work, and one writer at a time.
+
+Lines are only appended, in groups that are flushed to the disk together; a torn last line is cut
+off when the run is resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from specdec.atomic_files import flush_folder, is_running, make_folder
+from specdec.errors import ConfigError, SpecdecError
+from specdec_bench.results.reading import (
+    BrokenRecordError,
+    as_results,
+    read_lines,
+    read_results,
+)
+from specdec_bench.results.records import EndRecord, Header, Record, Results, to_json
+
+__all__ = ["BrokenRecordError", "RecordWriter", "check_output", "is_unfinished", "read_results"]
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
+_SAME_SUBJECT = ("target_sha256", "prompts_sha256")
+_HEADER_START = b'{"run_id":'
+
+
+class RecordWriter:
+    """An open result file that this process alone writes to; a context manager.
+
+    Args:
+        path: Of the file; its folder is made.
+        header: Of the run that is to be written. Its `run_id` is replaced by that of the file when
+            an unfinished run goes on.
+        resume: Go on with an unfinished file of the same configuration.
+        overwrite: Replace a result file, finished or not.
+    """
+
+    def __init__(
+        self, path: str | Path, header: Header, resume: bool = False, overwrite: bool = False
+    ) -> None:
+        self._path, self._resume, self._overwrite = Path(path), resume, overwrite
+        self.header = header
+        self._descriptor: int | None = None
+        self._lock_file: Path | None = None
+        self._count = 0
+        self.before: Results | None = None
+        """What an earlier start measured, or None for a new file."""
+
+    def __enter__(self) -> RecordWriter:
+        """Opens and locks the file; writes the header of a new one.
+
+        Raises:
+            ConfigError: The file is finished, of another run, or no result file.
+            SpecdecError: Another process writes to it, or the disk does not take it.
+        """
+        try:
+            make_folder(self._path.parent)
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+            self._descriptor = os.open(self._path, flags, 0o666)
+            self._take_lock(self._descriptor)
+            self._begin(self._descriptor)
+        except OSError as problem:
+            self._close()
+            raise SpecdecError(
+                f"cannot write {self._path}: {problem.strerror or problem}"
+            ) from problem
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes the file, which gives the lock back."""
+        self._close()
+
+    def append(self, *records: Record) -> None:
+        """Adds whole lines and waits until they are on the disk.
+
+        Raises:
+            SpecdecError: The disk does not take them.
+        """
+        if not records:
+            return
+        lines = b"".join(_line(record) for record in records)
+        if self._descriptor is None:
+            raise SpecdecError(f"{self._path} is closed")
+        try:
+            rest = memoryview(lines)
+            while len(rest):
+                rest = rest[os.write(self._descriptor, rest) :]
+            os.fsync(self._descriptor)
+        except OSError as problem:
+            raise SpecdecError(
+                f"cannot write {self._path}: {problem.strerror}; make room and go on with --resume"
+            ) from problem
+        self._count += len(records)
+
+    def finish(self, stopped_by: str, seconds: float) -> None:
+        """Adds the end mark."""
+        self.append(EndRecord(records=self._count, stopped_by=stopped_by, seconds=seconds))
+
+    def _begin(self, descriptor: int) -> None:
+        check_output(self._path, self._resume, self._overwrite)
+        size = os.fstat(descriptor).st_size
+        if size and not self._overwrite:
+            self._go_on(descriptor)
+            return
+        os.ftruncate(descriptor, 0)
+        self.append(self.header)
+        flush_folder(self._path.parent)
+
+    def _go_on(self, descriptor: int) -> None:
+        found = read_lines(self._path)
+        if not found.records:  # killed while the header was written
+            os.ftruncate(descriptor, 0)
+            self.append(self.header)
+            return
+        before = as_results(self._path, found.records)
+        different = _differences(before.header, self.header)
+        if different:
+            raise ConfigError(
+                f"{self._path} is of another run ({'; '.join(different[:3])}); give the same "
+                "options, or another --output"
+            )
+        os.ftruncate(descriptor, found.whole_bytes)
+        os.fsync(descriptor)
+        self.before, self.header, self._count = before, before.header, len(found.records)
+
+    def _take_lock(self, descriptor: int) -> None:
+        """The operating system's lock on the file, or a lock file where there is none."""
+        message = f"another run writes to {self._path}; wait for it, or choose another --output"
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                raise SpecdecError(message) from None
+            except OSError as problem:
+                if problem.errno not in _UNSUPPORTED:
+                    raise
+        lock = self._path.with_name(self._path.name + ".lock")
+        try:
+            owner = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            if _may_live(lock):
+                hint = f" If it is gone, delete {lock}"
+                raise SpecdecError(f"{message}.{hint}") from None
+            owner = os.open(lock, os.O_WRONLY | os.O_TRUNC)
+        mine = {"process": os.getpid(), "host": socket.gethostname()}
+        os.write(owner, json.dumps(mine).encode("ascii"))
+        os.close(owner)
+        self._lock_file = lock
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        if self._lock_file is not None:
+            with contextlib.suppress(OSError):
+                self._lock_file.unlink()
+            self._lock_file = None
+
+
+def check_output(path: Path, resume: bool, overwrite: bool) -> None:
+    """Refuses a file that a run may not write to, before anything is loaded.
+
+    Raises:
+        ConfigError: It is finished, stopped without `resume`, or no result file.
+        SpecdecError: It cannot be read.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return
+    if not _is_ours(path):
+        raise ConfigError(f"--output {path} exists and is no result file; choose another name")
+    if overwrite:
+        return
+    records = read_lines(path).records
+    if records and isinstance(records[-1], EndRecord):
+        raise ConfigError(
+            f"{path} holds a finished run; choose another --output, or replace it with --overwrite"
+        )
+    if records and not resume:
+        raise ConfigError(
+            f"{path} holds a run that was stopped; go on with --resume, or replace it with "
+            "--overwrite"
+        )
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a run was stopped that wrote to this file, so that it can go on."""
+    try:
+        records = read_lines(path).records
+    except SpecdecError:
+        return False
+    return bool(records) and not isinstance(records[-1], EndRecord)
+
+
+def _line(record: Record) -> bytes:
+    try:
+        text = json.dumps(to_json(record), separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as problem:
+        raise SpecdecError(f"a {record.kind!r} record cannot be written: {problem}") from problem
+    return text.encode("ascii") + b"\n"
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the file begins as a header does; one that was torn within it counts, too."""
+    with path.open("rb") as stream:
+        start = stream.read(len(_HEADER_START))
+    return _HEADER_START.startswith(start)
+
+
+def _differences(before: Header, now: Header) -> list[str]:
+    """What keeps a run from going on as the one in the file, in words."""
+    found = []
+    names = sorted(set(before.config) | set(now.config))
+    for name in names:
+        old, new = before.config.get(name), now.config.get(name)
+        if old != new:
+            found.append(f"--{name.replace('_', '-')}: {old} before, {new} now")
+    if list(before.arms) != list(now.arms):
+        found.append(f"arms: {', '.join(before.arms)} before, {', '.join(now.arms)} now")
+    if list(before.settings) != list(now.settings):
+        found.append("settings differ")
+    for name in _SAME_SUBJECT:
+        if _text(before.provenance, name) != _text(now.provenance, name):
+            found.append(f"{name} differs: the files are not those of before")
+    return found
+
+
+def _text(facts: Mapping[str, Any], name: str) -> str:
+    return str(facts.get(name))
+
+
+def _may_live(lock: Path) -> bool:
+    """Whether the process that a lock file names may still be at work."""
+    try:
+        owner = json.loads(lock.read_bytes()[:1000] or b"{}")
+        process, host = owner["process"], owner["host"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return True
+    return host != socket.gethostname() or (isinstance(process, int) and is_running(process))

@@ -1,0 +1,1 @@
+"""Arms in another process, behind an OpenAI-compatible address."""

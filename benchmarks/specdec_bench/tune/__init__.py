@@ -1,0 +1,1 @@
+"""`specdec bench tune`: method and sizes for a device."""

@@ -1,0 +1,193 @@
+"""Predicts the speed-up of every size that is worth looking at, without timing any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from specdec.errors import SpecdecError
+from specdec_bench.tune.forced import STATE_READERS, ForcedTrees, force, verifies_trees
+from specdec_bench.tune.grid import Candidate, Grid, climb, grid_of
+from specdec_bench.tune.measured import Bench, Rounds
+from specdec_bench.tune.replayed import TEXT_ONLY, replay
+
+_LEARNERS_SHARE = 3  # one unit in three for methods that must run to be judged
+_MOST_LOOKED_AT = {"lookahead": 18, "recycling": 10, "jacobi": 10, "prompt_lookup": 40,
+                   "suffix": 40, "draft_model": 21, "eagle3": 160}  # fmt: skip
+_ALIKE = 1.02
+_IN_SIGHT = 0.8  # of the highest prediction
+_OVERHEAD = ("forward", "verify", "commit")
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What is expected of a candidate.
+
+    Attributes:
+        candidate: Method and sizes.
+        speedup: Over decoding without speculation.
+        tau: Tokens a row and round.
+        nodes: Drafted nodes of a mean forward.
+    """
+
+    candidate: Candidate
+    speedup: float
+    tau: float
+    nodes: float
+
+
+@dataclass
+class Search:
+    """Forecasts of one method.
+
+    Attributes:
+        bench: Model, units and costs.
+        method: Which.
+        skipped: Why the method cannot run here; empty when it can.
+    """
+
+    bench: Bench
+    method: str
+    skipped: str = ""
+    _found: dict[Candidate, Forecast] = field(default_factory=dict)
+    _stages: dict[Candidate, Mapping[str, float]] = field(default_factory=dict)
+    _forced: ForcedTrees | None = None
+
+    def run(self) -> list[Forecast]:
+        """Forecasts on the way to the best sizes, best first."""
+        grid = grid_of(self.method, not self.bench.on_device)
+        try:
+            look = self._way()
+            climb(grid, lambda candidate: look(candidate, grid), _MOST_LOOKED_AT[self.method])
+        except SpecdecError as problem:
+            self.skipped = str(problem)
+        return sorted(self._found.values(), key=lambda forecast: -forecast.speedup)
+
+    def _way(self) -> Callable[[Candidate, Grid], float | None]:
+        if not verifies_trees(self.bench.workbench.model):
+            return self._by_passes  # what chains cost there, only real answers show
+        if self.method in TEXT_ONLY:
+            return self._by_replay
+        if self.method in STATE_READERS:
+            return self._by_forced_trees
+        return self._by_passes
+
+    def _keep(
+        self, candidate: Candidate, rounds: Rounds, stages: Mapping[str, float] | None = None
+    ) -> float | None:
+        speedup = self.bench.predict(rounds, self.bench.units, stages)
+        if speedup is not None:
+            self._found[candidate] = Forecast(candidate, speedup, rounds.tau, rounds.nodes)
+        return speedup
+
+    def _by_replay(self, candidate: Candidate, grid: Grid) -> float | None:
+        """Rounds from the text alone; what the loop adds comes from one real answer."""
+        model, rounds = self.bench.workbench.model, Rounds()
+        vocab_size = model.config.get_text_config().vocab_size
+        for unit in self.bench.units:
+            rounds.add(replay(candidate, unit, vocab_size))
+        return self._keep(candidate, rounds, self._loop_costs(grid, rounds))
+
+    def _loop_costs(self, grid: Grid, rounds: Rounds) -> dict[str, float]:
+        """Seconds a round of verify and commit of the method's first start; its own drafting."""
+        start = grid.at(tuple(grid.starts[0]))
+        if start not in self._stages:
+            real = self.bench.run(start, self.bench.units[:1])
+            self._stages[start] = {stage: real.typical(stage) for stage in _OVERHEAD}
+        own = {stage: rounds.typical(stage) for stage in ("draft", "observe")}
+        return {**self._stages[start], **own}
+
+    def _by_forced_trees(self, candidate: Candidate, grid: Grid) -> float | None:
+        """Rounds from the largest trees at every position; draft costs by the number of levels."""
+        bench = self.bench
+        if self._forced is None:
+            options: dict[str, Any] = dict(STATE_READERS[self.method])
+            options["draft"] = bench.workbench.draft(self.method, self.method)
+            self._forced = force(self.method, options, bench.workbench.model, bench.units)
+            bench.passes += len(bench.units)
+        rounds, levels = self._forced.simulate(candidate)
+        return self._keep(candidate, rounds, self._draft_costs(candidate, grid, levels))
+
+    def _draft_costs(self, candidate: Candidate, grid: Grid, levels: float) -> dict[str, float]:
+        """Seconds a round by stage: linear in the levels between two real answers."""
+        deep = "depth" if self.method == "eagle3" else "num_draft_tokens"
+        short, long = 1, 4
+        costs = []
+        for depth in (short, long):
+            options = {**candidate.mapping, deep: depth}
+            if self.method == "eagle3":
+                options |= {"min_probability": 0.0, "nodes": 63 if options["top_k"] == 1 else 7}
+            probe = Candidate(self.method, tuple(options.items()))
+            if probe not in self._stages:
+                real = self.bench.run(probe, self.bench.units[:1])
+                stages = ("draft", *_OVERHEAD, "observe")
+                self._stages[probe] = {stage: real.typical(stage) for stage in stages}
+            costs.append(self._stages[probe])
+        share = (max(levels, 1.0) - short) / (long - short)
+        draft = costs[0]["draft"] + share * (costs[1]["draft"] - costs[0]["draft"])
+        return {**costs[1], "draft": max(draft, 0.0)}
+
+    def _by_passes(self, candidate: Candidate, grid: Grid) -> float | None:
+        """Rounds of real answers to some of the prompts: what such a method learns depends on what
+        was verified."""
+        units = self.bench.some(_LEARNERS_SHARE)
+        rounds = self.bench.run(candidate, units)
+        speedup = self.bench.predict(rounds, units)
+        if speedup is not None:
+            self._found[candidate] = Forecast(candidate, speedup, rounds.tau, rounds.nodes)
+        return speedup
+
+
+def text_rounds(bench: Bench) -> list[list[int]]:
+    """By unit, the rounds of drafts from the text alone: bold ones and careful ones."""
+    vocab_size = bench.workbench.model.config.get_text_config().vocab_size
+    starts = [
+        grid.at(tuple(start))
+        for grid in (grid_of(method, on_cpu=True) for method in TEXT_ONLY)
+        for start in grid.starts
+    ]
+    return [
+        [len(replay(start, unit, vocab_size).sizes) for start in starts] for unit in bench.units
+    ]
+
+
+def best_of(forecasts: Mapping[str, list[Forecast]], most: int, each: int) -> list[Candidate]:
+    """The candidates to time: the best of every method, and the best of all.
+
+    Args:
+        forecasts: By method, best first.
+        most: Candidates in all.
+        each: Candidates of a method at most.
+    """
+    kept: list[tuple[int, Forecast]] = []
+    for found in forecasts.values():
+        own: list[Forecast] = []
+        for forecast in found:
+            if len(own) < each and not any(_alike(forecast, other) for other in own):
+                own.append(forecast)
+        kept += enumerate(own)
+    highest = max((forecast.speedup for _, forecast in kept), default=0.0)
+    # Predictions err by method: the first of each counts for more, unless it is far behind.
+    kept.sort(
+        key=lambda item: (item[0] > 0 or item[1].speedup < _IN_SIGHT * highest, -item[1].speedup)
+    )
+    return [forecast.candidate for _, forecast in kept[:most]]
+
+
+def _alike(one: Forecast, other: Forecast) -> bool:
+    """Whether two candidates of a method draft the same, nearly: timing both would tell nothing."""
+    taus = max(one.tau, other.tau) / min(one.tau, other.tau)
+    nodes = abs(one.nodes - other.nodes) / max(one.nodes, other.nodes, 1.0)
+    return taus < _ALIKE and nodes < 2 * (_ALIKE - 1)
+
+
+def as_json(forecast: Forecast) -> dict[str, Any]:
+    """For the table in the tuned file."""
+    return {
+        "method": forecast.candidate.method,
+        "options": forecast.candidate.mapping,
+        "tau": forecast.tau,
+        "nodes": forecast.nodes,
+        "predicted": forecast.speedup,
+    }
