@@ -45,6 +45,7 @@ _SHAPE = {
     "vocab_size": 4096,
 }
 _LAYERS, _PROMPT = 12, 64
+_PEAKED = 50.0  # scale of the embeddings
 _ORACLE = "eagle3 with an oracle"
 
 
@@ -107,11 +108,20 @@ def measured(options: Options) -> dict[str, methods.Accepted]:
         return {name: methods.accepted(model, arms[name], True, units) for name in options.arms}
 
 
+@torch.no_grad()
 def larger(dtype: torch.dtype) -> tuple[LlamaForCausalLM, Eagle3Head]:
-    """Target and head with random weights."""
+    """Target and head with random weights.
+
+    Embeddings outweigh what the layers add, and the output matrix holds them in another order: so
+    each token has a successor by a wide margin, and rounding in half precision changes no text.
+    """
     torch.manual_seed(0)
-    config = LlamaConfig(**_SHAPE, num_hidden_layers=_LAYERS, tie_word_embeddings=True)
-    target = LlamaForCausalLM(config).to(dtype).eval()
+    config = LlamaConfig(**_SHAPE, num_hidden_layers=_LAYERS, tie_word_embeddings=False)
+    target = LlamaForCausalLM(config)
+    target.get_input_embeddings().weight.mul_(_PEAKED)
+    successors = torch.randperm(config.vocab_size)
+    target.lm_head.weight[successors] = target.get_input_embeddings().weight
+    target = target.to(dtype).eval()
     target.generation_config.eos_token_id = None
     head = Eagle3Head(
         Eagle3Config(
