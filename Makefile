@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraint
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-demo test check laws mutants models docs demo-target demo-head clean
+.PHONY: help demo train-demo bench-smoke test check laws mutants models docs demo-target demo-head clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ train-demo: .venv/.train ## prepare, train and use an EAGLE-3 head for the bundl
 		--fc-norm --feed-post-norm --threads 1
 	$(TEST_ENV) $(BIN)/specdec generate --prompt "class Stack:" --max-new-tokens 64 --stats \
 		--method eagle3 --option draft=runs/demo-head/head --option depth=5 --option top_k=4 --option nodes=12
+
+bench-smoke: .venv/.base ## a small benchmark of the bundled model, with its report in runs/ (a minute)
+	$(TEST_ENV) $(BIN)/specdec bench run --tasks smoke --output runs/bench/smoke.jsonl --overwrite
+	$(TEST_ENV) $(BIN)/specdec bench report runs/bench/smoke.jsonl --output runs/bench/smoke
 
 test: .venv/.dev ## the test suite without the slow grids
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests -m "not slow"

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,15 +26,15 @@ import tyro
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import methods
 import specdec
 from specdec import SpecConfig
-from specdec.demo import load_target, load_tokenizer
 from specdec.drafters.base import BatchState
 from specdec.drafters.eagle3 import Eagle3, Eagle3DraftConfig
 from specdec.heads.config import Eagle3Config
 from specdec.heads.eagle3 import Eagle3Head
 from specdec.tree import TreeBatch
+from specdec_bench import RunOptions, run
+from specdec_bench.measure.arms import parse_arm
 from specdec_bench.paired import ratio, time_arms
 
 _SHAPE = {
@@ -55,10 +56,15 @@ class Options:
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of both targets."""
-    arms: tuple[str, ...] = ("eagle3 chain 3", "eagle3 chain 5", "eagle3 tree 8", "eagle3 tree 16")
-    """Arms of methods.py, whose acceptance is measured and whose sizes are used."""
-    measured_prompts: int = 16
-    """Prompts for the bundled target."""
+    arms: tuple[str, ...] = (
+        "eagle3:depth=3,top_k=1",
+        "eagle3:depth=5,top_k=1",
+        "eagle3:depth=4,top_k=3,nodes=8",
+        "eagle3:depth=5,top_k=4,nodes=16",
+    )
+    """Sizes of the drafts."""
+    tasks: tuple[str, ...] = ("smoke",)
+    """Prompts for the bundled target, as of `specdec bench run`."""
     prompts: int = 6
     """Prompts for the larger target."""
     tokens: int = 96
@@ -96,16 +102,26 @@ class Oracle(Eagle3):
         return replace(trees, tokens=tokens, parents=parents, max_depth=max(depth, 1), _derived=[])
 
 
-def measured(options: Options) -> dict[str, methods.Accepted]:
-    """What the bundled head's arms accept on the bundled target."""
-    chosen = methods.Options(prompts=options.measured_prompts, only=options.arms)
-    model = load_target(dtype=getattr(torch, options.dtype))
-    model.generation_config.eos_token_id = None
-    units = methods.Units.of(model, methods.read_prompts(chosen), chosen.tokens)
-    specdec.augment(model, "none")
+def measured(options: Options) -> dict[str, Counter[int]]:
+    """Tokens of a round -> how often, of the bundled head's arms on the bundled target."""
+    found: dict[str, Counter[int]] = {name: Counter() for name in options.arms}
     with tempfile.TemporaryDirectory() as folder:
-        arms = methods.make_arms(model, units, folder, load_tokenizer(), chosen)
-        return {name: methods.accepted(model, arms[name], True, units) for name in options.arms}
+        settings = RunOptions(
+            arms=options.arms,
+            tasks=options.tasks,
+            dtypes=(options.dtype,),
+            pairs=1,
+            output=Path(folder) / "run.jsonl",
+        )
+        for (_, _, arm), record in run(settings).passes.items():
+            if arm in found:
+                found[arm].update({int(size): n for size, n in record.histogram.items()})
+    return found
+
+
+def tau(histogram: Counter[int]) -> float:
+    """Tokens per round."""
+    return sum(size * count for size, count in histogram.items()) / sum(histogram.values())
 
 
 @torch.no_grad()
@@ -141,18 +157,18 @@ def main() -> None:
     found = measured(options)
     target, head = larger(getattr(torch, options.dtype))
     prompts = [torch.randint(_SHAPE["vocab_size"], (1, _PROMPT)) for _ in range(options.prompts)]
-    limits = methods.limits(options.tokens)
+    limits = {"max_new_tokens": options.tokens, "do_sample": False, "pad_token_id": 0}
     plain = type(target).generate
     texts = [plain(target, ids, **limits) for ids in prompts]
     specdec.augment(target, "none")
 
     def arm(name: str) -> Callable[[int], Tensor]:
-        sizes = methods.METHODS[name][1]
+        sizes = parse_arm(name).options
 
-        def run(unit: int) -> Tensor:
+        def answer(unit: int) -> Tensor:
             def make(config: Eagle3DraftConfig) -> Oracle:
                 text = texts[unit][0, _PROMPT:].tolist()
-                return Oracle(config, found[name].histogram, text, unit)
+                return Oracle(config, found[name], text, unit)
 
             make.Config = Eagle3DraftConfig  # type: ignore[attr-defined]
             specdec.register_drafter(_ORACLE, make)
@@ -160,21 +176,19 @@ def main() -> None:
             text: Tensor = target.generate(prompts[unit], specdec=settings, **limits)
             return text
 
-        return run
+        return answer
 
     arms: dict[str, Callable[[int], Any]] = {
         "hf generate": lambda unit: plain(target, prompts[unit], **limits),
         "none": lambda unit: target.generate(prompts[unit], **limits),
         **{name: arm(name) for name in options.arms},
     }
-    rows = {}
+    same: Counter[str] = Counter()
+    here: dict[str, Counter[int]] = {name: Counter() for name in options.arms}
     for name in options.arms:
-        row = rows[name] = Counter[str]()
         for unit, text in enumerate(texts):
-            row["same"] += torch.equal(arms[name](unit), text)
-            stats = specdec.last_stats(target)
-            row["tokens"] += sum(n * times for n, times in stats.histogram.items())
-            row["rounds"] += sum(stats.histogram.values())
+            same[name] += torch.equal(arms[name](unit), text)
+            here[name].update(specdec.last_stats(target).histogram)
     seconds = time_arms(arms, len(prompts), options.repeats, time.perf_counter)
     size = sum(p.numel() for p in target.parameters()) / 1e6
     print(
@@ -183,11 +197,10 @@ def main() -> None:
     print("| method | text identical | tokens per round, bundled target | here | over plain |")
     print("|---|---|---|---|---|")
     print(f"| none | | | | {ratio(seconds['hf generate'], seconds['none'])} |")
-    for name, row in rows.items():
+    for name in options.arms:
         gain = ratio(seconds["hf generate"], seconds[name])
-        here = row["tokens"] / row["rounds"]
-        same = f"{row['same']}/{len(prompts)}"
-        print(f"| {name} | {same} | {found[name].tau:.2f} | {here:.2f} | {gain} |")
+        taus = f"{tau(found[name]):.2f} | {tau(here[name]):.2f}"
+        print(f"| {name} | {same[name]}/{len(prompts)} | {taus} | {gain} |")
 
 
 if __name__ == "__main__":
