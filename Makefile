@@ -17,12 +17,12 @@ demo: .venv/.base ## plain generate and every method on the bundled model, with 
 	$(BIN)/specdec demo
 
 train-demo: .venv/.train ## prepare, train and use an EAGLE-3 head for the bundled model (a quarter of an hour)
-	$(TEST_ENV) $(BIN)/specdec data regenerate --input demo --limit 1400 --min-lines 2 --max-lines 10 \
-		--max-new-tokens 192 --drop-loops --output runs/demo-data/answers.jsonl
+	$(TEST_ENV) $(BIN)/specdec data regenerate --input demo --limit 2000 --min-lines 2 --max-lines 10 \
+		--max-new-tokens 192 --batch-size 48 --drop-loops --output runs/demo-data/answers.jsonl
 	$(TEST_ENV) $(BIN)/specdec data prepare --input runs/demo-data/answers.jsonl --draft-vocab 1920 \
 		--max-length 512 --held-out 24 --held-out-input demo-held-out --min-lines 4 --max-lines 12 \
 		--output runs/demo-data/prepared --overwrite
-	$(TEST_ENV) $(BIN)/specdec train --data runs/demo-data/prepared --output runs/demo-head --minutes 8 \
+	$(TEST_ENV) $(BIN)/specdec train --data runs/demo-data/prepared --output runs/demo-head --minutes 9 \
 		--fc-norm --feed-post-norm --threads 1
 	$(TEST_ENV) $(BIN)/specdec generate --prompt "class Stack:" --max-new-tokens 64 --stats \
 		--method eagle3 --option draft=runs/demo-head/head --option depth=5 --option top_k=4 --option nodes=12
