@@ -7,6 +7,7 @@ loop of ours. No class is patched, nothing is global, and a deep copy drives its
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from specdec.tuned_file import read_tuned
 
 ModelT = TypeVar("ModelT")
 _ATTRIBUTE = "_specdec"
+_FARTHEST = 2  # times the largest tuned batch size
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Augmentation:
         last_stats: Of the newest call.
         replaced: A `generate` that had been set on the model itself.
         by_batch: Defaults by batch size, from a tuned file; empty without one.
+        warned: It was said that a call was larger than anything that was tuned.
     """
 
     settings: SpecConfig
@@ -49,9 +52,26 @@ class Augmentation:
     last_stats: GenerationStats | None = None
     replaced: Any = None
     by_batch: Mapping[int, SpecConfig] = field(default_factory=dict)
+    warned: bool = False
 
     def defaults(self, rows: int) -> SpecConfig:
-        """Of a call of `rows` rows: those of the largest tuned batch size that is not above it."""
+        """Of a call of `rows` rows: those of the largest tuned batch size that is not above it.
+
+        What pays for one row can cost much for a hundred, so rows beyond `_FARTHEST` times all
+        that was tuned are not speculated on, with one warning.
+        """
+        largest = max(self.by_batch, default=rows)
+        if rows > _FARTHEST * largest:
+            if not self.warned:
+                self.warned = True
+                warnings.warn(
+                    f"specdec: a batch of {rows} is far above {largest}, the largest that was "
+                    "tuned for, and runs without speculation; `specdec bench tune --batches "
+                    f"{rows}` can tell what pays there",
+                    UserWarning,
+                    stacklevel=3,
+                )
+            return replace(self.settings, method="none", options={})
         below = [batch for batch in self.by_batch if batch <= rows]
         return self.by_batch[max(below)] if below else self.settings
 
@@ -184,7 +204,9 @@ def generate(self: Any, *args: Any, specdec: SpecConfig | bool | None = None, **
     if specdec is False or _serves_another_loop(kwargs):
         return plain(self, *args, **kwargs)
     kwargs = {**hf_compat.name_arguments(self, args), **kwargs}
-    defaults = handle.defaults(_rows(self, kwargs)) if handle.by_batch else handle.settings
+    named = isinstance(specdec, SpecConfig) and specdec.method is not None
+    by_rows = bool(handle.by_batch) and not named
+    defaults = handle.defaults(_rows(self, kwargs)) if by_rows else handle.settings
     settings = _call_settings(specdec, defaults)
     reason = why_call_is_plain(self, kwargs, handle.capability)
     if reason is not None:

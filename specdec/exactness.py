@@ -50,12 +50,38 @@ class Audit:
         )
 
 
-def reference_model(model: Any) -> Any:
-    """The same weights in fp64, as a model of its own."""
-    reference = copy.deepcopy(model)
-    for name in ("generate", "_specdec"):
-        vars(reference).pop(name, None)
+def reference_model(model: Any, device: torch.device | str | None = None) -> Any:
+    """The same weights in fp64, as a model of its own, without what `augment` left on it.
+
+    Args:
+        model: A Hugging Face model, augmented or not.
+        device: Where the copy lies; None for where the model does. Each weight moves before it is
+            widened, so that the model's own device needs neither room for the copy nor fp64.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        handle = vars(module).get("_specdec")
+        if handle is not None:
+            memo[id(handle)] = object()  # heads, stores and caches: not copied, and taken off below
+    for weight in [*model.parameters(), *model.buffers()]:
+        if type(weight) in (Tensor, torch.nn.Parameter) and weight.is_floating_point():
+            memo[id(weight)] = _widened(weight, device)
+    reference = copy.deepcopy(model, memo)
+    for module in reference.modules():
+        for name in ("generate", "_specdec"):
+            vars(module).pop(name, None)
+    if device is not None:
+        reference = reference.to(device)
     return reference.double().eval()
+
+
+def _widened(weight: Tensor, device: torch.device | str | None) -> Tensor:
+    """A copy in fp64, of the same kind."""
+    there = weight.device if device is None else device
+    copied = weight.detach().to(there, copy=True).double()
+    if isinstance(weight, torch.nn.Parameter):
+        return torch.nn.Parameter(copied, requires_grad=weight.requires_grad)
+    return copied
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ The file is data from outside, and nothing in it is believed before it was looke
 
 from __future__ import annotations
 
-import math
 import platform
 import warnings
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from specdec.target_fingerprint import TargetFingerprint
 FORMAT, VERSION = "specdec-tuned", 1
 _LARGEST = 16 << 20  # bytes
 _LONGEST = 1000  # characters of a name, a path or an option's text
+_MOST = 1e100  # of any number
 _MOST_BATCHES = 64
 _CPU_FACTS = Path("/proc/cpuinfo")
 
@@ -220,12 +220,15 @@ def _choice(choice: Mapping[str, Any]) -> TunedChoice:
         if not known or (isinstance(value, str) and len(value) > _LONGEST):
             raise ConfigError(f"option {name!r:.40} has a value that no option takes")
     measured, predicted = choice.get("measured"), choice.get("predicted")
-    if not isinstance(predicted, int | float) or not _is_number(predicted):
-        raise ConfigError(f"predicted must be a number, got {predicted!r:.40}")
+    if not isinstance(predicted, int | float) or not _is_number(predicted) or predicted <= 0:
+        raise ConfigError(f"predicted must be a number above 0, got {predicted!r:.40}")
     if measured is not None and not (
-        isinstance(measured, list) and len(measured) == 3 and all(map(_is_number, measured))
+        isinstance(measured, list)
+        and len(measured) == 3
+        and all(map(_is_number, measured))
+        and 0 < measured[1] <= measured[0] <= measured[2]
     ):
-        raise ConfigError("measured must be null or three numbers")
+        raise ConfigError("measured must be null, or a value above 0 with its low and high")
     interval = None if measured is None else (measured[0], measured[1], measured[2])
     return TunedChoice(_text(choice, "method"), dict(options), float(predicted), interval)
 
@@ -244,4 +247,6 @@ def _whole(value: Any, what: str) -> int:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return -_MOST < value < _MOST  # compares integers of any size, and refuses NaN

@@ -1,29 +1,17 @@
 """Interleaved timing of several arms, and the ratio of their total times with an interval.
 
 A shared machine drifts by tens of percent within minutes, so arms alternate within one process and
-are compared by ratio only. The interval is a bootstrap over units (prompts).
+are compared by ratio only. The interval is that of `summary.intervals`, over units (prompts).
 """
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from tqdm import tqdm
 
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """A ratio of total times with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+from specdec_bench.summary.intervals import Ratio, time_ratio
 
 
 def time_arms(
@@ -58,11 +46,15 @@ def time_arms(
 def ratio(
     numerator: Sequence[Sequence[float]], denominator: Sequence[Sequence[float]], seed: int = 0
 ) -> Ratio:
-    """Total time of one arm over another's, bootstrapped over units, 2,000 resamples."""
-    above, below = [sum(unit) for unit in numerator], [sum(unit) for unit in denominator]
-    generator, found = random.Random(seed), []
-    for _ in range(2000):
-        drawn = generator.choices(range(len(above)), k=len(above))
-        found.append(sum(above[i] for i in drawn) / sum(below[i] for i in drawn))
-    found.sort()
-    return Ratio(sum(above) / sum(below), found[49], found[1949])
+    """Total time of one arm over another's, each unit a cluster of its own.
+
+    Args:
+        numerator: Seconds of one arm, by unit and repeat.
+        denominator: Those of the other.
+        seed: Of the bootstrap.
+
+    Raises:
+        SpecdecError: The lengths do not fit, or a figure is not above 0.
+    """
+    units = range(len(numerator))
+    return time_ratio(numerator, denominator, units, [""] * len(units), seed=seed)

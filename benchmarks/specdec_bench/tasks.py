@@ -209,7 +209,7 @@ def _row_id(row: Row) -> str:
             continue
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
             raise row.refuse(field, f"must be a text or a whole number, got {shown(value)}")
-        return str(value)
+        return row.text(field, value) if isinstance(value, str) else str(value)
     return str(row.number)
 
 

@@ -12,6 +12,8 @@ from specdec.errors import ConfigError
 from specdec.sources.ngram_index import NgramIndex
 from specdec.tree import MAX_NODES, TokenTree
 
+_LONGEST = 64  # an n-gram; every length below it has an index of its own
+
 
 @dataclass(frozen=True)
 class PromptLookupConfig:
@@ -28,9 +30,9 @@ class PromptLookupConfig:
 
     def __post_init__(self) -> None:
         """Checks the ranges; raises `ConfigError`."""
-        if not 1 <= self.min_ngram <= self.max_ngram:
+        if not 1 <= self.min_ngram <= self.max_ngram <= _LONGEST:
             raise ConfigError(
-                f"prompt_lookup needs 1 <= min_ngram <= max_ngram, got min_ngram="
+                f"prompt_lookup needs 1 <= min_ngram <= max_ngram <= {_LONGEST}, got min_ngram="
                 f"{self.min_ngram}, max_ngram={self.max_ngram}"
             )
         if self.num_draft_tokens < 1 or self.tokens_per_match < 1:

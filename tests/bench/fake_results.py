@@ -16,6 +16,7 @@ from specdec_bench.results.records import (
     Header,
     PassRecord,
     Results,
+    SamplingRecord,
     Setting,
     TimeRecord,
     UnitRecord,
@@ -53,6 +54,7 @@ class FakeArm:
         chain: Proposes chains.
         in_process: Has a CPU clock.
         sleep: Share of its time that it waits on top, without using the processor.
+        own_texts: Its texts differ from plain's, and nobody compares them.
     """
 
     speed: float = 1.0
@@ -63,6 +65,7 @@ class FakeArm:
     chain: bool = True
     in_process: bool = True
     sleep: float = 0.0
+    own_texts: bool = False
 
 
 ARMS: Mapping[str, FakeArm] = {
@@ -108,11 +111,12 @@ class Fake:
                 unit = self._unit(index, setting, number)
                 units[index, unit.unit] = unit
                 for name, arm in self.arms.items():
-                    checks.append(_check(unit, number, name, arm))
+                    if not arm.own_texts:
+                        checks.append(_check(unit, number, name, arm))
                     passes[index, unit.unit, name] = self._pass(unit, name, arm, acceptance)
             times += self._times(index, [u for (s, _), u in units.items() if s == index], generator)
         curves = {
-            (s.dtype, s.batch): CurveRecord(
+            (s.dtype, s.batch, 0): CurveRecord(
                 s.dtype,
                 s.batch,
                 {str(q): self.token_seconds * (0.9 + 0.1 * q**0.8) for q in (1, 2, 4, 8, 16, 32)},
@@ -213,6 +217,8 @@ class Fake:
 
 
 def _text(unit: UnitRecord, number: int, arm: FakeArm) -> str:
+    if arm.own_texts:
+        return unit.text_sha256 + "-own"
     if number in arm.wrong:
         return unit.text_sha256 + "-wrong"
     if number in arm.near_tie:
@@ -228,6 +234,12 @@ def _check(unit: UnitRecord, number: int, name: str, arm: FakeArm) -> CheckRecor
     if number in arm.near_tie:
         return CheckRecord(*place, "near_tie", {"exact": total - 1, "near_tie": 1}, [0, 9], 1.25)
     return CheckRecord(*place, "exact", {"exact": total})
+
+
+def sampled(name: str, passed: bool) -> SamplingRecord:
+    """A test of what an arm samples, in the first setting."""
+    p_value = 0.4 if passed else 1e-9
+    return SamplingRecord(0, name, 400, 5, p_value, 1e-5, 0.1, 0.1, 400, passed, passed)
 
 
 def with_arm(fake: Fake, name: str, **changes: Any) -> Fake:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.fake_results import ARMS, PROVENANCE, Fake, FakeArm, with_arm, write
+from bench.fake_results import ARMS, PROVENANCE, Fake, FakeArm, sampled, with_arm, write
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench.gate.command import run_gate
 from specdec_bench.gate.judge import Judgement, compare
@@ -17,6 +17,9 @@ EAGLE = "eagle3:depth=3,top_k=1"
 SOMEWHERE = Path("base.jsonl"), Path("new.jsonl")
 BASE = Fake(seed=1, prompts=15, pairs=6, noise=0.06)
 NEW = replace(BASE, seed=2)
+
+
+BASE_HOT = replace(BASE, settings=(Setting(temperature=1.0),))
 
 
 def gate(base: Fake | Results, new: Fake | Results, **options: object) -> Judgement:
@@ -128,14 +131,48 @@ def test_an_arm_that_only_fails_now_fails_the_gate() -> None:
     one = replace(BASE, pairs=1)
     failing = with_arm(replace(NEW, pairs=1), EAGLE, errors=range(15))
     assert any("could be timed any more" in words for words in gate(one, failing).failures)
-    some = gate(BASE, with_arm(NEW, EAGLE, errors=(1, 2)))
-    assert some.failures == []
-    assert any("2 timed answers failed, and 0 in the old run" in words for words in some.warnings)
+    errors = with_arm(NEW, EAGLE, errors=(1, 2))
+    some, words = gate(BASE, errors), f"{EAGLE} fails on 2 requests, and failed on 0"
+    assert len(some.failures) == 1
+    assert words in some.failures[0]
+    allowed = gate(BASE, errors, allow_missing=True)
+    assert allowed.failures == []
+    assert any(words in warning for warning in allowed.warnings)
+    assert gate(with_arm(BASE, EAGLE, errors=(1, 2)), errors).failures == []
+    hf = gate(BASE, with_arm(NEW, "hf", errors=(1, 2)))  # the arm that speeds are relative to
+    assert any("hf fails on 2 requests" in words for words in hf.failures)
+
+
+def test_an_arm_that_is_gone_fails_the_gate() -> None:
+    for name in (EAGLE, "hf"):
+        gone = replace(NEW, arms={n: a for n, a in ARMS.items() if n != name})
+        words = f"{name} is not in the new run"
+        assert any(words in failure for failure in gate(BASE, gone).failures)
+        allowed = gate(BASE, gone, allow_missing=True)
+        assert allowed.failures == []
+        assert any(words in warning for warning in allowed.warnings)
+
+
+def test_a_wrong_distribution_fails() -> None:
+    new = NEW.results()
+    wrong = gate(BASE, replace(new, sampling=[sampled(EAGLE, False)])).failures
+    assert len(wrong) == 1
+    assert wrong[0].startswith(f"{EAGLE}, float32, batch 1, greedy: WRONG DISTRIBUTION, p = 1e-09")
+    assert gate(BASE, replace(new, sampling=[sampled(EAGLE, True)])).failures == []
+
+
+def test_texts_that_are_not_promised_pass_against_themselves() -> None:
+    facts = {**PROVENANCE, "not_promised": {"0": ["hf_prompt_lookup"]}}
+    hot = replace(BASE, settings=(Setting(temperature=1.0),), provenance=facts)
+    hot = with_arm(hot, "hf_prompt_lookup", own_texts=True)
+    found = gate(hot, replace(hot, seed=2))
+    assert found.failures == []
+    assert "hf_prompt_lookup" in [c.arm for c in found.comparisons]
+    unsaid = replace(hot, provenance=PROVENANCE)
+    assert any("nobody checked it" in words for words in gate(BASE_HOT, unsaid).failures)
 
 
 def test_warnings() -> None:
-    gone = replace(NEW, arms={n: a for n, a in ARMS.items() if n != EAGLE})
-    assert any(f"{EAGLE} is not in the new run" in words for words in gate(BASE, gone).warnings)
     old_wrong = gate(with_arm(BASE, EAGLE, wrong=(1,)), NEW)
     assert any("the old text" in words for words in old_wrong.warnings)
     assert EAGLE not in [c.arm for c in old_wrong.comparisons]
@@ -181,7 +218,7 @@ def test_plains_text_changed_in_some_requests() -> None:
 )
 def test_refused(changes: dict, words: str) -> None:
     with pytest.raises(SpecdecError, match=words):
-        gate(BASE, replace(NEW, **changes))
+        gate(BASE, replace(NEW, **changes), allow_missing=True)
 
 
 @pytest.mark.parametrize(

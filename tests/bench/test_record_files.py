@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def _copy(line: int) -> Callable[[list[dict[str, Any]]], None]:
         (_set(4, "verdict", "fine"), "line 5: field 'verdict' must be one of exact"),
         (_set(5, "arm", "y"), "line 6: field 'arm': 'y'"),
         (_set(5, "unit", "v"), "line 6: field 'unit'"),
-        (_set(5, "wall", -1.0), "field 'wall': -1.0 is below 0"),
+        (_set(5, "wall", -1.0), "field 'wall': -1 is not from 0 to"),
         (_set(5, "wall", float("nan")), "line 6: not JSON"),
         (_drop(5, "cpu"), "line 6: field 'cpu' is missing"),
         (_set(11, "records", 10), "line 12: field 'records'"),
@@ -206,6 +207,39 @@ def test_resuming_needs_the_same_run(tmp_path: Path, path: Path) -> None:
     assert own.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("device_name", "fast CPU", "slow CPU"),
+        ("threads", 1, 2),
+        ("revision", "abc", "abd"),
+        ("packages", {"torch": "2.7"}, {"torch": "2.8"}),
+        ("head_sha256", "a", "b"),
+        ("draft_sha256", None, "b"),
+    ],
+)
+def test_times_of_two_machines_or_versions_are_not_joined(
+    tmp_path: Path, name: str, old: Any, new: Any
+) -> None:
+    path = tmp_path / "run.jsonl"
+    first, other = (
+        replace(header(), provenance={**header().provenance, name: value}) for value in (old, new)
+    )
+    with RecordWriter(path, first) as writer:
+        writer.append(UNIT)
+    with pytest.raises(ConfigError, match=name), RecordWriter(path, other, resume=True):
+        pass
+    with RecordWriter(path, first, resume=True) as writer:
+        assert writer.before is not None
+
+
+def test_files_from_before_a_field_was_added_are_read(path: Path) -> None:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    del lines[3]["first_tokens"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_results(path).passes[0, "u", "x"].first_tokens == 1
+
+
 def test_overwriting_takes_result_files_only(tmp_path: Path, path: Path) -> None:
     with RecordWriter(path, header("r3"), overwrite=True) as writer:
         writer.finish("pairs", 1.0)
@@ -235,6 +269,6 @@ def test_numbers_that_json_lacks_are_not_written(tmp_path: Path) -> None:
     with RecordWriter(path, header()) as writer:
         with pytest.raises(SpecdecError, match="cannot be written"):
             writer.append(UNIT, TimeRecord(0, "u", "x", 0, 0, float("nan"), None, ""))
-        assert len(path.read_bytes().splitlines()) == 1, "all of a group or nothing"
+        assert path.read_bytes() == b"", "all of a group or nothing"
     with pytest.raises(SpecdecError, match="closed"):
         writer.append(UNIT)

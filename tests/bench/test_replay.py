@@ -3,7 +3,9 @@
 import gzip
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from specdec_bench.replay.traces import (
     read_answers,
     read_counters,
 )
+from specdec_bench.summary.speculation_profile import check_profile
 
 SHARED = Path("../shared/data")
 TRACES = SHARED / "traces"
@@ -371,6 +374,46 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert str(Path.home()) not in output.read_text()
     with pytest.raises(ConfigError, match="already there; --overwrite"):
         run_replay(options)
+
+
+def test_the_profile_of_the_first_method(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        text = f"def {name}(a):\n    return a\n\n" * 2 + "print(a)\nprint(b)\nprint(c)\n"
+        rows = [{"prompt": f"write {n}", "answer": text + str(n), "id": n} for n in range(3)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    files = (tmp_path / "one.jsonl", tmp_path / "two.jsonl")
+    options = ReplayOptions(
+        files,
+        methods=("prompt_lookup:num_draft_tokens=4", "suffix"),
+        output=tmp_path / "out.jsonl",
+        profile=tmp_path / "new" / "profile.json",
+        keep_loops=True,
+    )
+    assert run_replay(options) == 0
+    assert "Profile of prompt_lookup:num_draft_tokens=4" in capsys.readouterr().out
+    found = json.loads((tmp_path / "new" / "profile.json").read_text())
+    check_profile(found)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    counted: Counter[str] = Counter()
+    for line in lines:
+        if line["kind"] == "answer" and line["method"].startswith("prompt_lookup"):
+            counted.update(line["histogram"])
+    assert found["acceptance_length_histogram"] == dict(sorted(counted.items()))
+    assert found["num_speculative_tokens"] >= 4
+    assert sum(c["num_requests"] for c in found["per_category"].values()) == 6
+    assert found["measurement_conditions"]["dataset"] == "one.jsonl, two.jsonl"
+    assert str(tmp_path) not in json.dumps(found)
+    for change, words in (
+        ({"output": None}, "already there; --overwrite"),
+        ({"output": None, "counters": True, "methods": ()}, "--profile needs positions"),
+        ({"output": None, "profile": files[0], "overwrite": True}, "which is needed"),
+        ({"output": tmp_path / "p", "profile": tmp_path / "p"}, "which is needed"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run_replay(replace(options, **change))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from specdec.verify import verify
 from specdec_bench import RunOptions, read_results, run
 from specdec_bench.measure.arms import GenerateArm, Workbench, parse_arm
 from specdec_bench.measure.command import run_run
+from specdec_bench.measure.loaded import Loaded
 from specdec_bench.measure.measuring import BurstWatch, warm_up
 from specdec_bench.measure.schedule import Stopping, Timings, order
 from specdec_bench.measure.units import Unit, text_hash
@@ -166,9 +167,7 @@ def test_repeats_of_one_prompt_never_see_an_earlier_answer(
 ) -> None:
     """The histogram of every repeat is that of the first; a drafter that remembers is caught."""
     _, seen = measured
-    from specdec_bench.measure.runner import _Loaded
-
-    bench = Workbench(_Loaded(RunOptions(), "float32").model, None, Setting())
+    bench = Workbench(Loaded(RunOptions(), "float32").model, None, Setting())
     unit = next(u for u in seen if u.record.unit.endswith("b"))
 
     def repeats(arm: GenerateArm) -> list[dict[int, int]]:
@@ -315,9 +314,7 @@ def test_bursts_are_what_comes_between_two_forwards() -> None:
 
 def test_a_warm_up_sees_chains_and_trees(measured: tuple[Results, list[Unit]]) -> None:
     _, seen = measured
-    from specdec_bench.measure.runner import _Loaded
-
-    bench = Workbench(_Loaded(RunOptions(), "float32").model, None, Setting())
+    bench = Workbench(Loaded(RunOptions(), "float32").model, None, Setting())
     for name, chain in (("prompt_lookup", True), ("recycling:nodes=8", False)):
         rows, looked = warm_up(GenerateArm(parse_arm(name), bench), seen[0])
         assert looked.chain is chain

@@ -50,6 +50,31 @@ def sampler(model: Any, temperature: float = TEMPERATURE, **extra: Any) -> Sampl
     return sample
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_only_the_scores_of_the_texts_are_computed(
+    model: Any, monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
+    prompt, texts = list(range(2, 30)), [(5, 6), (7, 8)]
+    widths: list[int] = []
+    real = model.forward
+
+    def forward(input_ids: Any, logits_to_keep: int = 0, **more: Any) -> Any:
+        found = real(input_ids=input_ids, logits_to_keep=logits_to_keep, **more)
+        widths.append(found.logits.shape[1])
+        return found
+
+    def whole(input_ids: Any, **more: Any) -> Any:
+        return forward(input_ids, **more)
+
+    monkeypatch.setattr(model, "forward", forward if keeps else whole)
+    laws = sampling_check._PrefixLaw(model, prompt, 0.8)._laws(texts)
+    assert laws.shape[:2] == (2, 3)
+    assert widths == [3 if keeps else 30]
+    with torch.no_grad():
+        own = real(input_ids=torch.tensor([[*prompt, 7, 8]])).logits[0, -3:].double()
+    assert torch.allclose(laws[1], (own / 0.8).softmax(-1), atol=1e-6)
+
+
 def test_sound_arms_pass_and_bent_ones_fail(model: Any, plan: SamplingPlan) -> None:
     plain = sampler(model)
     lookup, tree = specdec.SpecConfig("suffix"), specdec.SpecConfig("recycling", {"nodes": 8})

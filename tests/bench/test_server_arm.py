@@ -39,6 +39,9 @@ class Fake:
     incremental: bool = False
     fails: str = ""
     delay: float = 0.0
+    clears: str = ""  # path that clears the prefix cache
+    cleared: list[int] = field(default_factory=list)  # requests that there were by then
+    cache_config: str = ""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -61,8 +64,8 @@ class Handler(BaseHTTPRequestHandler):
                     f'{series}_total{{engine="0",model_name="other"{label}}} {3 * value}.0'
                 )
                 lines.append(f'{series}_created{{engine="0",model_name="toy"{label}}} 1.7e+09')
-            self.reply("\n".join(lines))
-        elif path == "/get_server_info" and fake.owner == "sglang":
+            self.reply("\n".join([*lines, fake.cache_config]))
+        elif (path, fake.owner) in (("/server_info", "vllm"), ("/get_server_info", "sglang")):
             self.reply(json.dumps(fake.info))
         else:
             self.reply("nothing here", 404)
@@ -70,6 +73,13 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         fake = self.fake
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path in ("/flush_cache", "/reset_prefix_cache"):
+            busy = self.path == fake.clears and len(fake.cleared) % 3 == 1  # done with it soon
+            fake.cleared.append(-1 if busy else len(fake.asked))
+            self.reply("Cache flushed." if not busy else "busy", 400 if busy else 200) if (
+                self.path == fake.clears
+            ) else self.reply("no such path", 404)
+            return
         fake.asked.append(body)
         fake.headers.append(dict(self.headers))
         if fake.fails == "http":
@@ -377,3 +387,71 @@ def test_bad_addresses(address: str) -> None:
 def test_sampling_is_refused() -> None:
     with pytest.raises(ConfigError, match="a server's random numbers are its own"):
         ServerArm.of("http://127.0.0.1:9", None, None, Setting(temperature=0.7))
+
+
+@pytest.mark.parametrize("make", [lambda: vllm(clears="/reset_prefix_cache"),
+                                  lambda: sglang(clears="/flush_cache")])  # fmt: skip
+def test_the_prefix_cache_is_cleared_before_every_request(make: Any) -> None:
+    fake = make()
+    with serving(fake) as url:
+        server = arm(url)
+        assert server.facts == {"engine": fake.owner, "prefix_cache": "cleared"}
+        start = time.perf_counter()
+        server.run(unit())
+        whole = time.perf_counter() - start
+        assert server.seconds is not None
+        assert 0 < server.seconds < whole
+        server.instrumented(unit())
+        server.run(unit())
+    assert [count for count in fake.cleared if count >= 0] == [0, 0, 1, 2]
+    assert len(fake.asked) == 3
+
+
+def test_a_server_that_keeps_prompts_is_known_by_it() -> None:
+    off = 'vllm:cache_config_info{block_size="16",enable_prefix_caching="False"} 1.0'
+    for fake, state in (
+        (vllm(), "kept"),
+        (sglang(), "kept"),
+        (vllm(cache_config=off), "off"),
+        (vllm(cache_config=off.replace("False", "True")), "kept"),
+        (Fake("somebody"), "unknown"),
+    ):
+        with serving(fake) as url:
+            assert arm(url).facts["prefix_cache"] == state
+    fake = sglang()
+    fake.info["disable_radix_cache"] = True
+    with serving(fake) as url:
+        assert arm(url).facts["prefix_cache"] == "off"
+
+
+def test_a_cache_that_can_no_longer_be_cleared_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec_bench.server.memory._WAIT", 0.05)
+    fake = sglang(clears="/flush_cache")
+    with serving(fake) as url:
+        server = arm(url)
+        fake.clears = ""
+        with pytest.raises(SpecdecError, match="no longer clears the prefix cache"):
+            server.run(unit())
+    assert not fake.asked
+
+
+def test_servers_that_draft_from_earlier_answers_are_refused() -> None:
+    fake = sglang()
+    fake.info["speculative_algorithm"] = "NGRAM"
+    with serving(fake) as url, pytest.raises(ConfigError, match="NGRAM"):
+        arm(url)
+    said = "SpeculativeConfig(method='suffix', num_spec_tokens=8)"
+    with serving(vllm()) as url:
+        assert arm(url)
+    fake = vllm()
+    fake.info["vllm_config"] = said
+    with serving(fake) as url, pytest.raises(ConfigError, match="suffix decoding"):
+        arm(url)
+    fake.info["vllm_config"] = said.replace("8", "8, suffix_decoding_max_cached_requests=0")
+    with serving(fake) as url:
+        assert arm(url)
+
+
+def test_tokens_that_come_with_the_first_are_counted() -> None:
+    with serving(vllm(rounds=[[5, 6, 7], [8, 9], [10, 11]])) as url:
+        assert arm(url).instrumented(unit()).first_tokens == 3

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.fake_results import ARMS, PROVENANCE, Fake, FakeArm, with_arm
+from bench.fake_results import ARMS, PROVENANCE, Fake, FakeArm, sampled, with_arm
 from specdec_bench.results.records import Results, Setting
 from specdec_bench.summary.summarize import noisy_clocks, summarize
 from specdec_bench.summary.types import ArmFigures, SettingFigures, Summary
@@ -75,7 +75,10 @@ def test_acceptance_costs_and_latency_are_sums_over_passes() -> None:
     whole = sum(p.seconds - p.first_token for p in passes)
     assert sum(found.costs.per_token.values()) == pytest.approx(whole / tokens)
     assert sum(found.costs.per_round.values()) == pytest.approx(whole / rounds)
-    assert found.costs.per_round["host"] == pytest.approx(0.09 * whole / rounds)
+    assert tuple(found.costs.per_round) == ("draft", "verify", "accept", "commit", "host")
+    assert found.costs.per_round["verify"] == pytest.approx(0.72 * whole / rounds)
+    assert found.costs.per_round["accept"] == pytest.approx(0.06 * whole / rounds)
+    assert found.costs.per_round["host"] == pytest.approx((0.09 + 0.02) * whole / rounds)
     assert found.latency.per_token == pytest.approx(whole / tokens)
     assert found.latency.gaps[50] <= found.latency.gaps[95] <= found.latency.gaps[99]
     assert found.latency.largest_burst == 3
@@ -115,7 +118,70 @@ def test_wrong_text_shows_no_speedup_anywhere() -> None:
     assert summary.wrong == [f"{EAGLE} in float32, batch 1, greedy"]
     assert found.texts.units == {"exact": 23, "wrong": 1}
     assert found.texts.tokens["wrong"] == 3
-    assert arm(summary, "prompt_lookup").gain is not None
+    other = arm(summary, "prompt_lookup")
+    assert not other.wrong
+    assert (other.gain, other.over_hf) == (None, None)
+    assert all(c.gain is None for c in other.categories)
+    assert f"{found.no_gain}, so no speed-up is shown in this setting" == other.no_gain
+    assert summary.settings[0].loop_gain is None
+    assert summary.settings[0].again is not None  # noise, not a speed-up
+
+
+def test_a_wrong_text_of_one_setting_leaves_the_others_alone() -> None:
+    settings = (Setting(), Setting(batch=2))
+    results = Fake(settings=settings).results()
+    checks = [
+        replace(c, verdict="wrong", first_difference=[0, 3])
+        if c.setting == 1 and c.arm == EAGLE
+        else c
+        for c in results.checks
+    ]
+    summary = summarize(replace(results, checks=checks))
+    assert arm(summary, "prompt_lookup", 0).gain is not None
+    assert arm(summary, "prompt_lookup", 1).gain is None
+
+
+def test_a_wrong_text_of_the_repeated_baseline_counts() -> None:
+    summary = summarize(with_arm(Fake(), "loop0_again", wrong=(0,)).results())
+    assert summary.wrong == ["loop0_again in float32, batch 1, greedy"]
+    assert summary.settings[0].again is None
+    assert all(a.gain is None for a in summary.settings[0].arms)
+
+
+def own_texts(arms: list[str] | None) -> Fake:
+    """A sampled run in which one arm draws texts of its own."""
+    fake = with_arm(Fake(settings=(Setting(temperature=1.0),)), "hf_prompt_lookup", own_texts=True)
+    facts = {} if arms is None else {"not_promised": {"0": arms}}
+    return replace(fake, provenance={**PROVENANCE, **facts})
+
+
+def test_a_text_that_is_not_promised_is_timed_and_named() -> None:
+    found = arm(summarize(own_texts(["hf_prompt_lookup"]).results()), "hf_prompt_lookup")
+    assert found.texts.units == {"not_promised": 12}
+    assert not found.texts.unchecked
+    assert found.gain is not None
+    assert found.gain.wall.value == pytest.approx(0.88, rel=0.02)
+    for other in (None, [], ["another"], "hf_prompt_lookup", [["hf_prompt_lookup"]]):
+        unsaid = arm(summarize(own_texts(other).results()), "hf_prompt_lookup")  # type: ignore[arg-type]
+        assert unsaid.texts.unchecked
+        assert unsaid.gain is None
+
+
+def test_the_baseline_always_promises_its_text() -> None:
+    fake = with_arm(own_texts(["loop0", "loop0_again"]), "loop0", own_texts=True)
+    assert arm(summarize(fake.results()), "loop0").texts.unchecked
+
+
+def test_an_arm_of_another_law_has_no_speedup_anywhere() -> None:
+    results = Fake(settings=(Setting(), Setting(batch=2))).results()
+    tests = [sampled(EAGLE, False), sampled("prompt_lookup", True)]
+    summary = summarize(replace(results, sampling=tests))
+    for setting in (0, 1):
+        found = arm(summary, EAGLE, setting)
+        assert (found.gain, found.over_hf) == (None, None)
+        assert "samples from another distribution" in found.no_gain
+        assert arm(summary, "prompt_lookup", setting).gain is not None
+    assert [test.arm for test in summary.wrong_sampling] == [EAGLE]
 
 
 def test_wrong_baseline_takes_every_speedup_away() -> None:
@@ -123,13 +189,6 @@ def test_wrong_baseline_takes_every_speedup_away() -> None:
     assert figures.again is None
     assert figures.loop_gain is None
     assert all(a.gain is None and a.over_hf is None for a in figures.arms)
-
-
-def test_wrong_hf_takes_only_its_own_away() -> None:
-    summary = summarize(with_arm(Fake(), "hf", wrong=(0,)).results())
-    assert arm(summary, "hf").gain is None
-    assert arm(summary, EAGLE).over_hf is None
-    assert arm(summary, EAGLE).gain is not None
 
 
 def test_a_text_that_nobody_checked_counts_as_no_text() -> None:

@@ -15,6 +15,7 @@ import specdec.loop
 from specdec.demo import load_target, load_tokenizer
 from specdec.errors import ConfigError, SpecdecError
 from specdec.exactness import audit, reference_model, replay_noise
+from specdec_bench.checks import text as text_module
 from specdec_bench.checks.teacher_forced import LARGEST_RATIO, Judged, Requests, judge
 from specdec_bench.checks.text import ReferenceModel, check_text, promises_text
 from specdec_bench.results.records import Setting, UnitRecord
@@ -81,6 +82,22 @@ def test_equal_texts_need_no_reference() -> None:
     found = check_text(fresh, model, unit, unit.text_ids, setting("bfloat16", 4))
     assert found == ("exact", {"exact": 4 * NEW, "near_tie": 0, "wrong": 0}, None, None)
     assert not fresh.made
+
+
+def test_a_copy_that_does_not_fit_is_made_on_the_cpu(
+    bf16: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def made(model: object, device: object = None) -> object:
+        asked.append(device)
+        return reference_model(model, device)
+
+    monkeypatch.setattr(text_module, "reference_model", made)
+    for fits, device in ((True, None), (False, "cpu")):
+        monkeypatch.setattr(text_module, "_fits", lambda _, fits=fits: fits)
+        assert ReferenceModel().of(bf16).dtype == torch.float64
+        assert asked.pop() == device
 
 
 def test_fp32_forgives_nothing() -> None:

@@ -24,6 +24,7 @@ from specdec_bench.measure.arms import Workbench
 from specdec_bench.measure.runner import clear_generation_config
 from specdec_bench.measure.units import Maker, Unit, padded
 from specdec_bench.results.records import CurveRecord, Setting, UnitRecord
+from specdec_bench.summary.intervals import Ratio
 from specdec_bench.tasks import load_tasks
 from specdec_bench.tune import search as tune_search
 from specdec_bench.tune import timing as tune_timing
@@ -238,6 +239,72 @@ def test_the_race_ends_with_the_fastest(bench: Bench) -> None:
     # Losers were left alone after the first rounds.
     answers = {c: sum(map(len, found.values())) for c, found in race.seconds.items()}
     assert answers[candidate("m7")] < answers[candidate("m0")]
+
+
+def test_the_choice_is_by_the_last_round_alone(bench: Bench) -> None:
+    """A candidate that was only lucky before is none, and one that is shown to pay is chosen."""
+    bench.text_rounds = [[10]] * len(bench.units)
+    lucky, steady = candidate("lucky"), candidate("steady")
+
+    class Late(FakeRace):
+        """Lucky is fast while finalists are chosen, and slower than plain when it counts."""
+
+        def _time_unit(self, left: Any, unit: Unit, shift: int, is_last: bool) -> None:
+            self.speeds = {**self.speeds, "lucky": 1.2 if is_last else 0.5}
+            super()._time_unit(left, unit, shift, is_last)
+
+    for speeds, chosen in (
+        ({"none": 1.0, "lucky": 0.5, "steady": 0.9, "slow": 2.0}, "steady"),
+        ({"none": 1.0, "lucky": 0.5, "steady": 1.1, "slow": 2.0}, "none"),
+    ):
+        race = Late(bench)
+        race.speeds = speeds
+        race.run([lucky, steady, candidate("slow")])
+        assert set(race.finalists) == {lucky, steady}
+        forecasts = [Forecast(c, 1.5, 2.0, 4.0) for c in race.finalists]
+        found = tune_module._choose(race, forecasts, TuneOptions())
+        assert found.method == chosen
+        if chosen != "none":
+            assert found.measured is not None
+            assert found.measured[1] > 1
+            assert found.measured[0] == pytest.approx(1 / 0.9)
+
+
+def test_without_an_interval_nothing_is_shown_to_pay(bench: Bench) -> None:
+    class One(FakeRace):
+        def final_gain(self, candidate: Candidate) -> Ratio:
+            return Ratio(5.0, 0.0, math.inf, "nothing")
+
+    race = One(bench)
+    race.finalists = [candidate("a")]
+    assert tune_module._choose(race, [], TuneOptions()).method == "none"
+
+
+def test_answers_are_timed_by_both_clocks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gc
+    import time
+
+    states: list[bool] = []
+
+    class Sleeper:
+        def run(self, unit: Unit) -> None:
+            states.append(gc.isenabled())
+            time.sleep(0.05)
+
+    monkeypatch.setattr(tune_timing, "arm_of", lambda *_: Sleeper())
+    wall, cpu = (Race(bench, by_cpu)._once(PLAIN, bench.units[0]) for by_cpu in (False, True))
+    assert wall >= 0.05 > 2 * cpu
+    assert states == [False, False]
+
+
+def test_a_draft_is_named_by_its_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "head").mkdir()
+    assert tune_module.located("head") == str(tmp_path / "head")
+    assert tune_module.located("someone/head") == "someone/head"
+    assert tune_module.located(None) is None
 
 
 def test_a_race_that_nobody_survives_is_empty(bench: Bench) -> None:

@@ -102,6 +102,33 @@ def test_each_batch_size_has_its_own_choice(
         assert specdec.last_stats(model).method == "jacobi"
 
 
+def test_far_larger_batches_run_plain_and_say_so_once(
+    model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    two = TunedChoice("recycling", {"nodes": 3})
+    write_tuned(tmp_path / "t.json", tuned_for(model, b1=TunedChoice("suffix"), b2=two))
+    plain = model.generate(PROMPT.expand(5, -1), max_new_tokens=4, do_sample=False)
+    with specdec.augmented(model, tuned=tmp_path / "t.json"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.generate(PROMPT.expand(4, -1), max_new_tokens=4, do_sample=False)
+            assert specdec.last_stats(model).method == "recycling"
+            model.generate(PROMPT.expand(5, -1), max_new_tokens=4, do_sample=False,
+                           specdec=specdec.SpecConfig("jacobi"))  # fmt: skip
+            assert specdec.last_stats(model).method == "jacobi"
+        with pytest.warns(UserWarning, match="a batch of 5 is far above 2") as caught:
+            text = model.generate(PROMPT.expand(5, -1), max_new_tokens=4, do_sample=False)
+        assert caught[0].filename == __file__
+        assert torch.equal(text, plain)
+        assert specdec.last_stats(model).method == "none"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.generate(PROMPT.expand(64, -1), max_new_tokens=2, do_sample=False)
+        assert specdec.last_stats(model).method == "none"
+        model.generate(PROMPT, max_new_tokens=4, do_sample=False)
+        assert specdec.last_stats(model).method == "suffix"
+
+
 def test_callbacks_join_it_and_other_options_do_not(model: LlamaForCausalLM, path: Path) -> None:
     seen: list[Any] = []
     with specdec.augmented(model, tuned=path, on_round=seen.append):

@@ -15,10 +15,11 @@ from specdec.errors import ConfigError
 from specdec.sources.suffix_index import NO_MATCH
 from specdec.sources.suffix_store import SuffixStore
 from specdec.tokenizers import tokenizer_fingerprint
-from specdec_bench.measure.arms import Workbench, fill_stores, space_of
+from specdec_bench.measure.arms import Workbench, fill_stores
 from specdec_bench.measure.costs import RoundCosts, cost_ratio, measure_curve, predict
+from specdec_bench.measure.loaded import Loaded
 from specdec_bench.measure.options import RunOptions
-from specdec_bench.measure.runner import _Loaded, default_arms, settings_of
+from specdec_bench.measure.runner import default_arms, settings_of
 from specdec_bench.measure.units import MIXED, Maker, Unit, padded, text_hash
 from specdec_bench.results.records import CurveRecord, PassRecord, Setting
 from specdec_bench.tasks import Prompt
@@ -98,7 +99,7 @@ def test_a_text_counts_up_to_its_end_its_loop_or_the_limit() -> None:
     units, skipped = maker(model).make(0, [prompt(f"p{i}", f"{i} 1") for i in range(1, 6)])
     assert [unit.record.unit for unit in units] == ["p1", "p2", "p3"]
     assert [unit.record.new_tokens for unit in units] == [21, 21, 40]
-    assert units[0].text_ids == [[*news(20), END]]
+    assert units[0].text_ids == ((*news(20), END),)
     assert [round(unit.record.looping, 3) for unit in units] == [0.0, round(19 / 40, 3), 0.0]
     assert (skipped.asked, skipped.short, skipped.ungrouped) == (5, 2, 0)
     assert [unit.index for unit in units] == [0, 1, 2]
@@ -136,6 +137,21 @@ def test_long_prompts_keep_their_end_and_are_counted() -> None:
         maker(model).make(0, prompts)
     with pytest.raises(ConfigError, match="'empty' has no tokens"):
         maker(Script({})).make(0, [prompt("empty", "")])
+
+
+@pytest.mark.parametrize(
+    ("ids", "room", "kept"),
+    [([50, 1, 2, 3], 3, [50, 2, 3]), ([4, 1, 2, 3], 3, [1, 2, 3]), ([50, 1, 2], 1, [2])],
+)
+def test_a_shortened_prompt_keeps_the_token_that_begins_every_text(
+    ids: list[int], room: int, kept: list[int]
+) -> None:
+    tokenizer = Words()
+    tokenizer.bos_token_id = 50  # type: ignore[attr-defined]
+    model = Script({kept[0]: news(60)})
+    prompts = [prompt("p", " ".join(map(str, ids)))]
+    units, _ = maker(model, tokenizer, prompt_tokens=room).make(0, prompts)
+    assert list(units[0].prompt_ids[0]) == kept
 
 
 def test_batches_hold_one_category_and_similar_lengths_and_the_rest_is_mixed() -> None:
@@ -206,7 +222,7 @@ def test_the_prediction_is_the_formula() -> None:
 
 
 def test_a_curve_is_measured_in_every_batch() -> None:
-    loaded = _Loaded(RunOptions(), "float32")
+    loaded = Loaded(RunOptions(), "float32")
     for batch in (1, 2):
         curve = measure_curve(loaded.model, "float32", batch, seconds=0.01)
         assert (curve.dtype, curve.batch) == ("float32", batch)
@@ -231,10 +247,11 @@ def test_a_store_never_holds_texts_of_the_units_own_cluster(tmp_path: Path) -> N
     prompts = [prompt(f"p{i}", f"{i}", cluster=c) for i, c in clusters.items()]
     units, _ = maker(model).make(0, prompts)
     tokenizer = load_tokenizer()
-    fill_stores(Workbench(None, tokenizer, Setting(), stores=tmp_path), units)
+    bench = Workbench(None, tokenizer, Setting(), stores=tmp_path)
+    fill_stores(bench, units)
 
     def held(owner: Unit, text: Unit) -> bool:
-        store = SuffixStore(tmp_path, space_of(owner), tokenizer_fingerprint(tokenizer))
+        store = SuffixStore(tmp_path, bench.space_of(owner), tokenizer_fingerprint(tokenizer))
         store.refresh()
         ids = list(text.text_ids[0])
         return store.indexes[0].follow(NO_MATCH, ids).length == len(ids)
@@ -242,3 +259,23 @@ def test_a_store_never_holds_texts_of_the_units_own_cluster(tmp_path: Path) -> N
     for owner in units:
         for text in units:
             assert held(owner, text) is (owner.record.cluster != text.record.cluster)
+
+
+def test_many_prompts_share_a_few_stores(tmp_path: Path) -> None:
+    model = Script({i: [60 + i, *news(20, i), END] for i in range(1, 21)})
+    units, _ = maker(model).make(0, [prompt(f"p{i}", f"{i}") for i in range(1, 21)])
+    bench = Workbench(None, load_tokenizer(), Setting(), stores=tmp_path)
+    fill_stores(bench, units)
+    seen = {bench.space_of(unit) for unit in units}
+    assert len(seen) == 8
+    fingerprint = tokenizer_fingerprint(bench.tokenizer)
+    for unit in units[:9]:
+        store = SuffixStore(tmp_path, bench.space_of(unit), fingerprint)
+        store.refresh()
+        inside = [
+            store.indexes[0].follow(NO_MATCH, list(other.text_ids[0])).length
+            == len(other.text_ids[0])
+            for other in units
+        ]
+        assert inside == [bench.folds[other.index] != bench.folds[unit.index] for other in units]
+        assert not inside[unit.index]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import ConfigError
+from specdec.hf_compat import supports_logits_to_keep
 from specdec_bench.results.records import SamplingRecord
 
 LEAST_P = 1e-4
@@ -45,7 +46,7 @@ class SampledArm:
     Attributes:
         name: For the record.
         sample: Answers a prompt from a seed.
-        promised: It promises plain's text (see `text_check.promises_text`), exactly: fp32 or fp64.
+        promised: It promises plain's text (see `checks.text.promises_text`), exactly: fp32 or fp64.
     """
 
     name: str
@@ -233,8 +234,11 @@ class _PrefixLaw:
     def _laws(self, texts: Sequence[Text]) -> Tensor:
         """[N, n + 1, V] float64 laws at every token of texts of n tokens, and after the last."""
         ids = torch.tensor([[*self._prompt, *text] for text in texts], device=self._device)
-        logits = self._model(input_ids=ids, use_cache=False).logits
-        logits = logits[:, len(self._prompt) - 1 :].to("cpu", torch.float64)
+        wanted = ids.shape[1] - len(self._prompt) + 1
+        # Over a whole prompt, the scores of a large vocabulary are larger than the model.
+        keep = {"logits_to_keep": wanted} if supports_logits_to_keep(self._model) else {}
+        logits = self._model(input_ids=ids, use_cache=False, **keep).logits
+        logits = logits[:, -wanted:].cpu().double()
         laws: Tensor = (logits / self._temperature).softmax(-1)
         return laws
 

@@ -107,7 +107,7 @@ def _fp64_copy(model: Any) -> Any:
     """`reference_model`, on a device that can hold it, with an attention that has fp64."""
     attention = str(getattr(model.config, "_attn_implementation", None) or "sdpa")
     try:
-        reference = reference_model(model) if _fits(model) else reference_model(model).cpu()
+        reference = reference_model(model, None if _fits(model) else "cpu")
         if attention not in ("sdpa", "eager"):
             reference.set_attn_implementation("eager")
     except (ValueError, RuntimeError, TypeError) as problem:

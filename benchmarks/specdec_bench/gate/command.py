@@ -5,6 +5,7 @@ from __future__ import annotations
 from specdec.terminal import columns, say, wrapped
 from specdec_bench.gate.judge import Judgement, compare
 from specdec_bench.gate.options import GateOptions
+from specdec_bench.printable import printable
 from specdec_bench.results.files import read_results
 
 
@@ -30,7 +31,7 @@ def _show(judgement: Judgement, options: GateOptions) -> None:
     reference = judgement.reference
     unit = f"relative to {reference} in the same run" if reference else "by seconds"
     if judgement.comparisons:
-        say(wrapped(f"Speed of the new run over the old one, {unit}, with 95 % intervals:"))
+        say(_fit(f"Speed of the new run over the old one, {unit}, with 95 % intervals:"))
         clocks = list(dict.fromkeys(c for one in judgement.comparisons for c in one.speeds))
         rows = [["arm", "setting", *(f"{clock} time" for clock in clocks), "tokens per round", ""]]
         for one in judgement.comparisons:
@@ -39,13 +40,17 @@ def _show(judgement: Judgement, options: GateOptions) -> None:
             verdict = "WORSE" if one.failures else "ok"
             rows.append([one.arm, str(one.setting), *figures, verdict])
         for line in columns(rows):
-            say(line)
+            say(printable(line))
     if reference:
-        say(wrapped(f"What slows {reference} and the others alike cannot be seen this way."))
+        say(_fit(f"What slows {reference} and the others alike cannot be seen this way."))
     for words in judgement.warnings:
-        say(wrapped(f"warning: {words}", 2))
+        say(_fit(f"warning: {words}", 2))
     for words in judgement.failures:
-        say(wrapped(f"FAILED: {words}", 2))
+        say(_fit(f"FAILED: {words}", 2))
     if not judgement.failures:
         limit = f"{options.max_slowdown:.1%}"
         say(f"passed: no slowdown beyond {limit} is shown, all texts hold, acceptance held")
+
+
+def _fit(words: str, hang: int = 0) -> str:
+    return printable(wrapped(words, hang))

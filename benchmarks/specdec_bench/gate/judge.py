@@ -85,7 +85,7 @@ def compare(base: Results, new: Results, options: GateOptions) -> Judgement:
         raise ConfigError(f"--max-slowdown must be from 0 to below 1, got {options.max_slowdown}")
     warnings = _check_same_subject(base, new)
     reference = _reference(base, new, options)
-    failures = _text_failures(new)
+    failures = _text_failures(new) + _sampling_failures(new)
     comparisons: list[Comparison] = []
     for setting in base.header.settings:
         pair = _SettingPair(base, new, setting, reference, options, warnings)
@@ -165,6 +165,16 @@ def _text_failures(new: Results) -> list[str]:
     return found
 
 
+def _sampling_failures(new: Results) -> list[str]:
+    """Every arm of the new run that was seen to sample from another distribution."""
+    return [
+        f"{test.arm}, {new.header.settings[test.setting]}: WRONG DISTRIBUTION, p = "
+        f"{test.p_value:.3g} over {test.samples} sampled texts, {test.same_text} equal to plain's"
+        for test in new.sampling
+        if not test.passed
+    ]
+
+
 class _SettingPair:
     """Two runs in one setting."""
 
@@ -210,10 +220,12 @@ class _SettingPair:
             )
         found = []
         for arm in base.header.arms:
+            if arm == self._reference:
+                self._compare_errors(arm, failures)
             if arm in skipped:
                 continue
             if arm not in new.header.arms:
-                self._warn(f"{arm} is not in the new run, and was not compared")
+                self._missing(f"{arm} is not in the new run, and was not compared", failures)
                 continue
             if old[arm].wrong or old[arm].unchecked:
                 self._warn(f"the old text of {arm} is wrong, so its speed was not compared")
@@ -230,7 +242,7 @@ class _SettingPair:
 
     def _comparison(self, arm: str, failures: list[str]) -> Comparison | None:
         units = self._timed_units(arm)
-        self._warn_about_errors(arm)
+        self._compare_errors(arm, failures)
         if not units:
             if self._timings[0].repeats(arm) and not self._timings[1].repeats(arm):
                 failures.append(f"{arm}, {self._setting}: no answer of it could be timed any more")
@@ -342,13 +354,22 @@ class _SettingPair:
                 if clock in self._clocks:
                     self._warn(f"the {name} run was too noisy by its own A/A row, {clock} time")
 
-    def _warn_about_errors(self, arm: str) -> None:
+    def _compare_errors(self, arm: str, failures: list[str]) -> None:
+        """By request, for the runs may have repeated them differently often."""
         old, now = (
-            sum(1 for r in run.times if r.setting == index and r.arm == arm and r.error)
+            {r.unit for r in run.times if r.setting == index and r.arm == arm and r.error}
             for run, index in zip(self._runs, self._indices, strict=True)
         )
-        if now > old:
-            self._warn(f"{arm}: {now} timed answers failed, and {old} in the old run")
+        if len(now) > len(old):
+            words = f"{arm} fails on {len(now)} requests, and failed on {len(old)} in the old run"
+            self._missing(words, failures)
+
+    def _missing(self, words: str, failures: list[str]) -> None:
+        """What is not there cannot be slow: it fails, unless that is allowed."""
+        if self._options.allow_missing:
+            self._warn(words)
+        else:
+            failures.append(f"{self._setting}: {words}; --allow-missing would let it pass")
 
     def _warn(self, words: str) -> None:
         self._warnings.append(f"{self._setting}: {words}")

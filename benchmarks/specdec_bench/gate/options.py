@@ -18,7 +18,7 @@ def _arg(metavar: str, default: str = "") -> Any:
 
 @dataclass(frozen=True)
 class GateOptions:
-    """Compare two runs; fail on a shown slowdown, a wrong text, or a lower acceptance."""
+    """Compare two runs; fail on shown slowdowns, wrong texts, lower acceptance, or more errors."""
 
     base: Annotated[tyro.conf.Positional[Path], _arg("BASE")]
     """Results of the run to compare with."""
@@ -31,6 +31,8 @@ class GateOptions:
     what slows this arm and the others alike: hf runs no code of specdec's loop, loop0 does."""
     absolute: _Flag = False
     """Compare seconds, not ratios within a run: only for a machine that nobody else uses."""
+    allow_missing: _Flag = False
+    """Only warn when an arm of BASE is missing in NEW, or fails on more requests than it did."""
     clock: Literal["auto", "wall", "cpu"] = "auto"
     """auto looks at wall time, and at processor time where it means something: one thread, on a
     CPU. Processor time is steadier, and blind to waiting."""

@@ -40,6 +40,8 @@ _HF = {  # arm -> its options, and what Hugging Face calls them
 _LOOKUP_TOKENS = 10  # what Hugging Face's documentation gives
 _REMEMBERS = ("keep_pool", "keep_matrix", "store", "store_update", "space")
 _STORE = "+store"
+_MOST_FOLDS = 8  # of the prompts, when stores are filled from all but one of them
+_MOST_BUDGET, _MOST_DIGITS = 65536, 10
 
 
 class Arm(Protocol):
@@ -97,6 +99,11 @@ def parse_arm(spec: str) -> ArmSpec:
     if method == "server":
         if not rest.startswith(("http://", "https://")):
             raise ConfigError(f"arm {spec!r}: server takes an address, as server:http://host:8000")
+        if "@" in rest.partition(",")[0].partition("://")[2].partition("/")[0]:
+            raise ConfigError(  # without the name, which would show the password
+                "leave user and password out of a server's address: it is written to result files; "
+                "a bearer token goes in a file, as server:http://host:8000,key_file=FILE"
+            )
         return ArmSpec(name, "server", {"url": rest})
     pairs = tuple(pair for pair in rest.split(",") if pair)
     if method in _HF:
@@ -117,7 +124,7 @@ def _hf_options(spec: str, method: str, pairs: Sequence[str]) -> dict[str, Any]:
     known, found = _HF[method], {}
     for pair in pairs:
         name, _, text = pair.partition("=")
-        if name not in known or not text.isdigit() or not int(text):
+        if name not in known or not _is_digits(text) or not int(text):
             takes = " and ".join(f"{option}=N" for option in known) or "no options"
             raise ConfigError(f"arm {spec!r}: {method} takes {takes}, got {pair!r}")
         found[known[name]] = int(text)
@@ -128,9 +135,16 @@ def _take_budget(spec: str, pairs: tuple[str, ...]) -> tuple[int | None, tuple[s
     given = [pair.partition("=")[2] for pair in pairs if pair.startswith("budget=")]
     if not given:
         return None, pairs
-    if not given[-1].isdigit():
-        raise ConfigError(f"arm {spec!r}: budget must be a whole number, got {given[-1]!r}")
+    if not _is_digits(given[-1]) or int(given[-1]) > _MOST_BUDGET:
+        raise ConfigError(
+            f"arm {spec!r}: budget must be a whole number up to {_MOST_BUDGET}, got {given[-1]!r}"
+        )
     return int(given[-1]), tuple(pair for pair in pairs if not pair.startswith("budget="))
+
+
+def _is_digits(text: str) -> bool:
+    """Whether `int` takes it; "²" is a digit, too."""
+    return text.isascii() and text.isdigit() and len(text) < _MOST_DIGITS
 
 
 def _own_options(spec: str, method: str, pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -168,6 +182,7 @@ class Workbench:
         setting: The conditions.
         drafts: Method -> its head or draft model; called when first needed.
         stores: Folder for stores; emptied with the setting.
+        folds: Unit's number -> the part of its store that it may see, see `fill_stores`.
     """
 
     model: Any
@@ -175,6 +190,7 @@ class Workbench:
     setting: Setting
     drafts: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     stores: Path = Path("stores")
+    folds: dict[int, int] = field(default_factory=dict)
 
     def draft(self, method: str, arm: str) -> Any:
         """Head or draft model of a method.
@@ -190,6 +206,10 @@ class Workbench:
         if method not in self.drafts:
             flag = "--head" if method == "eagle3" else "--draft"
             raise ConfigError(f"arm {arm!r} needs {flag}: a folder or hub id")
+
+    def space_of(self, unit: Unit) -> str:
+        """The part of the store that a unit may see."""
+        return f"without{self.folds.get(unit.index, 0)}"
 
     def sampling(self) -> dict[str, Any]:
         """Arguments of `generate` for the setting's temperature; no other warper is on."""
@@ -286,7 +306,7 @@ class GenerateArm:
         if spec.store:
             options |= {
                 "store": bench.stores,
-                "space": space_of(unit),
+                "space": bench.space_of(unit),
                 "store_update": False,
             }
             options = with_tokenizer(spec.method, options, bench.tokenizer)
@@ -309,23 +329,25 @@ def make_arm(spec: ArmSpec, bench: Workbench) -> Arm:
     return GenerateArm(spec, bench)
 
 
-def space_of(unit: Unit) -> str:
-    """The part of the store that a unit may see."""
-    return f"unit{unit.index}"
-
-
 def fill_stores(bench: Workbench, units: Sequence[Unit]) -> None:
-    """One store for each unit, holding plain's texts of all other clusters.
+    """Fills the stores that units see: plain's texts of prompts that are not theirs.
+
+    Clusters are dealt out to a few folds, and the units of a fold share a store that holds the
+    texts of all other folds: never of their own clusters, and not one store for each unit.
 
     Args:
-        bench: Its `stores` folder takes them.
+        bench: Its `stores` folder takes them; its `folds` then say who sees which.
         units: All units of the setting.
     """
+    clusters = list(dict.fromkeys(unit.record.cluster for unit in units))
+    count = min(len(clusters), _MOST_FOLDS)
+    fold_of = {cluster: number % count for number, cluster in enumerate(clusters)}
+    bench.folds.update((unit.index, fold_of[unit.record.cluster]) for unit in units)
     fingerprint = tokenizer_fingerprint(bench.tokenizer)
-    for unit in units:
-        store = SuffixStore(bench.stores, space_of(unit), fingerprint)
+    for first in {bench.folds[unit.index]: unit for unit in units}.values():
+        store = SuffixStore(bench.stores, bench.space_of(first), fingerprint)
         for other in units:
-            if other.record.cluster == unit.record.cluster:
+            if bench.folds[other.index] == bench.folds[first.index]:
                 continue
             for text in other.text_ids:
                 store.add(text)

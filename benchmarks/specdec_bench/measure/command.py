@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -13,6 +14,7 @@ from specdec_bench.measure.options import RunOptions
 from specdec_bench.measure.profile_of_run import write_run_profile
 from specdec_bench.measure.runner import run
 from specdec_bench.measure.terminal_table import print_results
+from specdec_bench.output_files import check_replaceable
 from specdec_bench.results.files import is_unfinished
 
 
@@ -29,6 +31,9 @@ def run_run(options: RunOptions) -> int:
         SpecdecError: An option, the model, the prompts or the file is wrong.
     """
     path = options.output_path
+    if options.profile is not None:
+        inputs = [path, *map(Path, options.tasks)]
+        check_replaceable(options.profile, "--profile", b'"schema_version"', inputs)
     bars: list[Any] = []
     try:
         results = run(options, on_start=_progress(bars))

@@ -52,11 +52,15 @@ class CurveMeter:
         dtype: Name of its dtype, for the record.
         batch: Rows.
         prefix: Tokens of each row before the forward, as far as the model has room for them.
+        prompt_tokens: Longest prompt of the settings that it is for, for the record.
     """
 
-    def __init__(self, model: Any, dtype: str, batch: int, prefix: int = _PREFIX) -> None:
+    def __init__(
+        self, model: Any, dtype: str, batch: int, prefix: int = _PREFIX, prompt_tokens: int = 0
+    ) -> None:
         self._model, self._dtype, self._batch = model, dtype, batch
-        self._target, room = _prefilled_parts(model, batch, prefix)
+        self._target, self._prefix, room = _prefilled_parts(model, batch, prefix)
+        self._prompt_tokens = prompt_tokens
         self._times: dict[int, list[float]] = {q: [] for q in SIZES if q <= room}
         self._read = False
         self._clock = time.perf_counter
@@ -82,7 +86,7 @@ class CurveMeter:
     def record(self) -> CurveRecord:
         """Medians of what was measured."""
         found = {str(q): statistics.median(taken) for q, taken in self._times.items() if taken}
-        return CurveRecord(self._dtype, self._batch, found)
+        return CurveRecord(self._dtype, self._batch, found, self._prompt_tokens, self._prefix)
 
     def _in_a_row(self, size: int) -> list[float]:
         """Seconds of forwards of one size that follow others of the same size.
@@ -114,15 +118,15 @@ def measure_curve(
     return meter.record()
 
 
-def _prefilled_parts(model: Any, batch: int, prefix: int) -> tuple[HFTarget, int]:
-    """A target over a prompt that is still to be run, and the positions left after it."""
+def _prefilled_parts(model: Any, batch: int, prefix: int) -> tuple[HFTarget, int, int]:
+    """A target over a prompt that is still to be run, its length, and the positions after it."""
     config, device = model.config.get_text_config(), input_device(model)
     longest = prefix + max(SIZES)
     positions = min(longest, getattr(config, "max_position_embeddings", None) or longest)
-    prefix = max(min(prefix, positions - max(SIZES)), positions // 2)
+    prefix = min(prefix, max(positions - max(SIZES), positions // 2))
     ids = torch.arange(prefix, device=device)[None].expand(batch, -1) % config.vocab_size
     cache = TreeCache(batch, device, capacity=longest)
-    return HFTarget(model, Prompt(ids, None, [prefix] * batch), cache), positions - prefix
+    return HFTarget(model, Prompt(ids, None, [prefix] * batch), cache), prefix, positions - prefix
 
 
 def cost_ratio(curve: CurveRecord, size: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from specdec.errors import SpecdecError
 from specdec.hf_compat import input_device
 from specdec.stats import RoundRecord
 from specdec_bench.measure.arms import Arm, GenerateArm, Workbench
@@ -133,7 +135,9 @@ def warm_up(arm: Arm, unit: Unit) -> tuple[list[list[int]], Looked]:
     return arm.run(unit), looked
 
 
-def instrumented(arm: Arm, unit: Unit, bench: Workbench, chain: bool) -> PassRecord | None:
+def instrumented(
+    arm: Arm, unit: Unit, bench: Workbench, chain: bool, is_largest: bool = False
+) -> PassRecord | None:
     """One answer with everything switched on that would disturb a timed one.
 
     Args:
@@ -142,6 +146,7 @@ def instrumented(arm: Arm, unit: Unit, bench: Workbench, chain: bool) -> PassRec
         unit: What to answer.
         bench: The model.
         chain: What `warm_up` saw.
+        is_largest: On a CPU the peak of memory is measured, in one more answer.
 
     Returns:
         None for an arm that cannot be looked into.
@@ -149,24 +154,27 @@ def instrumented(arm: Arm, unit: Unit, bench: Workbench, chain: bool) -> PassRec
     if not isinstance(arm, GenerateArm):
         own = getattr(arm, "instrumented", None)
         found: PassRecord | None = None if own is None else own(unit)
+        mine = (unit.record.setting, unit.record.unit, arm.name)
+        if found is not None and (found.setting, found.unit, found.arm) != mine:
+            raise SpecdecError("looked into another answer than the one it was asked about")
         return found
     device, batch = input_device(bench.model), bench.setting.batch
     watch, energy, memory = BurstWatch(bench.model, batch), EnergyMeter(device), PeakMemory(device)
+    on_cpu = device.type == "cpu"
     settle(device)
     with watch.watching():
-        memory.start()
+        if not on_cpu:
+            memory.start()
         energy.start()
         start = time.perf_counter()
         arm.answer(unit, streamer=watch)
         settle(device)
         seconds = time.perf_counter() - start
         joules, peak = energy.stop(), memory.stop()
+    if on_cpu and is_largest:
+        peak = _peak_of_another(arm, unit, memory)
     times = [moment for _, moment in watch.bursts]
     first = times[0] - start if times else seconds
-    gaps = [
-        (tokens, after - before)
-        for (tokens, after), before in zip(watch.bursts[1:], times, strict=False)
-    ]
     counted = _counted(arm, watch, batch)
     return PassRecord(
         setting=unit.record.setting,
@@ -179,11 +187,25 @@ def instrumented(arm: Arm, unit: Unit, bench: Workbench, chain: bool) -> PassRec
         stages={"prefill": first, **counted.stages} if counted.stages else {},
         seconds=seconds,
         first_token=first,
-        gaps=gaps,
+        gaps=_gaps(watch.bursts),
         peak_bytes=peak,
         joules=joules,
         sizes={str(q): n for q, n in sorted(counted.sizes.items())},
+        first_tokens=watch.bursts[0][0] if watch.bursts else 1,
     )
+
+
+def _peak_of_another(arm: GenerateArm, unit: Unit, memory: PeakMemory) -> int | None:
+    """Peak of an answer without clocks: one that has to ask for all its memory anew is slower."""
+    memory.start()
+    arm.answer(unit)
+    return memory.stop()
+
+
+def _gaps(bursts: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Tokens of every burst after the first, and the seconds since the one before."""
+    pairs = zip(bursts[1:], bursts, strict=False)
+    return [(tokens, moment - earlier) for (tokens, moment), (_, earlier) in pairs]
 
 
 @dataclass
@@ -232,7 +254,9 @@ def view(unit: Unit, arm: str, looked: Looked, tokenizer: Any) -> ViewRecord:
 class PeakMemory:
     """Highest memory above that before; None where it cannot be known.
 
-    On a GPU what torch allocates; else the resident size of the process, whose peak Linux resets.
+    On a GPU what torch allocates. On a CPU the resident size of the process, whose peak Linux
+    resets. What the heap keeps of earlier answers is given back to the system first: the answer
+    would fill that again, and the resident size would not grow. That needs glibc.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -245,10 +269,12 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
             return
+        self._before = None
+        if self._device.type != "cpu" or not _give_heap_back():
+            return
         try:
             _CLEAR.write_text(_RESET_PEAK)
         except OSError:
-            self._before = None
             return
         self._before = _status_bytes("VmRSS")
 
@@ -260,6 +286,17 @@ class PeakMemory:
             return int(torch.cuda.max_memory_allocated(self._device)) - self._before
         peak = _status_bytes("VmHWM")
         return None if peak is None else max(peak - self._before, 0)
+
+
+def _give_heap_back() -> bool:
+    """Returns free heap to the system; False where the C library has no call for it."""
+    gc.collect()
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return False
+    trim(0)  # 0 when there was nothing to give
+    return True
 
 
 def _status_bytes(name: str) -> int | None:

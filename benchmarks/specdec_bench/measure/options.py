@@ -80,7 +80,9 @@ class RunOptions:
     time_budget: Annotated[float, _arg("SECONDS", "none")] = 0.0
     """Stop after about this long, preparation included; every arm is timed at least once."""
     until_ci: Annotated[float, _arg("X", "off")] = 0.0
-    """Stop when no interval is wider than this to each side, as 0.03 for 3 %."""
+    """Stop when no interval over repeats is wider than this to each side, as 0.03 for 3 %: what
+    the machine's noise leaves open for these prompts. How far prompts lie apart is in the printed
+    interval as well; that part needs more prompts."""
     seed: Annotated[int, _N] = 0
     """Of sampling and of the choice of prompts."""
     no_text_check: _Flag = False
@@ -95,7 +97,8 @@ class RunOptions:
     overwrite: _Flag = False
     """Replace the result file."""
     profile: Annotated[Path | None, _arg("FILE", "none")] = None
-    """Also write the acceptance of the first arm that speculates, as speculation_profile.json."""
+    """Also write the acceptance of the first arm that speculates at batch 1, as
+    speculation_profile.json."""
     device: str = "auto"
     """Torch device; auto takes a CUDA device where there is one."""
     threads: Annotated[int | None, _arg("N", "1 on a CPU")] = None
@@ -173,6 +176,11 @@ def check_run_options(options: RunOptions) -> None:
     for dtype in options.dtypes:
         if dtype not in DTYPES:
             raise ConfigError(f"--dtypes takes {', '.join(DTYPES)}, got {dtype!r}")
+    if options.profile is not None and 1 not in (options.batches or (1,)):
+        raise ConfigError(
+            "--profile counts single requests, and --batches has no 1; add --batches 1, or leave "
+            "out --profile"
+        )
     if options.resume and options.overwrite:
         raise ConfigError("give --resume or --overwrite, not both")
     _check_repeats(options)

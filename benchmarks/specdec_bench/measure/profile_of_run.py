@@ -10,13 +10,18 @@ from specdec.registry import methods
 from specdec_bench.measure.arms import ArmSpec, parse_arm
 from specdec_bench.results.records import PassRecord, Results, repeated_arm
 from specdec_bench.summary.acceptance import Acceptance, Counts
-from specdec_bench.summary.speculation_profile import Measured, build_profile, write_profile
-
-_LENGTHS = ("depth", "num_draft_tokens", "max_depth", "block")  # how options call a draft's length
+from specdec_bench.summary.speculation_profile import (
+    Measured,
+    build_profile,
+    draft_length,
+    write_profile,
+)
 
 
 def write_run_profile(path: Path, results: Results) -> str:
-    """Writes the profile of the first arm that drafted anything, in the first setting.
+    """Writes the profile of the first arm that drafted anything, in the first setting of batch 1.
+
+    Of prompts that were decoded together only joint counts are kept, and a profile has requests.
 
     Args:
         path: Where to.
@@ -26,18 +31,19 @@ def write_run_profile(path: Path, results: Results) -> str:
         Name of the arm.
 
     Raises:
-        SpecdecError: No arm drafted, or the file cannot be written.
+        SpecdecError: No setting has batch 1, no arm drafted in it, or the file cannot be written.
     """
-    arm = _first_drafting(results)
-    units = [unit for (setting, _), unit in results.units.items() if setting == 0]
-    passes = {unit.unit: results.passes.get((0, unit.unit, arm.name)) for unit in units}
+    index = _first_single(results)
+    arm = _first_drafting(results, index)
+    units = [unit for (setting, _), unit in results.units.items() if setting == index]
+    passes = {unit.unit: results.passes.get((index, unit.unit, arm.name)) for unit in units}
     categories = dict.fromkeys(unit.category for unit in units)
     by_category = {
         name: [p for u in units if u.category == name and (p := passes[u.unit]) is not None]
         for name in categories
     }
     whole = _acceptance([found for found in passes.values() if found is not None])
-    setting, facts = results.header.settings[0], results.header.provenance
+    setting, facts = results.header.settings[index], results.header.provenance
     config = results.header.config
     drafts = {"eagle3": "head", "draft_model": "draft", "hf_assisted": "draft"}
     measured = Measured(
@@ -63,12 +69,23 @@ def write_run_profile(path: Path, results: Results) -> str:
     return arm.name
 
 
-def _first_drafting(results: Results) -> ArmSpec:
+def _first_single(results: Results) -> int:
+    """Index of the first setting in which every prompt was decoded alone."""
+    for index, setting in enumerate(results.header.settings):
+        if setting.batch == 1:
+            return index
+    raise SpecdecError(
+        "no profile: all settings decode prompts together, and a profile counts single requests; "
+        "add --batches 1"
+    )
+
+
+def _first_drafting(results: Results, index: int) -> ArmSpec:
     baseline = results.header.baseline
     for name in results.header.arms:
         if name in (baseline, repeated_arm(baseline)):
             continue
-        found = [p for (s, _, arm), p in results.passes.items() if s == 0 and arm == name]
+        found = [p for (s, _, arm), p in results.passes.items() if s == index and arm == name]
         if any(one.drafted and one.histogram for one in found):
             try:
                 return parse_arm(name)
@@ -88,5 +105,4 @@ def _length(arm: ArmSpec) -> int:
     options = dict(arm.options)
     if arm.needs_draft:
         options["draft"] = "unused"
-    config = methods.configure(arm.method, options)
-    return next((int(getattr(config, name)) for name in _LENGTHS if hasattr(config, name)), 0)
+    return draft_length(methods.configure(arm.method, options))

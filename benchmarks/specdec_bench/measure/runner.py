@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GenerationConfig
-
-from specdec.augment import augment, capability, restore
-from specdec.commands.loading import TOY, check_model, load_config, load_model, load_tokenizer
-from specdec.demo import head_path
+from specdec.augment import augment, capability
+from specdec.commands.loading import TOY, check_model, load_config, load_tokenizer
 from specdec.errors import ConfigError
+from specdec.heads.checkpoint import locate_head
 from specdec.hf_compat import input_device
 from specdec_bench.checks.sampling_run import sampling_records
-from specdec_bench.checks.text import ReferenceModel
-from specdec_bench.drafts import first_layers
 from specdec_bench.measure.arms import (
     AGAIN,
     BASELINE,
@@ -35,15 +29,25 @@ from specdec_bench.measure.arms import (
     parse_arm,
 )
 from specdec_bench.measure.costs import CurveMeter
+from specdec_bench.measure.global_state import as_before
+from specdec_bench.measure.loaded import (
+    Loaded,
+    clear_generation_config,
+    drafts_of,
+    head_of,
+    torch_threads,
+)
 from specdec_bench.measure.measuring import EnergyMeter
 from specdec_bench.measure.options import DTYPES, RunOptions, check_run_options
 from specdec_bench.measure.schedule import Stopping
-from specdec_bench.measure.setting_run import Progress, SettingRun
+from specdec_bench.measure.setting_run import Progress, SettingRun, not_promised
 from specdec_bench.measure.units import Maker, Unit
 from specdec_bench.results.files import RecordWriter, check_output, read_results
-from specdec_bench.results.provenance import provenance
-from specdec_bench.results.records import Header, Record, Results, Setting
+from specdec_bench.results.provenance import provenance, weights_hash
+from specdec_bench.results.records import NOT_PROMISED, Header, Record, Results, Setting
 from specdec_bench.tasks import Prompt, load_tasks
+
+__all__ = ["ArmMaker", "clear_generation_config", "default_arms", "run", "settings_of"]
 
 ArmMaker = Callable[[Workbench], Arm]
 """Makes an arm of one's own for a setting."""
@@ -56,6 +60,7 @@ _ARMS = (
     "suffix",
     "lookahead:window=1,ngram=3,guesses=1",
 )
+_HALF = ("bfloat16", "float16")  # judged with a copy of the model in fp64
 _EAGLE, _DRAFT = "eagle3:depth=3,top_k=1", ("hf_assisted", "draft_model:num_draft_tokens=3")
 
 
@@ -69,7 +74,9 @@ def run(
     Args:
         options: What to measure.
         extra_arms: Arms of one's own, by name; besides `Arm` they may have `promises_text` (False
-            where the text may differ from plain's) and `instrumented(unit) -> PassRecord`.
+            where the text may differ from plain's; their makers then have it, too),
+            `instrumented(unit) -> PassRecord`, and `seconds`, what their newest answer took, where
+            they know better than our clock.
         on_start: Called with the number of steps and a title; returns what is told about each.
 
     Returns:
@@ -79,7 +86,8 @@ def run(
         SpecdecError: An option, the model, the prompts or the file is wrong.
     """
     check_run_options(options)
-    return _Run(options, dict(extra_arms or {}), on_start).all()
+    with as_before():
+        return _Run(options, dict(extra_arms or {}), on_start).all()
 
 
 def default_arms(options: RunOptions) -> tuple[str, ...]:
@@ -135,8 +143,11 @@ class _Run:
         self.prompts = load_tasks(options.task_list, options.data, options.limit, options.seed)
         self.tokenizer = load_tokenizer(options.target)
         settings = settings_of(options)
-        with self._threads(), tempfile.TemporaryDirectory() as folder:
-            model = _Loaded(options, settings[0].dtype)
+        with (
+            torch_threads(options.device, options.threads),
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            model = Loaded(options, settings[0].dtype)
             header = self._header(settings, model.model)
             with RecordWriter(
                 options.output_path, header, options.resume, options.overwrite
@@ -145,10 +156,10 @@ class _Run:
                 for index, setting in enumerate(settings):
                     if setting.dtype != model.dtype:
                         model.close()  # before the next one: never two at a time
-                        model = _Loaded(options, setting.dtype)
-                    left = (len(settings) - index, time.perf_counter() - start)
+                        model = Loaded(options, setting.dtype)
                     stores = Path(folder) / str(index)
-                    reasons.append(self._setting(index, setting, model, writer, stores, left))
+                    budget = _Budget(options.time_budget, len(settings) - index, start)
+                    reasons.append(self._setting(index, setting, model, writer, stores, budget))
                 before = _seconds_before(writer.before)
                 writer.finish(_overall(reasons), time.perf_counter() - start + before)
         return read_results(options.output_path)
@@ -158,7 +169,7 @@ class _Run:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ConfigError(f"--arms names {twice!r} twice")
-        bench = Workbench(None, None, Setting(), _drafts(self.options, None))
+        bench = Workbench(None, None, Setting(), drafts_of(self.options, None))
         servers = [spec.name for spec in self.specs if spec.method == "server"]
         if servers and any(self.options.temperatures):
             raise ConfigError(
@@ -168,6 +179,11 @@ class _Run:
         for spec in self.specs:
             if spec.needs_draft:
                 bench.check_draft(spec.method, spec.name)
+        needing = {spec.method for spec in self.specs if spec.needs_draft}
+        if self.options.head is not None and "eagle3" in needing:
+            locate_head(self.options.head)  # now, and not as the error of an arm at the end
+        if self.options.draft is not None and needing - {"eagle3"}:
+            check_model(self.options.draft)
 
     def _header(self, settings: Sequence[Setting], model: Any) -> Header:
         options = self.options
@@ -191,38 +207,51 @@ class _Run:
                 until_ci=options.until_ci,
                 time_budget=options.time_budget,
                 text_check=not options.no_text_check,
+                head_sha256=weights_hash(head_of(options)),
+                draft_sha256=weights_hash(options.draft),
+                servers=self._servers(model, settings[0]),
+                **{NOT_PROMISED: not_promised(settings, self.specs, self.extra_arms)},
             ),
         )
+
+    def _servers(self, model: Any, setting: Setting) -> dict[str, dict[str, str]]:
+        """What is known of the engines behind the server arms, by arm."""
+        bench = Workbench(model, self.tokenizer, setting)
+        arms = [make_arm(spec, bench) for spec in self.specs if spec.method == "server"]
+        return {arm.name: getattr(arm, "facts", {}) for arm in arms}
 
     def _setting(
         self,
         index: int,
         setting: Setting,
-        model: _Loaded,
+        model: Loaded,
         writer: RecordWriter,
         stores: Path,
-        left: tuple[int, float],
+        budget: _Budget,
     ) -> str:
         """One setting; returns why its timing ended."""
         options = self.options
         bench = Workbench(model.model, self.tokenizer, setting, model.drafts, stores)
+        reference = None if options.no_text_check else model.reference
+        if reference is not None and setting.dtype in _HALF:
+            reference.of(model.model)  # what cannot be checked is better known before than after
         arms = [make_arm(spec, bench) for spec in self.specs]
-        arms += [make(bench) for make in self.extra_arms.values()]
+        arms += [_named(name, make(bench)) for name, make in self.extra_arms.items()]
         units = self._units(index, bench, model.ends, writer)
         if any(spec.store for spec in self.specs):
             fill_stores(bench, units)
-        curve = self._curve(bench, units, writer)
         if options.check_sampling and _is_first(setting, writer.header.settings, index):
             self._sampling(index, bench, units, arms, writer)
         rounds = options.most_pairs
         progress = None
         if self.on_start is not None:
             progress = self.on_start(len(units) * len(arms) * (1 + rounds), str(setting))
-        reference = None if options.no_text_check else ReferenceModel()
         measured = SettingRun(bench, arms, units, writer, reference, progress)
-        measured.prepare(curve)
-        budget = _share(options.time_budget, *left)
-        return measured.time(Stopping(rounds, budget, options.until_ci))
+        measured.prepare(self._curve(bench, units, writer))  # gone before anything is timed
+        reason = measured.time(Stopping(rounds, budget.left(str(setting)), options.until_ci))
+        if any(spec.store for spec in self.specs):
+            augment(model.model, "none")  # lets go of the stores that drafters have opened
+        return reason
 
     def _units(
         self, index: int, bench: Workbench, ends: frozenset[int], writer: RecordWriter
@@ -251,6 +280,12 @@ class _Run:
                 f"{skipped.short} end or loop before the 16th token, and {skipped.ungrouped} fill "
                 "no batch; take other prompts, a longer --max-new-tokens or a smaller --batches"
             )
+        if setting.prompt_tokens is not None and not skipped.shortened:
+            warnings.warn(
+                f"--prompt-tokens {setting.prompt_tokens} shortens no prompt: this setting measures"
+                " the same as one without it",
+                stacklevel=2,
+            )
         known = {} if writer.before is None else writer.before.units
         new: list[Record] = []
         for unit in units:
@@ -274,7 +309,7 @@ class _Run:
         """Measures t(q) beside the units, where that was not done before."""
         setting = bench.setting
         done = self.curves if writer.before is None else {*self.curves, *writer.before.curves}
-        key = (setting.dtype, setting.batch)
+        key = (setting.dtype, setting.batch, setting.prompt_tokens or 0)
         if key in done or capability(bench.model).mode != "tree":
             return None
         self.curves.add(key)
@@ -283,7 +318,8 @@ class _Run:
             for unit in units
             for length in unit.record.prompt_tokens
         ]
-        return CurveMeter(bench.model, *key, sum(lengths) // len(lengths))
+        prefix = sum(lengths) // len(lengths)
+        return CurveMeter(bench.model, *key[:2], prefix, prompt_tokens=key[2])
 
     def _sampling(
         self,
@@ -298,79 +334,13 @@ class _Run:
             known = {record.arm for record in writer.before.sampling if record.setting == index}
         writer.append(*sampling_records(index, bench, units, arms, known, self.options.seed))
 
-    curves: set[tuple[str, int]] = field(default_factory=set, init=False)
-
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        """Torch's threads for the length of the run: one on a CPU."""
-        before = torch.get_num_threads()
-        on_cpu = self.options.device != "auto" or not torch.cuda.is_available()
-        wanted = self.options.threads or (1 if on_cpu else before)
-        torch.set_num_threads(wanted)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+    curves: set[tuple[str, int, int]] = field(default_factory=set, init=False)
 
 
-class _Loaded:
-    """The target in one dtype, augmented, with its own generation settings taken away."""
-
-    def __init__(self, options: RunOptions, dtype: str) -> None:
-        self.dtype = dtype
-        self.model = load_model(options.target, dtype, options.device)
-        self.ends = frozenset(_ends(self.model))
-        clear_generation_config(self.model)
-        augment(self.model, "none")
-        self.drafts = _drafts(options, self)
-
-    def close(self) -> None:
-        """Lets go of the model."""
-        restore(self.model)
-        self.model, self.drafts = None, {}
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _ends(model: Any) -> list[int]:
-    found = model.generation_config.eos_token_id
-    found = model.config.get_text_config().eos_token_id if found is None else found
-    return list(found) if isinstance(found, list | tuple) else [] if found is None else [found]
-
-
-def clear_generation_config(model: Any) -> None:
-    """Leaves greedy decoding without an end: warpers and processors would change the text's law."""
-    pad = model.generation_config.pad_token_id
-    if pad is None:
-        pad = next(iter(_ends(model)), 0)
-    model.generation_config = GenerationConfig(pad_token_id=pad)
-    model.generation_config.eos_token_id = None
-
-
-def _drafts(options: RunOptions, loaded: _Loaded | None) -> dict[str, Callable[[], Any]]:
-    """Method -> its head or draft model, made when first asked for."""
-    is_toy = options.target == TOY
-    made: list[Any] = []
-    found: dict[str, Callable[[], Any]] = {}
-    if options.head is not None or is_toy:
-        found["eagle3"] = lambda: options.head or str(head_path())
-
-    def draft() -> Any:
-        if loaded is None:
-            return None
-        if not made:
-            if options.draft is None:
-                model = first_layers(loaded.model).to(loaded.model.device)
-            else:
-                model = load_model(options.draft, loaded.dtype, str(loaded.model.device))
-            clear_generation_config(model)
-            made.append(model)
-        return made[0]
-
-    if options.draft is not None or is_toy:
-        found |= {"draft_model": draft, "hf_assisted": draft}
-    return found
+def _named(name: str, arm: Arm) -> Arm:
+    if arm.name != name:
+        raise ConfigError(f"the extra arm {name!r} calls itself {arm.name!r}; give one name")
+    return arm
 
 
 def _is_first(setting: Setting, settings: Sequence[Setting], index: int) -> bool:
@@ -378,13 +348,40 @@ def _is_first(setting: Setting, settings: Sequence[Setting], index: int) -> bool
     return all(earlier.dtype != setting.dtype for earlier in settings[:index])
 
 
-def _share(budget: float, settings: int, spent: float) -> float:
-    """Seconds of the time budget that this setting gets; 0 for no limit."""
-    return max((budget - spent) / settings, 1e-9) if budget else 0.0
+class _Budget:
+    """What a setting may take of `--time-budget`, preparation included.
+
+    Args:
+        seconds: Of the whole run; 0 for no limit.
+        settings: That are still to be measured, this one included.
+        start: When the run began.
+    """
+
+    def __init__(self, seconds: float, settings: int, start: float) -> None:
+        self._seconds, self._settings, self._start = seconds, settings, start
+        self._begun = time.perf_counter()
+
+    def left(self, setting: str) -> float:
+        """Seconds to time for, now that the setting is prepared; 0 for no limit.
+
+        The settings behind it are taken to need as long a preparation. Warns when none are left.
+        """
+        if not self._seconds:
+            return 0.0
+        now = time.perf_counter()
+        later = (now - self._begun) * (self._settings - 1)
+        left = (self._seconds - (now - self._start) - later) / self._settings
+        if left <= 0:
+            warnings.warn(
+                f"{setting}: --time-budget {self._seconds:g} is spent on preparation "
+                f"({now - self._start:.0f} s so far); every arm is timed once, and no more",
+                stacklevel=2,
+            )
+        return max(left, 1e-9)
 
 
 def _seconds_before(before: Results | None) -> float:
-    """Seconds that an earlier start measured for."""
+    """Seconds of the answers that earlier starts recorded; what else they did left no clock."""
     if before is None:
         return 0.0
     return sum(t.wall for t in before.times) + sum(p.seconds for p in before.passes.values())

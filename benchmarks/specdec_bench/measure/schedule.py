@@ -11,6 +11,7 @@ from specdec_bench.summary.intervals import time_ratio
 
 _FIRST_PAIRS = 2
 """Repeats before an interval is believed."""
+_RESAMPLES = 500  # drawn after every repeat, and of all repeats
 
 
 def order(arms: int, pair: int, unit: int) -> list[int]:
@@ -37,7 +38,9 @@ class Stopping:
     Attributes:
         pairs: Repeats at most.
         seconds: For this setting, from now on; 0 for no limit.
-        until_ci: Largest half-width of an interval that is wanted, relative; 0 for none.
+        until_ci: Half-width, relative, that the interval of every arm is wanted to be below when
+            the repeats are drawn again and the prompts are kept; 0 for none. How far prompts lie
+            apart no repeat can narrow.
     """
 
     pairs: int
@@ -101,26 +104,38 @@ class Timings:
         """Whether an arm failed on a unit."""
         return (unit, arm) in self._failed
 
-    def widest(self) -> float:
-        """Largest half-width of all arms' speed-ups, relative; infinite without any."""
-        widths = [
-            self._half_width(by_unit)
-            for arm, by_unit in self._seconds.items()
-            if arm != self._baseline
-        ]
-        return max(widths, default=float("inf"))
+    def widest(self, over_prompts: bool = False) -> float:
+        """Largest half-width of all arms' speed-ups, relative; infinite without any.
 
-    def _half_width(self, by_unit: Mapping[str, Mapping[int, float]]) -> float:
-        baseline = self._seconds.get(self._baseline, {})
-        common = [name for name in self._units if name in by_unit and name in baseline]
-        if not common:
-            return float("inf")
-        pairs = [_common(baseline[name], by_unit[name]) for name in common]
+        Args:
+            over_prompts: Of the intervals over prompts, as tables show them; else of those over
+                repeats of these prompts, which alone become narrower with more repeats.
+        """
+        arms = (arm for arm in self._seconds if arm != self._baseline)
+        widths = (self._half_width(arm, over_prompts) for arm in arms)
+        return max((width for width in widths if width is not None), default=float("inf"))
+
+    def _half_width(self, arm: str, over_prompts: bool) -> float | None:
+        """None for an arm that fails everywhere: waiting does not help it."""
+        above, below = self._seconds.get(self._baseline, {}), self._seconds[arm]
+        kept = [
+            unit
+            for name, unit in self._units.items()
+            if name in above
+            and name in below
+            and not self.has_failed(name, arm)
+            and not self.has_failed(name, self._baseline)
+        ]
+        if not kept:
+            return None
+        pairs = [_common(above[unit.unit], below[unit.unit]) for unit in kept]
+        # Of a single cluster there is nothing to draw but its repeats.
         return time_ratio(
-            [above for above, _ in pairs],
-            [below for _, below in pairs],
-            [self._units[name].cluster for name in common],
-            [self._units[name].category for name in common],
+            [seconds for seconds, _ in pairs],
+            [seconds for _, seconds in pairs],
+            [unit.cluster if over_prompts else "" for unit in kept],
+            [unit.category if over_prompts else "" for unit in kept],
+            _RESAMPLES,
         ).half_width
 
 

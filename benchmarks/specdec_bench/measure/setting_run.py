@@ -6,16 +6,17 @@ What an earlier start of the run has measured already is taken over, not measure
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from specdec.commands.loading import sentence
+from specdec.errors import SpecdecError
 from specdec.hf_compat import input_device
 from specdec_bench.checks.text import ReferenceModel, check_text, promises_text
-from specdec_bench.measure.arms import Arm, GenerateArm, Workbench
+from specdec_bench.measure.arms import Arm, ArmSpec, GenerateArm, Workbench
 from specdec_bench.measure.costs import CurveMeter
 from specdec_bench.measure.measuring import instrumented, timed, view, warm_up
 from specdec_bench.measure.schedule import Stopping, Timings, order
@@ -25,6 +26,7 @@ from specdec_bench.results.records import (
     CheckRecord,
     Record,
     Results,
+    Setting,
     TimeRecord,
 )
 
@@ -71,6 +73,7 @@ class SettingRun:
         """Takes over what was measured before."""
         index = self.units[0].record.setting if self.units else -1
         self._device = input_device(self.bench.model)
+        self._largest = max(self.units, key=_positions, default=None)
         by_cpu = self._device.type == "cpu" and torch.get_num_threads() == 1
         baseline = self.writer.header.baseline
         self.timings = Timings((unit.record for unit in self.units), baseline, by_cpu)
@@ -119,16 +122,18 @@ class SettingRun:
         key = (unit.record.unit, arm.name)
         try:
             rows, looked = warm_up(arm, unit)
+            rows = rows_of_ids(rows, unit)
             found: list[Record] = []
             if key not in self._passed:
-                passed = instrumented(arm, unit, self.bench, looked.chain)
+                passed = instrumented(arm, unit, self.bench, looked.chain, unit is self._largest)
                 found += [] if passed is None else [passed]
                 if unit.index == 0 and looked.rounds:
                     found.append(view(unit, arm.name, looked, self.bench.tokenizer))
+            found += self._checks(arm, unit, rows)
         except Exception as problem:  # noqa: BLE001 - the others go on, whatever it was
             self.writer.append(self._error(arm, unit, 0, 0, problem))
             return
-        self.writer.append(*found, *self._checks(arm, unit, rows))
+        self.writer.append(*found)
         self._passed.add(key)
 
     def _visit(self, unit: Unit, pair: int) -> None:
@@ -144,7 +149,15 @@ class SettingRun:
                     texts[arm.name] = (arm, rows)
             self._tick()
         for arm, rows in texts.values():
-            found += self._checks(arm, unit, rows)
+            try:
+                found += self._checks(arm, unit, rows)
+            except Exception as problem:  # noqa: BLE001 - a time without a verdict is none
+                found = [
+                    self._error(arm, unit, pair, old.order, problem)
+                    if isinstance(old, TimeRecord) and old.arm == arm.name
+                    else old
+                    for old in found
+                ]
         self.writer.append(*found)
 
     def _answer(
@@ -152,17 +165,17 @@ class SettingRun:
     ) -> tuple[TimeRecord, list[list[int]] | None]:
         """One timed answer."""
         try:
-            rows, seconds = timed(lambda: arm.run(unit), self._device)
+            found, seconds = timed(lambda: arm.run(unit), self._device)
+            rows, wall = rows_of_ids(found, unit), own_seconds(arm, seconds.wall)
         except Exception as problem:  # noqa: BLE001 - the others go on, whatever it was
             return self._error(arm, unit, pair, place, problem), None
-        own = getattr(arm, "seconds", None)  # another process may know better than our clock
         record = TimeRecord(
             setting=unit.record.setting,
             unit=unit.record.unit,
             arm=arm.name,
             pair=pair,
             order=place,
-            wall=seconds.wall if own is None else own,
+            wall=wall,
             cpu=seconds.cpu if arm.in_process else None,
             text_sha256=text_hash(rows),
         )
@@ -212,6 +225,65 @@ class SettingRun:
     def _tick(self) -> None:
         if self.progress is not None:
             self.progress.update()
+
+
+def rows_of_ids(rows: Any, unit: Unit) -> list[list[int]]:
+    """What an arm gave, if it can be judged at all: a list of token ids for each row of the unit.
+
+    Raises:
+        SpecdecError: It is something else.
+    """
+    wanted = len(unit.prompt_ids)
+    is_list = isinstance(rows, list | tuple) and len(rows) == wanted
+    if not is_list or not all(isinstance(row, list | tuple) for row in rows):
+        raise SpecdecError(f"gave {rows!r:.80} where {wanted} lists of token ids were asked for")
+    odd = [token for row in rows for token in row if type(token) is not int]
+    if odd:
+        raise SpecdecError(f"gave {odd[0]!r:.80} where a token id was asked for")
+    return [list(row) for row in rows]
+
+
+def own_seconds(arm: Arm, wall: float) -> float:
+    """Seconds of an answer: another process may know better than our clock.
+
+    Raises:
+        SpecdecError: It knows nothing of the kind.
+    """
+    own = getattr(arm, "seconds", None)
+    if own is None:
+        return wall
+    if not isinstance(own, int | float) or not 1e-9 <= own <= wall:
+        raise SpecdecError(f"says that an answer of {wall:.3g} s took {own!r:.40} s")
+    return float(own)
+
+
+def not_promised(
+    settings: Sequence[Setting], specs: Sequence[ArmSpec], own: Mapping[str, object]
+) -> dict[str, list[str]]:
+    """Index of a setting, as text -> arms whose texts need not be plain's there; for the header.
+
+    Args:
+        settings: Of the run.
+        specs: Arms by name.
+        own: Makers of arms of one's own, by name; one with `promises_text` says it for its arms.
+    """
+    found = {}
+    for index, setting in enumerate(settings):
+        hot = setting.temperature
+        names = [s.name for s in specs if not promises_text(s.method, s.options, hot)]
+        for name, maker in own.items():
+            promise = getattr(maker, "promises_text", None)
+            if promise is None:
+                promise = promises_text(name.partition(":")[0], {}, hot)
+            names += [] if promise else [name]
+        if names:
+            found[str(index)] = names
+    return found
+
+
+def _positions(unit: Unit) -> int:
+    """Tokens of a row at the end of an answer."""
+    return max(unit.record.prompt_tokens) + unit.record.new_tokens
 
 
 def _promises(arm: Arm, bench: Workbench) -> bool:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
 
 from specdec.terminal import bold, colour_wanted, columns, dim, say, wrapped
+from specdec_bench.measure.schedule import Timings
+from specdec_bench.printable import printable
 from specdec_bench.report.format import NONE, fine, plain_times, share, signed_share, times
-from specdec_bench.report.tables import text_cell
+from specdec_bench.report.tables import NOT_PROMISED_NOTE, text_cell
 from specdec_bench.results.records import Results
 from specdec_bench.summary.intervals import Ratio
-from specdec_bench.summary.summarize import summarize
+from specdec_bench.summary.summarize import runs_on_device, summarize
 from specdec_bench.summary.types import ArmFigures, SettingFigures, Summary
 
 _RED, _GREEN, _YELLOW, _RESET = "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
 _LARGE_RESIDUAL = 0.15
+_DOMINATES = 2**0.5  # over this, more than half of the variance is the prompts'
 _AGAIN = "A/A: {} again"
 
 
@@ -37,7 +41,7 @@ def print_results(results: Results, no_colour: bool = False) -> Summary:
         say(bold(str(figures.setting), colour))
         say(wrapped(_units_line(figures, results)))
         _print_table(figures, summary, colour, stream)
-        for text, tone in _notes(figures, results):
+        for text, tone in [*_notes(figures, results), *_more_prompts(figures, summary, results)]:
             say(_toned(wrapped(text, 2), tone, colour))
     say()
     for text, tone in _last_words(results, summary):
@@ -92,7 +96,7 @@ def _print_narrow(rows: Sequence[Sequence[str]], tones: Sequence[str], colour: b
     for row, tone in zip(rows[1:], tones[1:], strict=True):
         say(_toned(row[0], tone, colour))
         found = [f"{name} {cell}" for name, cell in zip(head, row[1:], strict=True) if cell]
-        say(wrapped("  " + "; ".join(found), 2))
+        say(printable(wrapped("  " + "; ".join(found), 2)))
 
 
 def _row(arm: ArmFigures, baseline: str, has_cpu_clock: bool) -> list[str]:
@@ -136,6 +140,7 @@ def _tone(arm: ArmFigures, baseline: str) -> str:
 
 
 def _toned(text: str, tone: str, colour: bool) -> str:
+    text = printable(text)
     if tone in ("bold", "dim"):
         return (bold if tone == "bold" else dim)(text, colour)
     code = {"bad": _RED, "good": _GREEN, "warn": _YELLOW}.get(tone)
@@ -144,17 +149,21 @@ def _toned(text: str, tone: str, colour: bool) -> str:
 
 def _notes(figures: SettingFigures, results: Results) -> list[tuple[str, str]]:
     """What must be said below a table."""
-    found: list[tuple[str, str]] = []
+    found: list[tuple[str, str]] = [
+        (f"WRONG TEXT: {name}, {texts.first_wrong}; no speed-up of any arm is shown here", "bad")
+        for name, texts in figures.wrong_texts.items()
+    ]
+    if any(arm.texts.units.get("not_promised") for arm in figures.arms):
+        found.append((NOT_PROMISED_NOTE, "dim"))
     for arm in figures.arms:
-        if arm.wrong:
-            found.append((f"WRONG TEXT: {arm.name}, {arm.texts.first_wrong}", "bad"))
-        elif arm.no_gain:
+        if arm.no_gain and not figures.wrong:
             found.append((f"no speed-up of {arm.name}: {arm.no_gain}", "bad"))
         if arm.errors:
             words = f"{arm.name} failed {arm.errors} of {arm.timings} times: {arm.first_error}"
             found.append((words, "bad"))
         residual = arm.costs.residual if arm.costs is not None else None
-        if residual is not None and abs(residual) > _LARGE_RESIDUAL:
+        on_device = runs_on_device(results)
+        if residual is not None and abs(residual) > _LARGE_RESIDUAL and not on_device:
             words = f"{arm.name}: {signed_share(residual)} of what its costs predict is unexplained"
             found.append((words, "warn"))
     if figures.noisy:
@@ -168,6 +177,28 @@ def _notes(figures: SettingFigures, results: Results) -> list[tuple[str, str]]:
         if test.setting == figures.index:
             found.append(_sampling_note(test))
     return found
+
+
+def _more_prompts(
+    figures: SettingFigures, summary: Summary, results: Results
+) -> list[tuple[str, str]]:
+    """With --until-ci: whether what is left of the intervals is how far prompts lie apart."""
+    wish = results.header.provenance.get("until_ci")
+    if not isinstance(wish, int | float) or not wish:
+        return []
+    units = [unit for (setting, _), unit in results.units.items() if setting == figures.index]
+    timings = Timings(units, summary.header.baseline, summary.has_cpu_clock)
+    for time in results.times:
+        if time.setting == figures.index:
+            timings.add(time)
+    prompts, repeats = timings.widest(over_prompts=True), timings.widest()
+    if not wish < prompts < math.inf or prompts < _DOMINATES * repeats:
+        return []
+    words = (
+        f"the widest interval is {share(prompts)} to each side, {share(repeats)} from repeats of "
+        "the same prompts: more prompts, not more pairs, would narrow the rest"
+    )
+    return [(words, "warn")]
 
 
 def _sampling_note(test: Any) -> tuple[str, str]:
@@ -190,6 +221,16 @@ def _last_words(results: Results, summary: Summary) -> list[tuple[str, str]]:
         f"arm's for the same text, 95 % interval over prompts; {pairs} pairs{why}; {where}"
     )
     found = [(words, "dim")]
+    servers = provenance.get("servers")
+    for arm, facts in servers.items() if isinstance(servers, dict) else ():
+        kept = facts.get("prefix_cache") if isinstance(facts, dict) else None
+        if kept in ("kept", "unknown"):
+            may = "keeps" if kept == "kept" else "may keep"
+            words = (
+                f"{arm} {may} prompts that it has read before: its time to the first token, and "
+                "its speed-up with it, are those of a prefix cache"
+            )
+            found.append((words, "warn"))
     if provenance.get("chat_template") is False:
         words = "the tokenizer has no chat template: chat prompts went in as plain text"
         found.append((words, "warn"))

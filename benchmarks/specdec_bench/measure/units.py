@@ -19,8 +19,8 @@ from torch import Tensor
 from specdec.commands.loading import sentence
 from specdec.errors import ConfigError, SpecdecError
 from specdec.hf_compat import input_device
+from specdec.loops import loop_start
 from specdec_bench.results.records import Setting, SkippedRecord, UnitRecord
-from specdec_bench.text import loop_start
 
 SHORTEST = 16
 """New tokens below which a text is too short to time."""
@@ -104,7 +104,7 @@ class Maker:
             for rows in rows_of_turns:
                 unit = self._unit(index, members, rows, tick)
                 made += [] if unit is None else [(unit, clusters)]
-        units = _joined_clusters(made)
+        units = _with_own_names(_joined_clusters(made))
         return units, SkippedRecord(index, asked, self._short, ungrouped, self._shortened)
 
     def _converse(self, prompt: Any, tick: _Tick) -> list[_Answer]:
@@ -139,8 +139,15 @@ class Maker:
         room = self._room()
         if room is not None and len(ids) > room:
             self._shortened += 1
-            ids = ids[-room:]
+            ids = self._end_of(ids, room)
         return ids
+
+    def _end_of(self, ids: list[int], room: int) -> list[int]:
+        """The last `room` ids; a token that begins every text stays in front."""
+        begin = getattr(self.tokenizer, "bos_token_id", None)
+        if begin is None or ids[0] != begin or room < 2:
+            return ids[-room:]
+        return [begin, *ids[1 - room :]]
 
     def _templated(self, messages: list[dict[str, str]], name: str) -> list[int]:
         try:
@@ -214,7 +221,7 @@ class Maker:
         names = [f"{member.id}.{turn + 1}" if several else member.id for member in members]
         categories = {member.category for member in members}
         ids, mask = padded([row.ids for row in rows], self.model)
-        kept = [text[:cut] for text in texts]
+        kept = tuple(tuple(text[:cut]) for text in texts)  # no arm may change what it is judged by
         record = UnitRecord(
             setting=index,
             unit="+".join(names),
@@ -301,6 +308,19 @@ def _joined_clusters(made: Sequence[tuple[Unit, Sequence[str]]]) -> list[Unit]:
         )
         for position, (unit, names) in enumerate(made)
     ]
+
+
+def _with_own_names(units: Sequence[Unit]) -> list[Unit]:
+    """Of equal names the later ones get a number: turn 2 of "a" and a prompt "a.2" are two."""
+    taken: set[str] = set()
+    found = []
+    for unit in units:
+        name, number = unit.record.unit, 2
+        while name in taken:
+            name, number = f"{unit.record.unit}#{number}", number + 1
+        taken.add(name)
+        found.append(replace(unit, record=replace(unit.record, unit=name)))
+    return found
 
 
 def padded(prompts: Sequence[Sequence[int]], model: Any) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from specdec.errors import ConfigError
 from specdec.terminal import columns, say
 from specdec_bench.replay.methods import ReplayMethod, parse_methods
 from specdec_bench.replay.options import ReplayOptions, check_replay_options
+from specdec_bench.replay.profile import write_replay_profile
 from specdec_bench.replay.replay import (
     Encoded,
     Figures,
@@ -81,6 +82,19 @@ def run_replay(options: ReplayOptions) -> int:
         lines = [_header(options, methods, encoder), *_answer_lines(files)]
         _write_lines(options.output, lines)
         say(f"\nHistograms: {options.output}")
+    if options.profile is not None:
+        write_replay_profile(
+            options.profile,
+            methods[0],
+            [f.replayed for f in files],
+            {
+                "dataset": ", ".join(file.path.name for file in files),
+                "tokenizer": encoder.name,
+                "chains": options.chains,
+                "arm": methods[0].name,
+            },
+        )
+        say(f"\nProfile of {methods[0].name}: {options.profile}")
     return 0
 
 

@@ -180,6 +180,13 @@ class ReplayMethod:
         return drafter
 
 
+def config_of(method: ReplayMethod) -> Any:
+    """The options of a method with its defaults filled in."""
+    if method.method in _OWN:
+        return _OWN[method.method][0](**method.options)
+    return methods.configure(method.method, dict(method.options))
+
+
 def parse_methods(
     specs: Sequence[str], ngram: int | None = None, draft: int | None = None
 ) -> list[ReplayMethod]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from specdec.errors import ConfigError
+from specdec_bench.output_files import check_replaceable
 
 _Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 
@@ -81,8 +82,11 @@ class ReplayOptions:
 
     output: Annotated[Path | None, _arg("FILE", "none")] = None
     """Write the histogram of every answer and method there, as JSON lines."""
+    profile: Annotated[Path | None, _arg("FILE", "none")] = None
+    """Also write the acceptance of the first method, over all files, as
+    speculation_profile.json."""
     overwrite: _Flag = False
-    """Replace that file."""
+    """Replace these files."""
 
 
 _LEAST = {
@@ -114,5 +118,18 @@ def check_replay_options(options: ReplayOptions) -> None:
         raise ConfigError("--chat-template needs --tokenizer; a new tokenizer has no template")
     if options.counters and (options.methods or options.train_tokenizer or options.tokenizer):
         raise ConfigError("--counters replays nothing; leave out methods and tokenizers")
-    if options.output is not None and options.output.exists() and not options.overwrite:
-        raise ConfigError(f"{options.output} is already there; --overwrite replaces it")
+    _check_outputs(options)
+
+
+def _check_outputs(options: ReplayOptions) -> None:
+    if options.counters and options.profile is not None:
+        raise ConfigError("--profile needs positions, which --counters does not have")
+    for path in (options.output, options.profile):
+        if path is not None and path.exists() and not options.overwrite:
+            raise ConfigError(f"{path} is already there; --overwrite replaces it")
+    inputs = [*options.files, *([] if options.prompts is None else [options.prompts])]
+    if options.output is not None:
+        check_replaceable(options.output, "--output", b'"kind": "replay"', inputs)
+        inputs.append(options.output)
+    if options.profile is not None:
+        check_replaceable(options.profile, "--profile", b'"schema_version"', inputs)

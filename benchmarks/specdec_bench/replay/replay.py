@@ -22,6 +22,7 @@ import torch
 
 from specdec.drafters.base import BatchState, RowDrafter, RowRound
 from specdec.errors import DrafterError, SpecdecError
+from specdec.loops import loop_start
 from specdec.sources.suffix_store import SuffixStore
 from specdec.tree import TokenTree
 from specdec_bench.replay.methods import SPACE, ReplayMethod
@@ -29,7 +30,6 @@ from specdec_bench.replay.tokenizer import Encoder
 from specdec_bench.replay.traces import Answer, CountedAnswer
 from specdec_bench.summary.acceptance import Acceptance, Counts
 from specdec_bench.summary.intervals import Ratio, mean_ratio_of_counts
-from specdec_bench.text import loop_start
 
 _STORE_TOKENS = 200_000
 

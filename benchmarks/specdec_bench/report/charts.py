@@ -14,6 +14,11 @@ from specdec_bench.summary.types import STAGES, ArmFigures, Gain, SettingFigures
 RESIDUAL_LIMIT = 0.15
 """Measured over predicted speed-up, minus 1, beyond which something is not understood."""
 
+_REASONS = {
+    "another distribution": "WRONG DISTRIBUTION, no speed-up",
+    " is wrong": "not shown: see the wrong text",
+    "not checked": "not checked",
+}
 _LABELS = 250  # width of the column of names on wide screens
 _VALUES = 58  # width of the column of figures
 
@@ -23,7 +28,7 @@ def _rows(figures: SettingFigures, baseline: str) -> list[tuple[str, Gain | None
     first: list[tuple[str, Gain | None, str]] = []
     if figures.again is not None:
         first.append((f"A/A: {baseline} over itself", figures.again, ""))
-    return first + [(a.name, a.gain, a.no_gain) for a in figures.arms if a.name != baseline]
+    return first + [(a.name, a.gain, _reason(a)) for a in figures.arms if a.name != baseline]
 
 
 def speedups(figures: SettingFigures, baseline: str, width: float) -> Canvas:
@@ -51,7 +56,7 @@ def speedups(figures: SettingFigures, baseline: str, width: float) -> Canvas:
             fitting = shortened(name, _LABELS - 12)
             canvas.text((_LABELS - 10, top + 19), fitting, "name", "end")
         if gain is None:
-            canvas.text((scale(1.0) + 8, top + label + 18), _reason(why), "bad")
+            canvas.text((scale(1.0) + 8, top + label + 18), why, "bad")
             continue
         again = name.startswith("A/A")
         _speedup_bar(canvas, scale, top + label, gain, again)
@@ -60,11 +65,14 @@ def speedups(figures: SettingFigures, baseline: str, width: float) -> Canvas:
     return canvas
 
 
-def _reason(why: str) -> str:
-    """The bar's place when there is none."""
-    if " is wrong" in why:
+def _reason(arm: ArmFigures) -> str:
+    """What stands in the bar's place when there is none."""
+    if arm.wrong:
         return "WRONG TEXT, no speed-up"
-    return "not checked" if "not checked" in why else "no timing"
+    for part, words in _REASONS.items():
+        if part in arm.no_gain:
+            return words
+    return "no timing"
 
 
 def _speedup_bar(canvas: Canvas, scale: Scale, top: float, gain: Gain, again: bool) -> None:
@@ -185,12 +193,13 @@ def cost_split(arms: Sequence[ArmFigures], width: float) -> Canvas:
     return canvas
 
 
-def predicted_measured(arms: Sequence[ArmFigures], width: float) -> Canvas:
+def predicted_measured(arms: Sequence[ArmFigures], width: float, judged: bool = True) -> Canvas:
     """Speed-up that theory gives against the measured one; the band is the allowed residual.
 
     Args:
         arms: Those with both figures; dots carry their numbers, from 1.
         width: Of the drawing.
+        judged: Mark those outside of the band.
     """
     size = min(width, 390.0)
     left, bottom, right, top = 44.0, size - 42, size - 10, 10.0
@@ -220,7 +229,7 @@ def predicted_measured(arms: Sequence[ArmFigures], width: float) -> Canvas:
     canvas.text(((left + right) / 2, size - 8), "predicted speed-up", "axis", "middle")
     canvas.text((left + 6, top + 12), "measured", "axis")
     for number, (name, x, y, residual) in enumerate(points, 1):
-        outside = residual is not None and abs(residual) > RESIDUAL_LIMIT
+        outside = judged and residual is not None and abs(residual) > RESIDUAL_LIMIT
         hint = f"{name}: predicted {x:.2f}, measured {y:.2f}, {signed_share(residual)}"
         canvas.dot((across(x), up(y)), 9, "t2" if outside else "t0", hint)
         canvas.text((across(x), up(y) + 4), str(number), "inside", "middle")
@@ -230,7 +239,7 @@ def predicted_measured(arms: Sequence[ArmFigures], width: float) -> Canvas:
 def curves(records: Sequence[CurveRecord], width: float) -> Canvas:
     """t(q) over t(1): what verifying q tokens costs, relative to one."""
     lines = [
-        (f"{c.dtype}, batch {c.batch}", sorted((int(q), s) for q, s in c.seconds.items()))
+        (str(c), sorted((int(q), s) for q, s in c.seconds.items()))
         for c in records
         if len(c.seconds) > 1 and float(c.seconds.get("1", 0)) > 0
     ]

@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 
 from specdec_bench.report.format import facts, seconds
-from specdec_bench.report.page import stamps
+from specdec_bench.report.page import provenance_line, stamps
+from specdec_bench.report.rounds import acceptance_table, position_table, rounds_table
 from specdec_bench.report.tables import (
     Table,
-    acceptance_table,
     category_table,
     cost_table,
     latency_table,
@@ -29,7 +29,7 @@ def markdown(summary: Summary) -> str:
     Args:
         summary: What to show.
     """
-    parts = ["# Speculative decoding, measured"]
+    parts = ["# Speculative decoding, measured", escaped(provenance_line(summary))]
     for _, words, lines in stamps(summary):
         parts.append("\n".join([f"> **{words}**", *(f">\n> {escaped(line)}" for line in lines)]))
     for figures in summary.settings:
@@ -39,8 +39,10 @@ def markdown(summary: Summary) -> str:
             problems_table(figures),
             results_table(figures, summary),
             acceptance_table(figures),
-            cost_table(figures),
-            prediction_table(figures),
+            rounds_table(figures),
+            position_table(figures),
+            cost_table(figures, summary.on_device),
+            prediction_table(figures, summary.on_device),
             category_table(figures, summary.header.baseline),
             latency_table(figures),
         ]
@@ -48,7 +50,7 @@ def markdown(summary: Summary) -> str:
     for curve in summary.curves:
         points = sorted((int(q), s) for q, s in curve.seconds.items())
         rows = [[str(q) for q, _ in points], [seconds(s) for _, s in points]]
-        parts.append(f"## t(q): {escaped(curve.dtype)}, batch {curve.batch}")
+        parts.append(f"## t(q): {escaped(str(curve))}")
         parts.append(_grid(["q", *rows[0]], [["seconds", *rows[1]]]))
     pairs = [("run", summary.header.run_id), ("baseline", summary.header.baseline)]
     pairs += facts(summary.header.provenance) + facts(summary.header.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from specdec_bench.report import charts as charts
@@ -10,10 +10,10 @@ from specdec_bench.report.format import count, fine, plain_times, seconds, times
 from specdec_bench.report.format import facts as flat
 from specdec_bench.report.format import share as percent
 from specdec_bench.report.parts import answer, card, facts, legend, stamp, table, tile
+from specdec_bench.report.rounds import acceptance_table
 from specdec_bench.report.style import STYLE
 from specdec_bench.report.svg import both
 from specdec_bench.report.tables import (
-    acceptance_table,
     category_table,
     cost_table,
     latency_table,
@@ -25,6 +25,8 @@ from specdec_bench.report.tables import (
 from specdec_bench.results.records import repeated_arm
 from specdec_bench.summary.types import STAGES, ArmFigures, Gain, SettingFigures, Summary
 
+_SHOWN_FACTS = {"revision": "revision", "target_sha256": "target", "prompts_sha256": "prompts"}
+_HASH_SHOWN = 12  # characters
 _SMALL = 280.0  # width of one of several small charts
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # the page may load nothing at all
 
@@ -57,15 +59,22 @@ def stamps(summary: Summary) -> list[tuple[str, str, list[str]]]:
     """
     found = []
     wrong = [
-        f"{arm.name} in {figures.setting}: {arm.texts.units['wrong']} of "
-        f"{sum(arm.texts.units.values())} units, first at {arm.texts.first_wrong}"
+        f"{name} in {figures.setting}: {texts.units['wrong']} of "
+        f"{sum(texts.units.values())} units, first at {texts.first_wrong}"
         for figures in summary.settings
-        for arm in figures.arms
-        if arm.wrong
+        for name, texts in figures.wrong_texts.items()
     ]
     if wrong:
-        words = "They emitted text that the target does not; no speed-up of theirs is shown."
+        words = "It is not what the target emits; no speed-up of any arm is shown in its setting."
         found.append(("bad", "WRONG TEXT", [*wrong, words]))
+    if summary.wrong_sampling:
+        lines = [
+            f"{test.arm} in {summary.header.settings[test.setting]}: p = {test.p_value:.3g} over "
+            f"{test.samples} texts, {test.same_text} equal to plain's"
+            for test in summary.wrong_sampling
+        ]
+        words = "They sample from another distribution; no speed-up of theirs is shown."
+        found.append(("bad", "WRONG DISTRIBUTION", [*lines, words]))
     if summary.noisy:
         steady = "The same program timed against itself differs by more than 2 %, or the interval "
         lines = [f"{clock}: {_again(summary, clock)}" for clock in summary.noisy]
@@ -76,6 +85,34 @@ def stamps(summary: Summary) -> list[tuple[str, str, list[str]]]:
         words = "The baseline was not timed against itself, so nobody knows this machine's noise."
         found.append(("warn", "NO A/A ROW", [words]))
     return found
+
+
+def provenance_line(summary: Summary) -> str:
+    """What was measured with what, where and when, in a line; the whole list stands below."""
+    facts_of = summary.header.provenance
+    packages = facts_of.get("packages")
+    versions = [("specdec", facts_of.get("specdec"))]
+    versions += list(packages.items()) if isinstance(packages, Mapping) else []
+    named = [f"{name} {version}" for name, version in versions if version]
+    named += [
+        f"{words} {_short(str(facts_of[name]))}"
+        for name, words in _SHOWN_FACTS.items()
+        if facts_of.get(name) is not None
+    ]
+    device = facts_of.get("device_name") or facts_of.get("device")
+    threads = facts_of.get("threads")
+    if device:
+        named.append(str(device))
+    if threads:
+        named.append(f"{threads} thread{'' if threads == 1 else 's'}")
+    named += [str(facts_of["time"])] if facts_of.get("time") else []
+    return "; ".join([f"Run {summary.header.run_id[:_HASH_SHOWN]}", *named])
+
+
+def _short(value: str) -> str:
+    """The beginning of a hash, and what is said after it."""
+    found, plus, more = value.partition("+")
+    return found[:_HASH_SHOWN] + plus + more
 
 
 def _again(summary: Summary, clock: str) -> str:
@@ -105,6 +142,7 @@ def _head(summary: Summary) -> str:
     )
     return (
         f'<h1>Speculative decoding, measured</h1><p class="lead">{escape(words)}</p>'
+        f'<p class="note">{escape(provenance_line(summary))}</p>'
         + "".join(stamp(*found) for found in stamps(summary))
         + f'<div class="tiles">{"".join(_tiles(summary))}</div>'
         + f'<nav>{links}<a href="#answers">Answers</a><a href="#provenance">Provenance</a></nav>'
@@ -122,13 +160,15 @@ def _tiles(summary: Summary) -> list[str]:
         tone = "warn" if clock(gain) in figures.noisy else ""
         found.append(tile(plain_times(ratio.value), words, tone))
     texts = [arm.texts.units for figures in summary.settings for arm in figures.arms]
-    total = sum(sum(units.values()) for units in texts)
+    free = sum(units.get("not_promised", 0) for units in texts)
+    total = sum(sum(units.values()) for units in texts) - free
     fine_ones = sum(units.get("exact", 0) + units.get("near_tie", 0) for units in texts)
     near = sum(units.get("near_tie", 0) for units in texts)
     good = bool(total) and fine_ones == total
     said = "texts hold" if good else "texts hold, and the others do not"
     said += f": {count(near)} part from plain's at near-ties" if near else ""
     said += ": they are plain's, token by token" if good and not near else ""
+    said += f"; {count(free)} more are not promised to be" if free else ""
     found.append(tile(f"{count(fine_ones)} of {count(total)}", said, "good" if good else "bad"))
     again = [(s.again, s) for s in summary.settings if s.again]
     if again:
@@ -168,7 +208,7 @@ def _section(figures: SettingFigures, summary: Summary) -> str:
         + card("Speed-up", legend(names, colours), bars)
         + card("All figures", table(results_table(figures, summary)))
         + _acceptance(figures)
-        + _costs(figures)
+        + _costs(figures, summary.on_device)
         + card("By category", table(category_table(figures, baseline)))
         + card("Latency and memory", table(latency_table(figures)))
     )
@@ -196,25 +236,26 @@ def _acceptance(figures: SettingFigures) -> str:
     return card("Acceptance", shown if panels else "", table(acceptance_table(figures)))
 
 
-def _costs(figures: SettingFigures) -> str:
+def _costs(figures: SettingFigures, on_device: bool) -> str:
     shown = [arm for arm in figures.arms if arm.costs is not None and not arm.wrong]
     if not shown:
         return ""
     split = both(lambda width: charts.cost_split(shown, width))
     colours = [f"c{number}" for number in range(len(STAGES))]
-    found = card("Where the time goes", legend(STAGES, colours), split, table(cost_table(figures)))
-    return found + card("Theory and measurement", _scatter(shown, figures))
+    below = table(cost_table(figures, on_device))
+    found = card("Where the time goes", legend(STAGES, colours), split, below)
+    return found + card("Theory and measurement", _scatter(shown, figures, on_device))
 
 
-def _scatter(shown: Sequence[ArmFigures], figures: SettingFigures) -> str:
+def _scatter(shown: Sequence[ArmFigures], figures: SettingFigures, on_device: bool) -> str:
     if not any(arm.costs and arm.costs.residual is not None for arm in shown):
         return ""
     words = (
         "On the dashed line the measured speed-up is what the cost of a forward and the tokens per "
         "round predict; in the band it is within 15 %. Numbers as in the table."
     )
-    drawn = both(lambda width: charts.predicted_measured(shown, width))
-    beside = table(prediction_table(figures))
+    drawn = both(lambda width: charts.predicted_measured(shown, width, not on_device))
+    beside = table(prediction_table(figures, on_device))
     return f'<p class="note">{escape(words)}</p><div class="side"><div>{drawn}</div>' + (
         f"<div>{beside}</div></div>"
     )

@@ -154,7 +154,7 @@ def _curves(summary: Summary) -> bytes:
         if not points or points[0][1] <= 0:
             continue
         relative = [s / points[0][1] for _, s in points]
-        label, colour = f"{curve.dtype}, batch {curve.batch}", _COLOURS[number % len(_COLOURS)]
+        label, colour = str(curve), _COLOURS[number % len(_COLOURS)]
         axes.plot([q for q, _ in points], relative, "o-", color=colour, ms=4, label=label)
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)

@@ -34,7 +34,8 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
-_SAME_SUBJECT = ("target_sha256", "prompts_sha256")
+_SAME_SUBJECT = ("target_sha256", "prompts_sha256", "head_sha256", "draft_sha256")
+_SAME_PLACE = ("device_name", "threads", "specdec", "revision", "packages", "servers")
 _HEADER_START = b'{"run_id":'
 
 
@@ -57,11 +58,15 @@ class RecordWriter:
         self._descriptor: int | None = None
         self._lock_file: Path | None = None
         self._count = 0
+        self._is_new = False
         self.before: Results | None = None
         """What an earlier start measured, or None for a new file."""
 
     def __enter__(self) -> RecordWriter:
-        """Opens and locks the file; writes the header of a new one.
+        """Opens and locks the file.
+
+        A new file gets its header, and an old one is replaced, with the first records: a run that
+        fails before it has measured anything costs nobody a result.
 
         Raises:
             ConfigError: The file is finished, of another run, or no result file.
@@ -100,10 +105,16 @@ class RecordWriter:
         """
         if not records:
             return
+        if self._is_new:
+            records = (self.header, *records)
         lines = b"".join(_line(record) for record in records)
         if self._descriptor is None:
             raise SpecdecError(f"{self._path} is closed")
         try:
+            if self._is_new:
+                os.ftruncate(self._descriptor, 0)
+                flush_folder(self._path.parent)
+                self._is_new = False
             rest = memoryview(lines)
             while len(rest):
                 rest = rest[os.write(self._descriptor, rest) :]
@@ -116,30 +127,28 @@ class RecordWriter:
 
     def finish(self, stopped_by: str, seconds: float) -> None:
         """Adds the end mark."""
-        self.append(EndRecord(records=self._count, stopped_by=stopped_by, seconds=seconds))
+        count = self._count + self._is_new  # the header may still be to be written
+        self.append(EndRecord(records=count, stopped_by=stopped_by, seconds=seconds))
 
     def _begin(self, descriptor: int) -> None:
         check_output(self._path, self._resume, self._overwrite)
         size = os.fstat(descriptor).st_size
         if size and not self._overwrite:
             self._go_on(descriptor)
-            return
-        os.ftruncate(descriptor, 0)
-        self.append(self.header)
-        flush_folder(self._path.parent)
+        else:
+            self._is_new = True
 
     def _go_on(self, descriptor: int) -> None:
         found = read_lines(self._path)
         if not found.records:  # killed while the header was written
-            os.ftruncate(descriptor, 0)
-            self.append(self.header)
+            self._is_new = True
             return
         before = as_results(self._path, found.records)
         different = _differences(before.header, self.header)
         if different:
             raise ConfigError(
                 f"{self._path} is of another run ({'; '.join(different[:3])}); give the same "
-                "options, or another --output"
+                "options on the same machine and version, or another --output"
             )
         os.ftruncate(descriptor, found.whole_bytes)
         os.fsync(descriptor)
@@ -187,6 +196,11 @@ def check_output(path: Path, resume: bool, overwrite: bool) -> None:
         ConfigError: It is finished, stopped without `resume`, or no result file.
         SpecdecError: It cannot be read.
     """
+    if path.is_symlink():
+        raise ConfigError(f"--output {path} is a symbolic link; give the file itself")
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device or pipe"
+        raise ConfigError(f"--output {path} is a {kind}; give the name of a file")
     if not path.is_file() or not path.stat().st_size:
         return
     if not _is_ours(path):
@@ -244,6 +258,10 @@ def _differences(before: Header, now: Header) -> list[str]:
     for name in _SAME_SUBJECT:
         if _text(before.provenance, name) != _text(now.provenance, name):
             found.append(f"{name} differs: the files are not those of before")
+    for name in _SAME_PLACE:
+        old, new = _text(before.provenance, name), _text(now.provenance, name)
+        if old != new:
+            found.append(f"{name}: {old} before, {new} now, so times cannot be joined")
     return found
 
 

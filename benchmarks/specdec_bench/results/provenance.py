@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.hub import cached_file
 
 import specdec
 from specdec.hf_compat import input_device
@@ -22,6 +23,7 @@ from specdec.hf_compat import input_device
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 _GIT_SECONDS = 10
 _SAMPLED = 64  # values at each end of a weight that go into the target's hash
+_HASHED_BYTES = 1 << 20  # of each end of a file of weights
 _CPUINFO = Path("/proc/cpuinfo")
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
@@ -87,6 +89,39 @@ def target_hash(model: Any) -> str:
         ends = torch.cat([flat[:_SAMPLED], flat[-_SAMPLED:]]).cpu().float().contiguous()
         digest.update(ends.numpy().tobytes())
     return digest.hexdigest()
+
+
+def weights_hash(name: str | None) -> str | None:
+    """SHA-256 over the safetensors files of a head or draft model: names, sizes and both ends.
+
+    The beginning of a file describes its tensors; weights that were trained on differ in their
+    last bytes. None without a name, empty where there are no such files here.
+
+    Args:
+        name: A folder, or the hub id of what was downloaded.
+    """
+    if name is None:
+        return None
+    digest, files = hashlib.sha256(), _weight_files(name)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_HASHED_BYTES))
+            stream.seek(max(size - _HASHED_BYTES, 0))
+            digest.update(stream.read(_HASHED_BYTES))
+    return digest.hexdigest() if files else ""
+
+
+def _weight_files(name: str) -> list[Path]:
+    folder = Path(name).expanduser()
+    try:
+        if not folder.is_dir():
+            found = cached_file(name, "config.json", local_files_only=True)
+            folder = Path(str(found)).parent
+        return sorted(file for file in folder.glob("*.safetensors") if file.is_file())
+    except (OSError, ValueError):  # not downloaded, or no name of a repository
+        return []
 
 
 def _version(package: str) -> str | None:

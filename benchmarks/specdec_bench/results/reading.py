@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
@@ -28,7 +28,12 @@ from specdec_bench.results.records import (
     UnitRecord,
     ViewRecord,
 )
+from specdec_bench.results.values import wrong_value
 
+_ADDED = {  # fields that files from before do not have
+    PassRecord: {"first_tokens"},
+    CurveRecord: {"prompt_tokens", "prefix"},
+}
 _LONGEST_LINE = 64 << 20  # bytes; a line of a real file has thousands
 
 
@@ -109,7 +114,7 @@ def as_results(path: Path, records: Sequence[Record]) -> Results:
         times=[r for r in rest if isinstance(r, TimeRecord)],
         passes={(r.setting, r.unit, r.arm): r for r in rest if isinstance(r, PassRecord)},
         checks=[r for r in rest if isinstance(r, CheckRecord)],
-        curves={(r.dtype, r.batch): r for r in rest if isinstance(r, CurveRecord)},
+        curves={(r.dtype, r.batch, r.prompt_tokens): r for r in rest if isinstance(r, CurveRecord)},
         views=[r for r in rest if isinstance(r, ViewRecord)],
         end=next((r for r in rest if isinstance(r, EndRecord)), None),
         skipped={r.setting: r for r in rest if isinstance(r, SkippedRecord)},
@@ -124,7 +129,7 @@ class _Reader:
         self._path = path
         self._header: Header | None = None
         self._ended = False
-        self._units: set[tuple[int, str]] = set()
+        self._units: dict[tuple[int, str], UnitRecord] = {}
         self._seen: set[tuple[Any, ...]] = set()
 
     def record(self, number: int, line: bytes) -> Record:
@@ -147,7 +152,10 @@ class _Reader:
         self._check_names(record, self._header)
         self._check_once(record)
         if isinstance(record, UnitRecord):
-            self._units.add((record.setting, record.unit))
+            self._check_rows(record, self._header)
+            self._units[record.setting, record.unit] = record
+        if isinstance(record, CheckRecord):
+            self._check_exact(record)
         if isinstance(record, EndRecord):
             self._ended = True
             if record.records != number - 1:
@@ -189,6 +197,21 @@ class _Reader:
                 f"field 'unit': no unit {record.unit!r} in setting {setting} before this line"
             )
 
+    def _check_rows(self, unit: UnitRecord, header: Header) -> None:
+        batch = header.settings[unit.setting].batch
+        if len(unit.prompt_tokens) != batch:
+            raise BrokenRecordError(
+                f"field 'prompt_tokens': {len(unit.prompt_tokens)} rows in a setting of {batch}"
+            )
+
+    def _check_exact(self, check: CheckRecord) -> None:
+        """An exact text has plain's hash."""
+        plain = self._units[check.setting, check.unit].text_sha256
+        if check.verdict == "exact" and check.text_sha256 != plain:
+            raise BrokenRecordError(
+                "field 'verdict': 'exact', and the hash of the text is not that of plain's"
+            )
+
     def _check_once(self, record: Any) -> None:
         """Nothing is measured twice."""
         names = {
@@ -197,7 +220,7 @@ class _Reader:
             "time": ("setting", "unit", "arm", "pair"),
             "pass": ("setting", "unit", "arm"),
             "check": ("setting", "unit", "arm", "text_sha256"),
-            "curve": ("dtype", "batch"),
+            "curve": ("dtype", "batch", "prompt_tokens"),
             "view": ("setting", "unit", "arm"),
             "sampling": ("setting", "arm"),
         }.get(record.kind, ())
@@ -248,6 +271,7 @@ def _build(record: type[Any], value: Mapping[str, Any], where: str) -> Any:
     types = _types(record)  # type: ignore[arg-type]  # classes are hashable
     names = {f.name for f in fields(record)}
     unknown, missing = sorted(set(value) - names), sorted(names - set(value))
+    missing = [name for name in missing if name not in _ADDED.get(record, ())]
     if unknown:
         raise BrokenRecordError(f"field {where + unknown[0]!r} is unknown")
     if missing:
@@ -255,12 +279,14 @@ def _build(record: type[Any], value: Mapping[str, Any], where: str) -> Any:
     kind = next((f for f in fields(record) if f.name == "kind"), None)
     if kind is not None and kind.default is not MISSING and value["kind"] != kind.default:
         raise BrokenRecordError(f"field 'kind': {value['kind']!r}")
-    built = {name: _typed(types[name], value[name], where + name) for name in sorted(names)}
-    for name in ("wall", "cpu", "seconds", "first_token", "peak_bytes", "joules", "new_tokens"):
-        number = built.get(name)
-        if isinstance(number, int | float) and number < 0:
-            raise BrokenRecordError(f"field {where + name!r}: {number} is below 0")
-    return record(**built)
+    built = {
+        name: _typed(types[name], value[name], where + name) for name in sorted(names & set(value))
+    }
+    found = record(**built)
+    problem = wrong_value(found)
+    if problem:
+        raise BrokenRecordError(problem)
+    return found
 
 
 def _typed(wanted: Any, value: Any, where: str) -> Any:
@@ -304,13 +330,18 @@ def _optional(choices: tuple[Any, ...], value: Any, where: str) -> Any:
 def _scalar(wanted: type[Any], value: Any, where: str) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if wanted is float:
-        _must(is_number and math.isfinite(value), "a number", value, where)
+        _must(is_number and _is_finite(value), "a number", value, where)
         return float(value)
     if wanted is int:
         _must(is_number and isinstance(value, int), "a whole number", value, where)
         return value
     _must(type(value) is wanted, {str: "text", bool: "true or false"}[wanted], value, where)
     return value
+
+
+def _is_finite(value: float) -> bool:
+    """Also of whole numbers, of which JSON may hold some that no float can."""
+    return abs(value) <= sys.float_info.max
 
 
 def _must(holds: bool, wanted: str, value: Any, where: str) -> None:

@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 SCHEMA = 1
+NOT_PROMISED = "not_promised"
+"""In the header's provenance: index of a setting, as text -> arms that do not promise plain's text
+there, but its distribution only."""
 
 Verdict = Literal["exact", "near_tie", "wrong"]
 
@@ -162,10 +165,11 @@ class PassRecord:
         stages: Seconds by stage of the loop (prefill, draft, forward, verify, commit, observe).
         seconds: Wall seconds of the whole answer in this pass.
         first_token: Seconds until the first token (TTFT).
-        gaps: [tokens, seconds since the burst before] of every burst after the first token.
+        gaps: [tokens, seconds since the burst before] of every burst after the first.
         peak_bytes: Peak memory above that before the answer, where it can be measured.
-        joules: Energy, where a counter can be read.
+        joules: Energy, where a counter can be read; of one answer counters are coarse.
         sizes: Tokens a row of a target forward, padding included -> how often; prefill left out.
+        first_tokens: Tokens of a row in the first burst, which came with the first token.
     """
 
     setting: int
@@ -182,6 +186,7 @@ class PassRecord:
     peak_bytes: int | None = None
     joules: float | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
+    first_tokens: int = 1
     kind: str = "pass"
 
 
@@ -253,12 +258,21 @@ class CurveRecord:
         dtype: Of the target.
         batch: Rows.
         seconds: q -> seconds; JSON makes the keys strings.
+        prompt_tokens: Longest prompt of the settings that it is for; 0 for whole prompts.
+        prefix: Tokens of each row before the forward.
     """
 
     dtype: str
     batch: int
     seconds: Mapping[str, float]
+    prompt_tokens: int = 0
+    prefix: int = 0
     kind: str = "curve"
+
+    def __str__(self) -> str:
+        """A short name, for charts."""
+        lengths = f", prompts <= {self.prompt_tokens}" if self.prompt_tokens else ""
+        return f"{self.dtype}, batch {self.batch}{lengths}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +302,8 @@ class EndRecord:
     Attributes:
         records: Lines before this one.
         stopped_by: "pairs", "time-budget" or "until-ci".
-        seconds: Wall seconds, over all its starts.
+        seconds: Wall seconds of the last start, and those of the answers that earlier ones
+            recorded.
     """
 
     records: int
@@ -333,7 +348,7 @@ class Results:
         times: In the order of measurement.
         passes: By (setting, unit, arm).
         checks: In the order of measurement.
-        curves: By (dtype, batch).
+        curves: By (dtype, batch, longest prompt or 0).
         views: Answers as text.
         end: Its last line.
         skipped: What became no unit, by setting.
@@ -345,7 +360,7 @@ class Results:
     times: Sequence[TimeRecord]
     passes: Mapping[tuple[int, str, str], PassRecord]
     checks: Sequence[CheckRecord]
-    curves: Mapping[tuple[str, int], CurveRecord]
+    curves: Mapping[tuple[str, int, int], CurveRecord]
     views: Sequence[ViewRecord] = field(default_factory=list)
     end: EndRecord | None = None
     skipped: Mapping[int, SkippedRecord] = field(default_factory=dict)

@@ -37,6 +37,8 @@ class ServerArm:
         counts_rounds: The server tells how much was accepted.
         in_process: False: its processor time is not ours.
         engine: Kind of server.
+        facts: The same, and what becomes of its prefix cache, for the header of a result file.
+        seconds: What the newest answer took, without clearing the cache before it.
     """
 
     in_process = False
@@ -44,6 +46,8 @@ class ServerArm:
     def __init__(self, name: str, dialect: Dialect, model: str, tokenizer: Any = None) -> None:
         self.name, self.counts_rounds, self.engine = name, dialect.counts_rounds, dialect.name
         self._dialect, self._model, self._tokenizer = dialect, model, tokenizer
+        self.facts = {"engine": dialect.name, "prefix_cache": dialect.cache.state}
+        self.seconds: float | None = None
 
     @classmethod
     def of(cls, address: str, model: Any, tokenizer: Any, setting: Setting) -> ServerArm:
@@ -89,9 +93,7 @@ class ServerArm:
             SpecdecError: The server fails, or its counters do not fit the answer.
         """
         before = self._dialect.before()
-        start = time.perf_counter()
         replies = self._replies(unit)
-        seconds = time.perf_counter() - start
         rows = [self._ids(reply, unit.record.new_tokens) for reply in replies]
         counted = self._dialect.counted(before, replies) if self.counts_rounds else None
         bursts = [burst for burst in replies[0].bursts if burst[0]] or replies[0].bursts
@@ -106,12 +108,13 @@ class ServerArm:
             drafted=0 if counted is None else counted.drafted,
             chain=counted is None or counted.chain,
             stages={},
-            seconds=seconds,
+            seconds=self.seconds or 0.0,
             first_token=max(reply.bursts[0][1] for reply in replies),
             gaps=[
                 (tokens, moment - earlier)
                 for (tokens, moment), (_, earlier) in zip(bursts[1:], bursts, strict=False)
             ],
+            first_tokens=max(bursts[0][0], 1),
         )
 
     def _replies(self, unit: Unit) -> list[Reply]:
@@ -120,10 +123,15 @@ class ServerArm:
             Asked(self._model, ids, record.new_tokens, record.seed % 2**31)
             for ids in unit.prompt_ids
         ]
+        self._dialect.cache.forget()
+        start = time.perf_counter()
         if len(asked) == 1:
-            return [self._dialect.ask(asked[0])]
-        with ThreadPoolExecutor(len(asked)) as pool:
-            return list(pool.map(self._dialect.ask, asked))
+            replies = [self._dialect.ask(asked[0])]
+        else:
+            with ThreadPoolExecutor(len(asked)) as pool:
+                replies = list(pool.map(self._dialect.ask, asked))
+        self.seconds = time.perf_counter() - start
+        return replies
 
     def _ids(self, reply: Reply, wanted: int) -> list[int]:
         ids = reply.ids

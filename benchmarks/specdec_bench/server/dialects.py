@@ -16,10 +16,12 @@ from typing import Any, Protocol
 
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench.server.http import Endpoint, Event
+from specdec_bench.server.memory import PrefixCache, refuse_suffix_decoding
 
 _METRICS = "/metrics"
 _WAIT = 2.0  # seconds after an answer within which vLLM's counters have caught up with it
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_NO_PREFIXES = re.compile(r'^vllm:cache_config_info\{.*enable_prefix_caching="False"', re.MULTILINE)
 _SAMPLE = re.compile(r"^(vllm:\w+?)(?:_total)?(?:\{(.*)\})?\s+(\S+)(?:\s+\d+)?$")
 
 
@@ -79,10 +81,12 @@ class Dialect(Protocol):
     Attributes:
         name: Of the engine.
         counts_rounds: It tells how much was accepted.
+        cache: What it keeps of earlier prompts; forgotten before each request.
     """
 
     name: str
     counts_rounds: bool
+    cache: PrefixCache
 
     def ask(self, asked: Asked) -> Reply:
         """Streams one answer."""
@@ -105,6 +109,7 @@ class OpenAI:
 
     def __init__(self, endpoint: Endpoint, model: str) -> None:
         self.endpoint, self.model = endpoint, model
+        self.cache = PrefixCache(endpoint)
 
     def ask(self, asked: Asked) -> Reply:
         """Streams one answer."""
@@ -147,6 +152,9 @@ class VLLM(OpenAI):
     def __init__(self, endpoint: Endpoint, model: str) -> None:
         super().__init__(endpoint, model)
         self.counts_rounds = "vllm:spec_decode_num_drafts" in self._counters()
+        refuse_suffix_decoding(endpoint)
+        is_off = _NO_PREFIXES.search(endpoint.text(_METRICS)) is not None
+        self.cache = PrefixCache(endpoint, "/reset_prefix_cache", is_off)
 
     def ask(self, asked: Asked) -> Reply:
         """Streams one answer."""
@@ -241,8 +249,14 @@ class SGLang:
         info = endpoint.json("/get_server_info")
         known = info if isinstance(info, dict) else {}
         self.counts_rounds = bool(known.get("speculative_algorithm"))
+        if known.get("speculative_algorithm") == "NGRAM":
+            raise ConfigError(
+                f"{endpoint.url} speculates with NGRAM, which drafts from the answers that it gave "
+                "before; every prompt is answered several times, so it would draft its own text"
+            )
+        self.cache = PrefixCache(endpoint, "/flush_cache", known.get("disable_radix_cache") is True)
         top_k = known.get("speculative_eagle_topk")
-        self._chain = top_k in (None, 1) and known.get("speculative_algorithm") != "NGRAM"
+        self._chain = top_k in (None, 1)
 
     def ask(self, asked: Asked) -> Reply:
         """Streams one answer."""

@@ -93,6 +93,15 @@ class Endpoint:
         """
         return self._parsed(path, self.text(path))
 
+    def post(self, path: str) -> str:
+        """What an empty POST gives, as text.
+
+        Raises:
+            ConfigError: As `text`.
+        """
+        with self._opened(path, {}) as response:
+            return str(response.read(_MOST_BYTES).decode("utf-8", errors="replace"))
+
     def events(self, path: str, body: Mapping[str, Any]) -> Iterator[Event]:
         """The events that a POST streams, until the server says that they are done.
 

@@ -12,9 +12,10 @@ from specdec_bench.results.records import CurveRecord, PassRecord, UnitRecord
 from specdec_bench.summary.acceptance import Acceptance, acceptance_of
 from specdec_bench.summary.intervals import Ratio, mean_ratio_of_counts
 from specdec_bench.summary.times import groups
-from specdec_bench.summary.types import STAGES, Costs, Latency
+from specdec_bench.summary.types import RECORDED_AS, Costs, Latency
 
 _PERCENTILES = (50, 95, 99)
+_LEAST_SECONDS = 1.0  # of energy; NVML's counter moves every tenth of a second or so
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Passes:
         """How answers arrived."""
         if not self.passes:
             return None
-        later = sum(max(unit.new_tokens - 1, 0) for unit in self.units)
+        both = zip(self.units, self.passes, strict=True)
+        later = sum(max(unit.new_tokens - found.first_tokens, 0) for unit, found in both)
         seconds = sum(found.seconds - found.first_token for found in self.passes)
         gaps = [gap for found in self.passes for _, gap in found.gaps]
         bursts = [tokens for found in self.passes for tokens, _ in found.gaps]
@@ -99,10 +101,11 @@ class Passes:
         if not rounds or not any(found.stages for found in counted.passes):
             return None
         totals = {
-            stage: sum(found.stages.get(stage, 0.0) for found in counted.passes)
-            for stage in STAGES[:-1]
+            stage: sum(found.stages.get(name, 0.0) for found in counted.passes)
+            for stage, name in RECORDED_AS.items()
         }
-        timed = sum(sum(found.stages.values()) for found in counted.passes)
+        prefill = sum(found.stages.get("prefill", 0.0) for found in counted.passes)
+        timed = prefill + sum(totals.values())
         totals["host"] = max(sum(found.seconds for found in counted.passes) - timed, 0.0)
         emitted = sum(_tokens(found.histogram) for found in counted.passes)
         predicted = None if curve is None else self._predicted(baseline, curve, on_device)
@@ -131,14 +134,15 @@ class Passes:
         return max((p.peak_bytes for p in self.passes if p.peak_bytes is not None), default=None)
 
     def joules_per_token(self) -> float | None:
-        """Energy over emitted tokens."""
+        """Energy over emitted tokens; None for less than a second: counters are coarse."""
         read = [
-            (found.joules, unit.tokens)
+            (found.joules, unit.tokens, found.seconds)
             for unit, found in zip(self.units, self.passes, strict=True)
             if found.joules is not None
         ]
-        tokens = sum(count for _, count in read)
-        return sum(joules for joules, _ in read) / tokens if tokens else None
+        if not sum(seconds for _, _, seconds in read) >= _LEAST_SECONDS:
+            return None
+        return sum(joules for joules, _, _ in read) / sum(tokens for _, tokens, _ in read)
 
 
 def _tokens(histogram: Mapping[str, int]) -> int:

@@ -22,6 +22,7 @@ from specdec_bench.summary.acceptance import Acceptance
 SCHEMA_VERSION = "1.0"
 FILE_NAME = "speculation_profile.json"
 
+_LENGTHS = ("depth", "num_draft_tokens", "max_depth", "block")  # how options call a draft's length
 _TOLERANCE = 1e-9
 _PREFIX_METHODS = frozenset({"eagle3", "draft_model"})  # a shorter draft begins a longer one
 
@@ -45,6 +46,11 @@ class Measured:
     draft: str | None = None
     by_category: Mapping[str, Acceptance] = field(default_factory=dict)
     conditions: Mapping[str, Any] = field(default_factory=dict)
+
+
+def draft_length(config: object) -> int:
+    """Length of a draft that a method's options ask for; 0 where they do not say."""
+    return next((int(getattr(config, name)) for name in _LENGTHS if hasattr(config, name)), 0)
 
 
 def build_profile(acceptance: Acceptance, measured: Measured) -> dict[str, Any]:

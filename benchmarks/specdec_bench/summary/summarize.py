@@ -1,7 +1,7 @@
 """From the records of a run to the figures that may be shown: the only place that decides which.
 
-No speed-up leaves this module for an arm with a wrong text, or with a text that nobody checked; and
-none at all where the baseline's own text is wrong.
+No speed-up of any arm leaves this module in a setting in which any arm's text is wrong; none for an
+arm with a text that nobody checked, or that was seen to sample from another distribution.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def summarize(results: Results) -> Summary:
         results.views,
         results.end,
         has_cpu_clock,
+        runs_on_device(results),
+        results.sampling,
     )
 
 
@@ -76,18 +78,21 @@ class _Setting:
         self._baseline = results.header.baseline
         arms = results.header.arms
         self._texts = texts_by_arm(results, index)
+        self._wrong_texts = {arm: texts for arm, texts in self._texts.items() if texts.wrong}
+        self._wrong_laws = {test.arm: test for test in results.sampling if not test.passed}
         self._timed: dict[str, list[TimeRecord]] = {arm: [] for arm in arms}
         for row in results.times:
             if row.setting == index:
                 self._timed[row.arm].append(row)
         setting = results.header.settings[index]
-        self._curve = results.curves.get((setting.dtype, setting.batch))
+        self._curve = results.curves.get((setting.dtype, setting.batch, setting.prompt_tokens or 0))
         self._passes = {arm: self._passes_of(arm) for arm in arms}
 
     def figures(self) -> SettingFigures:
         """All of it."""
         again = repeated_arm(self._baseline)
-        of_again = self._allowed_gain(self._baseline, again)
+        # Not a speed-up but this machine's noise: it is shown unless it is of a wrong text itself.
+        of_again = self._allowed_gain(self._baseline, again, is_noise=True)
         tokens = [unit.tokens for unit in self._units]
         # `looping` is the cut-off share of a text whose kept part has `tokens` tokens.
         whole = [
@@ -106,6 +111,7 @@ class _Setting:
             noisy_clocks(of_again),
             [self._arm(arm) for arm in self._results.header.arms if arm != again],
             self._results.skipped.get(self._index),
+            self._wrong_texts,
         )
 
     def _arm(self, arm: str) -> ArmFigures:
@@ -118,7 +124,7 @@ class _Setting:
             arm,
             gain,
             None if arm == PLAIN else self._allowed_gain(PLAIN, arm),
-            "" if gain or arm == self._baseline else self._why_none(self._baseline, arm),
+            "" if gain or arm == self._baseline else self._why_no_gain(arm),
             self._texts[arm],
             len(rows),
             len(errors),
@@ -135,10 +141,20 @@ class _Setting:
             self._categories(arm, gain is not None),
         )
 
-    def _allowed_gain(self, slower: str, faster: str) -> Gain | None:
-        if self._why_none(slower, faster):
+    def _allowed_gain(self, slower: str, faster: str, is_noise: bool = False) -> Gain | None:
+        if self._why_none(slower, faster) or (self._wrong_texts and not is_noise):
             return None
         return self._timings.gain(slower, faster)
+
+    def _why_no_gain(self, arm: str) -> str:
+        """Its own fault, or a wrong text of another arm."""
+        own = self._why_none(self._baseline, arm)
+        if own:
+            return own
+        if not self._wrong_texts:
+            return ""
+        name, texts = next(iter(self._wrong_texts.items()))
+        return f"the text of {name} is {_fault(texts)}, so no speed-up is shown in this setting"
 
     def _why_none(self, slower: str, faster: str) -> str:
         """Why no speed-up of `faster` over `slower` may be shown; empty when it may."""
@@ -151,6 +167,9 @@ class _Setting:
                 return f"{arm} was not run"
             if texts.wrong or texts.unchecked:
                 return f"the text of {arm} is {_fault(texts)}"
+            if arm in self._wrong_laws:
+                p_value = self._wrong_laws[arm].p_value
+                return f"{arm} samples from another distribution than the target, p = {p_value:.3g}"
         if not self._timings.in_common(slower, faster):
             return f"no timed answer of both {slower} and {faster}"
         return ""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from specdec_bench.results.records import (
     CurveRecord,
     EndRecord,
     Header,
+    SamplingRecord,
     Setting,
     SkippedRecord,
     Verdict,
@@ -20,8 +21,11 @@ from specdec_bench.summary.intervals import Ratio
 if TYPE_CHECKING:
     from specdec_bench.summary.acceptance import Acceptance
 
-STAGES = ("draft", "forward", "verify", "commit", "observe", "host")
-"""Stages of a round, in the order of the charts; host is what no timer saw."""
+STAGES = ("draft", "verify", "accept", "commit", "host")
+"""Stages of a round as readers know them, in the order of the charts. Verify is the target's
+forward; host is what drafters note after a round, and what no timer saw."""
+RECORDED_AS = {"draft": "draft", "verify": "forward", "accept": "verify", "commit": "commit"}
+"""Stage -> its name in the records, which is the loop's own; host is the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ class Texts:
 
     Attributes:
         units: Units by the worst verdict on any of their texts; "unchecked" has differing texts
-            that nobody looked at.
+            that nobody looked at, "not_promised" those of an arm that keeps the law only.
         tokens: Tokens by verdict over the texts that were checked.
         first_wrong: Unit, row and position of the first wrong text.
         worst_ratio: Largest regret over rounding noise; the rule allows 2.
@@ -171,7 +175,7 @@ class ArmFigures:
 
     @property
     def wrong(self) -> bool:
-        """Whether any of its texts is wrong; then no speed-up of it is shown anywhere."""
+        """Whether any of its texts is wrong; then no speed-up is shown in its setting."""
         return self.texts.wrong
 
 
@@ -191,6 +195,8 @@ class SettingFigures:
         noisy: Clocks ("wall", "cpu") whose A/A interval shows a machine too noisy to believe.
         arms: The others, in the order of the tables.
         skipped: Requests that became no unit, if the run says.
+        wrong_texts: Arms with a wrong text, the repeated baseline among them, and their texts;
+            unless it is empty, no speed-up of any arm is shown in this setting.
     """
 
     index: int
@@ -204,11 +210,12 @@ class SettingFigures:
     noisy: Sequence[str]
     arms: Sequence[ArmFigures]
     skipped: SkippedRecord | None = None
+    wrong_texts: Mapping[str, Texts] = field(default_factory=dict)
 
     @property
     def wrong(self) -> list[str]:
         """Names of arms with a wrong text."""
-        return [arm.name for arm in self.arms if arm.wrong]
+        return list(self.wrong_texts)
 
 
 @dataclass(frozen=True)
@@ -222,6 +229,8 @@ class Summary:
         views: Answers as text.
         end: How the run ended; None for one that was cut off.
         has_cpu_clock: Whether processor time means anything: one thread, on a CPU.
+        on_device: The target ran on a GPU or another accelerator.
+        sampling: Tests of what arms sample, if they were made.
     """
 
     header: Header
@@ -230,6 +239,13 @@ class Summary:
     views: Sequence[ViewRecord]
     end: EndRecord | None
     has_cpu_clock: bool
+    on_device: bool = False
+    sampling: Sequence[SamplingRecord] = ()
+
+    @property
+    def wrong_sampling(self) -> list[SamplingRecord]:
+        """Tests that failed: those arms have no speed-up in any setting."""
+        return [test for test in self.sampling if not test.passed]
 
     @property
     def wrong(self) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from specdec.errors import ConfigError
+from specdec_bench.output_files import check_replaceable
 
 _Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 _N = tyro.conf.arg(metavar="N")
@@ -94,6 +95,7 @@ def check_tune_options(options: TuneOptions) -> None:
         raise ConfigError(f"--output {where} is a folder; give a file")
     if where.exists() and not options.overwrite:
         raise ConfigError(f"--output {where} exists; give another name, or --overwrite")
+    check_replaceable(where, "--output", b'"specdec-tuned"')
     _check_numbers(options)
     named = options.method_list
     if not named:

@@ -1,15 +1,14 @@
 """`tune`: from a target and prompts to the method and sizes that pay here, or to none.
 
 First everything is predicted: what a round of any size would accept is derived from a few passes
-(see `tune_search`), and what it costs from the measured curve t(q). Then only the best few are
+(see `tune.search`), and what it costs from the measured curve t(q). Then only the best few are
 timed, interleaved with plain decoding, half of them in every round.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from specdec.target_fingerprint import TargetFingerprint
 from specdec.tuned_file import TunedChoice, TunedFile, conditions, write_tuned
 from specdec_bench.measure.arms import Workbench
 from specdec_bench.measure.costs import measure_curve
-from specdec_bench.measure.runner import clear_generation_config
+from specdec_bench.measure.loaded import clear_generation_config, end_ids, is_on_cpu, torch_threads
 from specdec_bench.measure.units import Maker
 from specdec_bench.results.provenance import provenance
 from specdec_bench.results.records import CurveRecord, Setting
@@ -37,9 +36,6 @@ from specdec_bench.tune.measured import Bench
 from specdec_bench.tune.options import TuneOptions, check_tune_options
 from specdec_bench.tune.search import Forecast, Search, as_json, best_of, text_rounds
 from specdec_bench.tune.timing import Race
-
-LEAST_GAIN = 1.03
-"""Measured speed-up below which speculation is not worth its variance."""
 
 _CURVE_SECONDS = 2.0
 _SHARE_OF_METHOD = 2  # one method has at most one in so many of the timed candidates
@@ -88,15 +84,15 @@ def tune(
         SpecdecError: An option, the model, the prompts or the file is wrong.
     """
     check_tune_options(options)
-    on_cpu = options.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = is_on_cpu(options.device)
     for method in options.method_list:
         grid_of(method, on_cpu)
     check_model(options.target)
     _make_room(options.output)
     prompts = load_tasks(options.tasks or ("smoke",), options.data, options.limit, options.seed)
-    with _threads(options.threads or (1 if on_cpu else None)):
+    with torch_threads(options.device, options.threads):
         model, tokenizer = _load(options), load_tokenizer(options.target)
-        ends = frozenset(_ends(model))
+        ends = frozenset(end_ids(model))
         clear_generation_config(model)
         augment(model, "none")
         if capability(model).mode == "plain":
@@ -153,13 +149,13 @@ def _tune_batch(
             skipped[method] = search.skipped
     each = max(1, options.candidates // _SHARE_OF_METHOD)
     promising = best_of(forecasts, options.candidates, each)
-    race = Race(bench, _clock(workbench.model))
+    race = Race(bench, _by_cpu(workbench.model))
     if promising:
         say(f"{setting}: timing the best {len(promising)}")
         race.run(promising)
     gains = {c: race.gain(c) for c in race.seconds if race.seconds[c] and c not in race.failed}
     every = sorted((f for found in forecasts.values() for f in found), key=lambda f: -f.speedup)
-    choice = _choose(race, gains, every, options)
+    choice = _choose(race, every, options)
     return BatchResult(
         choice, every, gains, skipped, curve.seconds, bench.passes, race.timings,
         time.perf_counter() - start,
@@ -173,24 +169,33 @@ def _curve(model: Any, setting: Setting) -> CurveRecord:
     return measure_curve(model, setting.dtype, setting.batch, _CURVE_SECONDS)
 
 
-def _choose(
-    race: Race, gains: Mapping[Candidate, Ratio], every: Sequence[Forecast], options: TuneOptions
-) -> TunedChoice:
-    """The fastest of those that were timed to the end, unless it hardly gains."""
-    if not race.finalists:
+def _choose(race: Race, every: Sequence[Forecast], options: TuneOptions) -> TunedChoice:
+    """The fastest that is shown to gain, by the last round alone.
+
+    The rounds before it chose the finalists: the best of a dozen by the same figures that chose it
+    looks faster than it is.
+    """
+    paying = [c for c in race.finalists if race.final_gain(c).low > 1]
+    if not paying:
         return TunedChoice("none")
-    winner = race.finalists[0]
-    gain = gains[winner]
-    if gain.value < LEAST_GAIN:
-        return TunedChoice("none")
+    winner = paying[0]
+    gain = race.final_gain(winner)
     predicted = next(f.speedup for f in every if f.candidate == winner)
     chosen = winner.mapping
     if winner.method == "eagle3":
-        chosen["draft"] = options.head or str(head_path())
+        chosen["draft"] = located(options.head) or str(head_path())
     if winner.method == "draft_model":
-        chosen["draft"] = options.draft
+        chosen["draft"] = located(options.draft)
     high = min(gain.high, 1e9)  # without an interval it is infinite, which JSON is not
     return TunedChoice(winner.method, chosen, predicted, (gain.value, gain.low, high))
+
+
+def located(name: str | None) -> str | None:
+    """A folder by its whole path, so that the file can be used from elsewhere; hub ids stay."""
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def _details(
@@ -234,10 +239,9 @@ def _make_room(output: Path | None) -> None:
         raise ConfigError(f"cannot write --output {output}: {problem.strerror}") from problem
 
 
-def _clock(model: Any) -> Callable[[], float]:
-    """Processor time where it is the whole story: others on the machine do not disturb it."""
-    alone = model.device.type == "cpu" and torch.get_num_threads() == 1
-    return time.process_time if alone else time.perf_counter
+def _by_cpu(model: Any) -> bool:
+    """Whether processor time is the whole story: others on the machine do not disturb it."""
+    return bool(model.device.type == "cpu") and torch.get_num_threads() == 1
 
 
 def _load(options: TuneOptions) -> Any:
@@ -261,20 +265,3 @@ def _drafts(options: TuneOptions, model: Any) -> dict[str, Callable[[], Any]]:
 
         found["draft_model"] = draft
     return found
-
-
-def _ends(model: Any) -> list[int]:
-    found = model.generation_config.eos_token_id
-    if found is None:
-        found = model.config.get_text_config().eos_token_id
-    return list(found) if isinstance(found, list | tuple) else [] if found is None else [found]
-
-
-@contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
