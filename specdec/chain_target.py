@@ -23,8 +23,8 @@ from specdec.hf_compat import (
     hidden_states_argument,
     input_device,
     max_positions,
-    tapped_states,
 )
+from specdec.hf_states import tapped_states
 from specdec.hf_steps import cache_argument, max_slots, prefill_as_plain, step_inputs
 from specdec.state_cache import check_layers, revocable
 from specdec.tree import TreeBatch

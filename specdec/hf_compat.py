@@ -187,18 +187,6 @@ def hidden_states_argument(taps: Sequence[int]) -> bool | list[int]:
     return [tap + 1 for tap in taps] if counts_embeddings else True
 
 
-def tapped_states(hidden_states: Sequence[Tensor], taps: Sequence[int], config: Any) -> Tensor:
-    """[B, T, F] outputs of layers `taps`, concatenated, from those that a forward returned.
-
-    Gemma 3n carries several copies of a state through its layers; the active one is its own. Of a
-    model that is spread over devices, all states go to the device of the last tap.
-    """
-    active = getattr(config.get_text_config(), "altup_active_idx", 0)
-    place = hidden_states[taps[-1] + 1].device
-    found = (hidden_states[tap + 1].to(place) for tap in taps)
-    return torch.cat([state[active] if state.ndim == 4 else state for state in found], -1)
-
-
 def max_positions(config: Any) -> int:
     """Positions that a model declares; unlimited when it declares none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize

@@ -22,8 +22,8 @@ from specdec.hf_compat import (
     hidden_states_argument,
     max_positions,
     supports_logits_to_keep,
-    tapped_states,
 )
+from specdec.hf_states import tapped_states
 from specdec.tree import TreeBatch
 from specdec.tree_cache import TreeCache
 

@@ -13,6 +13,7 @@ from specdec.atomic_files import size_text
 from specdec.commands.loading import TOY, load_model, sentence
 from specdec.errors import ConfigError, SpecdecError
 from specdec.heads.config import default_aux_layers
+from specdec.hf_states import recorded_layers
 from specdec.terminal import facts, say
 from specdec_training.data_target import open_target
 from specdec_training.feature_cache import FeatureError
@@ -76,7 +77,7 @@ def _load(options: DataFeaturesOptions) -> Any:
 
 def _layers(options: DataFeaturesOptions, model_config: Any) -> tuple[int, ...]:
     """The layers to record; the head's own rule where none are named."""
-    count = model_config.get_text_config().num_hidden_layers
+    count = recorded_layers(model_config)
     layers = options.aux_layers or default_aux_layers(count)
     fits = all(-1 <= layer < count for layer in layers) and len(set(layers)) == len(layers)
     if not fits or len(layers) > _MOST_LAYERS:

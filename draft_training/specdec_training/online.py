@@ -18,8 +18,8 @@ from specdec.hf_compat import (
     hidden_states_argument,
     input_device,
     supports_logits_to_keep,
-    tapped_states,
 )
+from specdec.hf_states import tapped_states
 from specdec_training.contracts import Document, FeatureBatch, TokenBatch
 
 _PADDING = 1.15  # slots over tokens that a forward may have

@@ -18,6 +18,7 @@ from specdec.errors import ConfigError, SpecdecError
 from specdec.heads.checkpoint import load_head, save_head
 from specdec.heads.config import Eagle3Config, default_aux_layers
 from specdec.heads.eagle3 import Eagle3Head
+from specdec.hf_states import recorded_layers
 from specdec.target_fingerprint import TargetFingerprint
 from specdec.terminal import colour_wanted, say
 from specdec_training.batches import RowSampler, Sizes
@@ -199,7 +200,7 @@ def head_config(options: TrainOptions, model_config: Any, draft_vocab: int) -> E
         vocab_size=text.vocab_size,
         draft_vocab_size=draft_vocab,
         target_hidden_size=text.hidden_size,
-        aux_output_layers=options.aux_layers or default_aux_layers(text.num_hidden_layers),
+        aux_output_layers=options.aux_layers or default_aux_layers(recorded_layers(text)),
         rms_norm_eps=float(getattr(text, "rms_norm_eps", None) or 1e-6),
         rope=_rope(text),
         max_position_embeddings=getattr(text, "max_position_embeddings", None) or 2048,

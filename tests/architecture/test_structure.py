@@ -16,7 +16,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 LAYERS = (
     {"errors", "tree", "config", "stats", "sources", "verify", "options", "terminal", "tokenizers"}
     | {"rejection", "atomic_files", "target_fingerprint", "head_options", "loops"},
-    {"sampling", "tree_cache", "state_cache", "hf_compat", "hf_cache", "hf_steps"},
+    {"sampling", "tree_cache", "state_cache", "hf_compat", "hf_states", "hf_cache", "hf_steps"},
     {"target", "chain_target", "capability", "exactness", "drafters.base", "registry"}
     | {"stop_rules"}
     | {"draft_loading", "draft_runner"}

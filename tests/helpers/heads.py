@@ -8,6 +8,7 @@ import torch
 
 from specdec.heads.config import Eagle3Config, default_aux_layers
 from specdec.heads.eagle3 import Eagle3Head
+from specdec.hf_states import recorded_layers
 
 
 def head_for(model: Any, seed: int = 0, draft_vocab: int | None = None, **flags: Any) -> Eagle3Head:
@@ -23,7 +24,7 @@ def head_for(model: Any, seed: int = 0, draft_vocab: int | None = None, **flags:
         vocab_size=len(embeddings),
         draft_vocab_size=draft_vocab or len(embeddings),
         target_hidden_size=text.hidden_size,
-        aux_output_layers=default_aux_layers(text.num_hidden_layers),
+        aux_output_layers=default_aux_layers(recorded_layers(text)),
         **flags,
     )
     with torch.random.fork_rng():
