@@ -43,10 +43,9 @@ def tapped_states(hidden_states: Sequence[Tensor], taps: Sequence[int], config: 
 def _one_stream(state: Tensor, text: Any) -> Tensor:
     """[B, T, H] of a layer's output."""
     active = getattr(text, "altup_active_idx", None)
+    width, found = text.hidden_size, state
     if state.ndim == 4:  # [streams, B, T, H], or [B, T, streams, H]
-        found: Tensor = state[active] if active is not None else state.mean(2)
-        return found
-    width = text.hidden_size
-    if state.shape[-1] > width and state.shape[-1] % width == 0:
-        return state.unflatten(-1, (-1, width)).mean(-2)
-    return state
+        found = state[active] if active is not None else state.mean(2)
+    elif state.shape[-1] > width and state.shape[-1] % width == 0:
+        found = state.unflatten(-1, (-1, width)).mean(-2)  # type: ignore[no-untyped-call]
+    return found

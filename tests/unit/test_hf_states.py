@@ -44,7 +44,7 @@ def test_streams_of_hyper_connections_are_averaged(flat: bool) -> None:
 
 
 def test_a_layer_that_is_not_reported_is_named() -> None:
-    with pytest.raises(ConfigError, match="layer 3 .* reports 3 layers"):
+    with pytest.raises(ConfigError, match=r"layer 3 .* reports 3 layers"):
         tapped_states(states(BATCH, LENGTH, WIDTH), (0, 3), config())
 
 
