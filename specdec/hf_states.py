@@ -47,5 +47,5 @@ def _one_stream(state: Tensor, text: Any) -> Tensor:
     if state.ndim == 4:  # [streams, B, T, H], or [B, T, streams, H]
         found = state[active] if active is not None else state.mean(2)
     elif state.shape[-1] > width and state.shape[-1] % width == 0:
-        found = state.unflatten(-1, (-1, width)).mean(-2)  # type: ignore[no-untyped-call]
+        found = state.unflatten(-1, (-1, width)).mean(-2)
     return found
