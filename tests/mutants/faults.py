@@ -4,6 +4,7 @@ The bug classes are those that speculative decoders are known to have had.
 """
 
 from mutants.fault import Fault
+from mutants.faults_bench import BENCH
 from mutants.faults_call import CALL
 from mutants.faults_chain import CHAIN
 from mutants.faults_drafters import DRAFTERS
@@ -12,4 +13,6 @@ from mutants.faults_rejection import REJECTION
 from mutants.faults_round import ROUND
 from mutants.faults_target import TARGET
 
-FAULTS: tuple[Fault, ...] = (*ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS)
+FAULTS: tuple[Fault, ...] = (
+    *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH,
+)  # fmt: skip

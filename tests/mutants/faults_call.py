@@ -43,8 +43,8 @@ CALL: tuple[Fault, ...] = (
         "settings_of_a_call_stay",
         "patches and state that outlive a call",
         _AUGMENT,
-        "    settings = _call_settings(specdec, handle.settings)\n",
-        "    settings = handle.settings = _call_settings(specdec, handle.settings)\n",
+        "    settings = _call_settings(specdec, defaults)\n",
+        "    settings = handle.settings = _call_settings(specdec, defaults)\n",
         "tests/hf/test_seam.py -k 'per_call'",
     ),
     Fault(

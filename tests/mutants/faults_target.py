@@ -187,10 +187,18 @@ TARGET: tuple[Fault, ...] = (
     Fault(
         "taps_are_one_layer_too_low",
         "the drafter is shown the wrong row",
-        _COMPAT,
-        "(hidden_states[tap + 1] for tap in taps)",
-        "(hidden_states[tap] for tap in taps)",
+        "specdec/hf_states.py",
+        "_one_stream(hidden_states[tap + 1], text)",
+        "_one_stream(hidden_states[tap], text)",
         "tests/laws/test_contract.py::test_needs_are_met",
+    ),
+    Fault(
+        "streams_of_a_state_are_rows",
+        "the drafter is shown the wrong row",
+        "specdec/hf_states.py",
+        "state[active] if active is not None else state.mean(2)",
+        "state[active or 0]",
+        "tests/unit/test_hf_states.py",
     ),
     Fault(
         "an_adopted_prefix_is_not_counted_for_the_drafter",
