@@ -208,14 +208,15 @@ class Eagle3Head(nn.Module):
         """
         length, layer = token_ids.shape[1], cast(Eagle3Layer, self.layers[0])
         order = torch.arange(length, device=token_ids.device)
-        parts = layer.self_attn.embedding_parts(layer.input_layernorm(self._embed(token_ids)))
+        ahead = self._embed(functional.pad(token_ids, (0, steps)))
+        parts = layer.self_attn.embedding_parts(layer.input_layernorm(ahead))
         hidden = features
         keys: list[Tensor] = []
         values: list[Tensor] = []
         for step in range(steps):
-            parts = [functional.pad(part[:, 1:], (0, 0, 0, 1)) for part in parts]
+            seen = [part[:, step + 1 : step + 1 + length] for part in parts]
             turn = self._rotary(order + step, length + steps, self.fc.weight.dtype)
-            inputs = parts, hidden, turn, spans, tuple(keys), tuple(values)
+            inputs = seen, hidden, turn, spans, tuple(keys), tuple(values)
             if recompute and torch.is_grad_enabled():
                 out, key, value = checkpoint(self._ttt_step, *inputs, use_reentrant=False)
             else:

@@ -89,7 +89,7 @@ def test_options_are_frozen(command: str, run: Run) -> None:
 def test_commands_are_frozen(run: Run) -> None:
     shown = run("--help")
     assert shown.code == 0
-    assert "{demo,generate,doctor,data,train,inspect,convert}" in shown.out
+    assert "{demo,generate,doctor,data,bench,train,inspect,convert}" in shown.out
     group = run("data", "--help")
     assert group.code == 0
     assert "{prepare,regenerate,doctor,features}" in group.out

@@ -247,7 +247,7 @@ def test_default_method_and_config_object() -> None:
     (("nonsense",), {}, r"unknown method 'nonsense'; choose one of none, lookahead"),
     (("prompt_lookup",), {"depth": 3}, r"'prompt_lookup' has no option 'depth'; it has max_ngram"),
     (("none",), {"depth": 3}, r"'none' has no option 'depth'; it has none"),
-    (("prompt_lookup",), {"max_ngram": 0}, r"min_ngram <= max_ngram, got min_ngram=1, max_ngram=0"),
+    (("prompt_lookup",), {"max_ngram": 0}, r"max_ngram <= 64, got min_ngram=1, max_ngram=0"),
     (("prompt_lookup",), {"num_draft_tokens": 0}, r"num_draft_tokens >= 1.*got 0"),
     (("lookahead",), {"ngram": 1}, r"ngram >= 2 .*ngram=1"),
     (("lookahead",), {"window": -1}, r"window >= 0.*window=-1"),
