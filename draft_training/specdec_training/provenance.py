@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import math
 import platform
-import subprocess
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -18,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import specdec
+from specdec.source_revision import source_revision
 from specdec.target_fingerprint import TargetFingerprint
 
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "safetensors", "numpy")
-_GIT_SECONDS = 10
 
 
 def provenance(
@@ -41,7 +40,7 @@ def provenance(
         "specdec": specdec.__version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "revision": _revision(Path(__file__).resolve().parent),
+        "revision": source_revision(Path(__file__)),
         "argv": [str(word) for word in sys.argv],
         "options": plain(options),
         "data_hash": data_hash,
@@ -71,27 +70,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _revision(folder: Path) -> str | None:
-    """The git commit of the sources, with "+changes"; None when they are in no checkout."""
-    head = _git(folder, "rev-parse", "HEAD")
-    # A file that git does not know lies in somebody else's checkout, as a virtual environment may.
-    if head is None or _git(folder, "ls-files", "--error-unmatch", "contracts.py") is None:
-        return None
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return head + ("+changes" if changes else "")
-
-
-def _git(folder: Path, *words: str) -> str | None:
-    try:
-        done = subprocess.run(  # noqa: S603 - fixed words, no shell
-            ["git", "-C", str(folder), *words],  # noqa: S607 - the user's own git
-            capture_output=True,
-            text=True,
-            timeout=_GIT_SECONDS,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
-        return None
-    return done.stdout.strip()

@@ -15,7 +15,8 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 # A module may import from its own layer and from those before it.
 LAYERS = (
     {"errors", "tree", "config", "stats", "sources", "verify", "options", "terminal", "tokenizers"}
-    | {"rejection", "atomic_files", "target_fingerprint", "head_options", "loops"},
+    | {"rejection", "atomic_files", "target_fingerprint", "head_options", "loops"}
+    | {"source_revision"},
     {"sampling", "tree_cache", "state_cache", "hf_compat", "hf_states", "hf_cache", "hf_steps"},
     {"target", "chain_target", "capability", "exactness", "drafters.base", "registry"}
     | {"stop_rules"}

@@ -27,8 +27,8 @@ from specdec.atomic_files import (
     write_new,
 )
 from specdec.errors import ConfigError
+from specdec.source_revision import source_revision
 from specdec.target_fingerprint import TargetFingerprint
-from specdec_training import provenance as module
 from specdec_training.provenance import provenance
 from specdec_training.train_options import TrainOptions
 
@@ -73,19 +73,19 @@ def git(folder: Path, *words: str) -> str:
 
 
 def test_the_revision_is_that_of_the_sources(tmp_path: Path) -> None:
-    assert module._revision(tmp_path) is None
+    assert source_revision(tmp_path / "contracts.py") is None
     git(tmp_path, "init", "-q")
     (tmp_path / "contracts.py").write_text("")
     git(tmp_path, "add", "contracts.py")
     git(tmp_path, "commit", "-qm", "x")
     head = git(tmp_path, "rev-parse", "HEAD")
-    assert module._revision(tmp_path) == head
+    assert source_revision(tmp_path / "contracts.py") == head
     (tmp_path / "contracts.py").write_text("changed")
-    assert module._revision(tmp_path) == f"{head}+changes"
+    assert source_revision(tmp_path / "contracts.py") == f"{head}+changes"
     installed = tmp_path / "site-packages"  # inside the checkout, but no part of it
     installed.mkdir()
     (installed / "contracts.py").write_text("")
-    assert module._revision(installed) is None
+    assert source_revision(installed / "contracts.py") is None
 
 
 def test_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

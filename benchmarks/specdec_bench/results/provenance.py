@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -19,9 +18,9 @@ from transformers.utils.hub import cached_file
 
 import specdec
 from specdec.hf_compat import input_device
+from specdec.source_revision import source_revision
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
-_GIT_SECONDS = 10
 _SAMPLED = 64  # values at each end of a weight that go into the target's hash
 _HASHED_BYTES = 1 << 20  # of each end of a file of weights
 _CPUINFO = Path("/proc/cpuinfo")
@@ -44,7 +43,7 @@ def provenance(model: Any, prompts: Sequence[Any], **more: Any) -> dict[str, Any
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "specdec": specdec.__version__,
-        "revision": _revision(Path(__file__).resolve().parent),
+        "revision": source_revision(Path(__file__)),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
@@ -157,27 +156,3 @@ def _load() -> float | None:
         return round(os.getloadavg()[0], 2)
     except (OSError, AttributeError):
         return None
-
-
-def _revision(folder: Path) -> str | None:
-    """The git commit of the sources, with "+changes"; None when they are in no checkout."""
-    head = _git(folder, "rev-parse", "HEAD")
-    # A file that git does not know lies in somebody else's checkout, as a virtual environment may.
-    if head is None or _git(folder, "ls-files", "--error-unmatch", "records.py") is None:
-        return None
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return head + ("+changes" if changes else "")
-
-
-def _git(folder: Path, *words: str) -> str | None:
-    try:
-        done = subprocess.run(  # noqa: S603 - fixed words, no shell
-            ["git", "-C", str(folder), *words],  # noqa: S607 - the user's own git
-            capture_output=True,
-            text=True,
-            timeout=_GIT_SECONDS,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
-        return None
-    return done.stdout.strip()
