@@ -65,7 +65,7 @@ def reference_model(model: Any, device: torch.device | str | None = None) -> Any
             memo[id(handle)] = object()  # heads, stores and caches: not copied, and taken off below
     for weight in [*model.parameters(), *model.buffers()]:
         if type(weight) in (Tensor, torch.nn.Parameter) and weight.is_floating_point():
-            memo[id(weight)] = _widened(weight, device)
+            memo[id(weight)] = _moved(weight, device)
     reference = copy.deepcopy(model, memo)
     for module in reference.modules():
         for name in ("generate", "_specdec"):
@@ -75,10 +75,10 @@ def reference_model(model: Any, device: torch.device | str | None = None) -> Any
     return reference.double().eval()
 
 
-def _widened(weight: Tensor, device: torch.device | str | None) -> Tensor:
-    """A copy in fp64, of the same kind."""
+def _moved(weight: Tensor, device: torch.device | str | None) -> Tensor:
+    """A copy of the same kind."""
     there = weight.device if device is None else device
-    copied = weight.detach().to(there, copy=True).double()
+    copied = weight.detach().to(there, copy=True)
     if isinstance(weight, torch.nn.Parameter):
         return torch.nn.Parameter(copied, requires_grad=weight.requires_grad)
     return copied
