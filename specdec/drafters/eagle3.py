@@ -39,7 +39,10 @@ class Eagle3DraftConfig:
     depth: int = 5
     """Levels of the tree; one pass of the head each."""
     top_k: int = 8
-    """Nodes continued at every level, and candidates below each; 1 drafts a chain."""
+    """Candidates below each continued node; 1 drafts a chain."""
+    beam: int | None = None
+    """Nodes continued at every level; None for `top_k` of them. With 1, a tree is a chain with its
+    siblings, and costs little more to draft than a chain."""
     nodes: int = 48
     """Nodes that are verified: the likeliest of all candidates."""
     min_probability: float = 0.0
@@ -62,6 +65,8 @@ class Eagle3DraftConfig:
                 f"eagle3 needs depth >= 1, top_k >= 1 and 1 <= nodes < {MAX_NODES}, got "
                 f"depth={self.depth}, top_k={self.top_k}, nodes={self.nodes}"
             )
+        if self.beam is not None and self.beam < 1:
+            raise ConfigError(f"beam must be 1 or more, got {self.beam}")
         number = isinstance(self.min_probability, int | float)
         if (
             not number
@@ -103,7 +108,7 @@ class Eagle3:
         """Makes an empty draft state."""
         longest = max(map(len, state.tokens)) + min(state.max_new_tokens, _FIRST_ROOM)
         depth = min(self._config.depth, state.max_new_tokens)
-        room = depth * min(self._config.top_k, state.vocab_size) + 1
+        room = depth * min(self._config.beam or self._config.top_k, state.vocab_size) + 1
         self._state = self._head.begin(len(state.tokens), longest + room)
         self._prompt, self._fresh, self._next = [], [], None
 
@@ -217,22 +222,24 @@ class Eagle3:
         """
         head, own = self._head, self._state
         width = min(self._config.top_k, log_probs.shape[-1])
-        scores, index = log_probs.topk(width)
-        tokens, parents = head.target_ids(index), torch.zeros_like(index)
-        frontier = torch.arange(width, device=index.device).expand_as(index)
-        levels = [(scores, tokens, torch.full_like(index, -1))]
+        beam = min(self._config.beam or width, width)
+        every, index = log_probs.topk(width)
+        ids = head.target_ids(index)
+        levels = [(every, ids, torch.full_like(index, -1))]
+        # The likeliest `beam` candidates of a level are continued; the first level is sorted.
+        scores, tokens, parents = every[:, :beam], ids[:, :beam], torch.zeros_like(index[:, :beam])
+        frontier, count = torch.arange(beam, device=index.device).expand_as(parents), width
         for level in range(1, depth):
             if self._too_unlikely(scores):
                 break
             below, index = head.expand(own, tokens, parents).topk(width)
             every = (scores[:, :, None] + below).flatten(1)
             ids = head.target_ids(index).flatten(1)
-            above = frontier[:, :, None].expand_as(index).flatten(1)
-            count = sum(found.shape[1] for found, _, _ in levels)
-            levels.append((every, ids, above))
+            levels.append((every, ids, frontier[:, :, None].expand_as(index).flatten(1)))
             if level + 1 < depth:
-                scores, best = every.topk(width)
+                scores, best = every.topk(beam)
                 tokens, parents, frontier = ids.gather(1, best), best // width, count + best
+                count += every.shape[1]
         head.rewind(own)
         return levels
 

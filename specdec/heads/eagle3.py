@@ -24,11 +24,10 @@ from transformers.activations import ACT2FN
 from specdec.errors import ConfigError
 from specdec.heads.config import Eagle3Config
 from specdec.heads.draft_ids import checked_target_ids
-from specdec.heads.layer import Eagle3Layer, RotaryTable
+from specdec.heads.draft_masks import ancestors_of_level, last_slots_see, level_sees
+from specdec.heads.layer import Eagle3Layer, RotaryTable, Turn
 from specdec.heads.ttt_attention import Spans, ttt_attention
 from specdec.tree_cache import TreeCache
-
-_COMMIT_CHUNK = 1024  # tokens a forward over a long prompt; its mask grows with the square
 
 
 @dataclass
@@ -109,6 +108,11 @@ class Eagle3Head(nn.Module):
         )
         self._rotary = RotaryTable(config)
 
+    @property
+    def layer(self) -> Eagle3Layer:
+        """The decoder layer."""
+        return cast(Eagle3Layer, self.layers[0])
+
     def set_vocabulary(self, d2t: Tensor | None, t2d: Tensor | None) -> None:
         """Takes over a draft vocabulary: offsets [D] int64 and mask [V] bool, or none.
 
@@ -148,7 +152,7 @@ class Eagle3Head(nn.Module):
                     "the target's embeddings are offloaded, and the head has none of its own; keep "
                     "them on a device (device_map), or use a head that brings its own"
                 )
-            weight = embeddings.detach()[: wanted[0]].to(self.fc.weight)
+            weight = embeddings.detach()[: wanted[0]].to(self.fc.weight.device)
             self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=True)
         if self.lm_head is None:
             if output_embeddings is None or output_embeddings.shape[1] != wanted[1]:
@@ -167,9 +171,12 @@ class Eagle3Head(nn.Module):
         aux = aux.to(self.fc.weight.dtype)
         if self.config.norm_before_fc:
             aux = self.input_norm(aux)
-        if self.config.fc_norm:
-            parts = aux.split(self.config.target_hidden_size, -1)
-            aux = torch.cat([norm(x) for norm, x in zip(self.fc_norm, parts, strict=True)], -1)
+        if self.config.fc_norm:  # all layers at once
+            size = self.config.target_hidden_size
+            parts = aux.unflatten(-1, (-1, size))
+            weights: list[Tensor] = [cast(nn.RMSNorm, norm).weight for norm in self.fc_norm]
+            normed = functional.rms_norm(parts, (size,), eps=self.config.rms_norm_eps)
+            aux = (normed * torch.stack(weights)).flatten(-2)
         found: Tensor = self.fc(aux)
         return found
 
@@ -184,7 +191,7 @@ class Eagle3Head(nn.Module):
         if self.embed_tokens is None:
             raise ConfigError("the head has no embeddings yet; call attach with the target's")
         found: Tensor = self.embed_tokens(tokens)
-        return found
+        return found.to(self.fc.weight.dtype)  # the target's own may be in another
 
     def unroll(
         self,
@@ -206,17 +213,17 @@ class Eagle3Head(nn.Module):
             spans: Documents packed into each row.
             recompute: Keep no activations inside a step; the backward computes them again.
         """
-        length, layer = token_ids.shape[1], cast(Eagle3Layer, self.layers[0])
-        order = torch.arange(length, device=token_ids.device)
+        length, layer = token_ids.shape[1], self.layer
         ahead = self._embed(functional.pad(token_ids, (0, steps)))
-        parts = layer.self_attn.embedding_parts(layer.input_layernorm(ahead))
+        projected = layer.self_attn.embedding_part(layer.input_layernorm(ahead))
         hidden = features
         keys: list[Tensor] = []
         values: list[Tensor] = []
         for step in range(steps):
-            seen = [part[:, step + 1 : step + 1 + length] for part in parts]
-            turn = self._rotary(order + step, length + steps, self.fc.weight.dtype)
-            inputs = seen, hidden, turn, spans, tuple(keys), tuple(values)
+            part = projected[:, step + 1 : step + 1 + length]
+            # In the dtype of the projections, which autocast makes narrower.
+            turn = self._rotary(slice(step, step + length), length + steps, projected)
+            inputs = part, hidden, turn, spans, tuple(keys), tuple(values)
             if recompute and torch.is_grad_enabled():
                 out, key, value = checkpoint(self._ttt_step, *inputs, use_reentrant=False)
             else:
@@ -229,16 +236,16 @@ class Eagle3Head(nn.Module):
 
     def _ttt_step(
         self,
-        parts: Sequence[Tensor],
+        part: Tensor,
         hidden: Tensor,
-        turn: tuple[Tensor, Tensor],
+        turn: Turn,
         spans: Spans | None,
         keys: tuple[Tensor, ...],
         values: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        layer = cast(Eagle3Layer, self.layers[0])
+        layer = self.layer
         residual, normed = layer.normed(hidden)
-        query, key, value = layer.self_attn.project_hidden(normed, parts, *turn)
+        query, key, value = layer.self_attn.project_hidden(normed, part, turn)
         attended = ttt_attention(
             query, (*keys, key), (*values, value), spans, self.config.sliding_window
         )
@@ -269,40 +276,27 @@ class Eagle3Head(nn.Module):
             features: [B, n, H] of the slots.
             counts: Slots of each row, 0 for a row that stands still.
         """
-        if min(counts) == tokens.shape[1] <= _COMMIT_CHUNK:  # one row, and most others: no choosing
-            state.root = self._verified_step(state, tokens, features)[:, -1:]
-            self._count_verified(state, counts)
+        cache, width = state.cache, tokens.shape[1]
+        cache.reserve(width)
+        residual, query, keys, values = self._entered(state, tokens, features)
+        state.verified = [a + b for a, b in zip(state.verified, counts, strict=True)]
+        # What comes next hangs on each row's last slot alone: the others give keys and values.
+        if min(counts) == width:
+            residual, query, moved = residual[:, -1:], query[:, :, -1:], None
         else:
-            self._commit_ragged(state, tokens, features, counts)
+            ends = torch.tensor(counts, device=tokens.device)
+            moved, last = (ends > 0)[:, None, None], (ends - 1).clamp(min=0)[:, None, None]
+            residual = residual.gather(1, last.expand(-1, 1, residual.shape[2]))
+            last = last[:, None].expand(-1, query.shape[1], 1, query.shape[3])
+            query = query.gather(2, last)
+        alike = cache.start is not None and moved is None
+        cache.set_lengths(state.verified)
+        visible = last_slots_see(cache, self.config.sliding_window, alike)
+        out = self._left(query, keys, values, visible, residual)
+        state.root = out if moved is None else torch.where(moved, out, state.root)
         found = self._log_probs(state, state.root)[:, 0]
         state.root_fed = state.hidden
         return found
-
-    def _commit_ragged(
-        self, state: HeadState, tokens: Tensor, features: Tensor, counts: Sequence[int]
-    ) -> None:
-        """Rows of different lengths, in chunks."""
-        last = torch.tensor(counts, device=tokens.device) - 1
-        for start in range(0, tokens.shape[1], _COMMIT_CHUNK):
-            stop = min(start + _COMMIT_CHUNK, tokens.shape[1])
-            out = self._verified_step(state, tokens[:, start:stop], features[:, start:stop])
-            here = (last >= start) & (last < stop)
-            index = (last - start).clamp(0, stop - start - 1)[:, None, None]
-            found = out.gather(1, index.expand(-1, 1, out.shape[-1]))
-            state.root = torch.where(here[:, None, None], found, state.root)
-            self._count_verified(state, [min(max(n - start, 0), stop - start) for n in counts])
-
-    def _count_verified(self, state: HeadState, new: Sequence[int]) -> None:
-        state.verified = [a + b for a, b in zip(state.verified, new, strict=True)]
-        state.cache.set_lengths(state.verified)
-
-    def _verified_step(self, state: HeadState, tokens: Tensor, features: Tensor) -> Tensor:
-        """States [B, n, H] of new verified slots, each seeing all slots before it."""
-        cache, width = state.cache, tokens.shape[1]
-        cache.reserve(width)
-        positions = cache.slots(width, tokens.device)
-        visible = self._visible_before(state, positions)
-        return self._step(state, tokens, features, positions, visible)
 
     def expand(self, state: HeadState, tokens: Tensor, parents: Tensor) -> Tensor:
         """Goes one level deeper; log-probabilities [B, W, D] below its nodes.
@@ -319,69 +313,55 @@ class Eagle3Head(nn.Module):
             index = parents[:, :, None].expand(-1, -1, hidden.shape[2])
             hidden = hidden.gather(1, index) if level else hidden.expand(-1, width, -1)
         cache.reserve(width)
-        if width == 1:  # slots and positions are one
-            positions = cache.lengths[:, None]
-            visible = self._visible_before(state, positions)
-        else:
-            verified = cache.lengths[:, None] - level * width
-            positions = (verified + level).expand(-1, width)
-            visible = self._visible_in_tree(state, verified, parents)
-        out = self._step(state, tokens, hidden, positions, visible)
+        residual, query, keys, values = self._entered(state, tokens, hidden, level)
+        if width > 1:
+            state.seen = ancestors_of_level(state.seen, parents)
+        visible = level_sees(cache, state.verified, state.seen, level, self.config.sliding_window)
+        out = self._left(query, keys, values, visible, residual)
         state.levels += 1
         cache.set_lengths([n + width for n in cache.host_lengths])
         return self._log_probs(state, out)
 
-    def _visible_before(self, state: HeadState, positions: Tensor) -> Tensor | None:
-        """[B, n, K] bool: all slots up to the position and within the window; None for all."""
-        cache, window = state.cache, self.config.sliding_window
-        if positions.shape[1] == 1 and cache.start is not None and window is None:
-            return None
-        keys = torch.arange(cache.stop, device=positions.device)
-        visible = keys <= positions[:, :, None]
-        return visible if window is None else visible & (positions[:, :, None] - keys < window)
+    def _entered(
+        self, state: HeadState, tokens: Tensor, hidden: Tensor, level: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Writes keys and values of [B, n] tokens into the cache.
 
-    def _visible_in_tree(self, state: HeadState, verified: Tensor, parents: Tensor) -> Tensor:
-        """[B, W, K] bool: verified slots of the row, and a node's ancestors among the drafted."""
-        cache, seen, window = state.cache, state.seen, self.config.sliding_window
-        batch, width = parents.shape
-        own = torch.eye(width, dtype=torch.bool, device=parents.device).expand(batch, -1, -1)
-        if seen is not None:
-            above = seen.gather(1, parents[:, :, None].expand(-1, -1, seen.shape[2]))
-            own = torch.cat([above, own], -1)
-        state.seen = seen = own
-        keys = torch.arange(cache.stop, device=verified.device)
-        drafted = torch.arange(seen.shape[2], device=verified.device)
-        visible = (keys < verified)[:, None].expand(-1, width, -1)
-        if window is not None:
-            visible = visible & (verified + state.levels - keys < window)[:, None]
-            seen = seen & (state.levels - drafted // width < window)
-        slots = (verified + drafted)[:, None].expand(-1, width, -1)
-        return visible.scatter(2, slots, seen)
+        Args:
+            state: Whose cache has room for them.
+            tokens: Beside `hidden`.
+            hidden: [B, n, H].
+            level: Level of the draft that they are, all at one position; None for verified slots.
 
-    def _step(
-        self,
-        state: HeadState,
-        tokens: Tensor,
-        hidden: Tensor,
-        positions: Tensor,
-        visible: Tensor | None,
-    ) -> Tensor:
-        """One pass of the layer over [B, n] tokens; what their successors read, [B, n, H]."""
-        layer = cast(Eagle3Layer, self.layers[0])
+        Returns:
+            Residual [B, n, H], queries [B, Hq, n, d], all visible keys and values [B, Hkv, K, d].
+        """
+        layer, cache, width = self.layer, state.cache, tokens.shape[1]
         residual, inputs = layer.inputs(self._embed(tokens), hidden)
-        longest = max(state.cache.host_lengths) + tokens.shape[1]
-        cos, sin = self._rotary(positions, longest, inputs.dtype)
-        query, key, value = layer.self_attn.project(inputs, cos[:, None], sin[:, None])
-        key, value = state.cache.layer(0).update(key, value)
+        positions: Tensor | slice
+        if cache.start is not None:
+            first = cache.start if level is None else state.verified[0] + level
+            positions = slice(first, first + (width if level is None else 1))
+        elif level is None:
+            positions = cache.slots(width, tokens.device)
+        else:
+            positions = cache.lengths[:, None] - level * (width - 1)
+        turn = self._rotary(positions, max(cache.host_lengths) + width, inputs)
+        query, key, value = layer.self_attn.project(inputs, turn)
+        return residual, query, *cache.layer(0).update(key, value)
+
+    def _left(
+        self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, residual: Tensor
+    ) -> Tensor:
+        """What the layer makes of queries, [B, n, H]."""
         attended = functional.scaled_dot_product_attention(
             query,
-            key,
-            value,
+            keys,
+            values,
             attn_mask=None if visible is None else visible[:, None],
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=query.shape[1] != keys.shape[1],
         )
-        out: Tensor = layer.outputs(attended, residual)
-        return out
+        return self.layer.outputs(attended, residual)
 
     def _log_probs(self, state: HeadState, out: Tensor) -> Tensor:
         """Log-probabilities [B, W, D] after outputs [B, W, H]; keeps what their children read."""

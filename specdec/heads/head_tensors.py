@@ -1,7 +1,8 @@
 """The tensors of an EAGLE-3 head: our names, every dialect's names, and the shapes they must have.
 
-Our names are those of `Eagle3Head.state_dict`. Serving engines skip a name they do not know and
-leave a missing tensor at zero, without a word; here both raise.
+Files keep each projection for itself, a head keeps those of the same input as one: `state` joins,
+`separate` takes apart, and nobody else knows of both. Serving engines skip a name they do not know
+and leave a missing tensor at zero, without a word; here both raise.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ _OTHER_HEADS = {
     "additional_layers.": "a head with more than one layer",
     "mlp.experts": "a head with a mixture of experts",
     "weight_scale": "a quantised head",
+}
+_JOINED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
 _LEAST_TELLING = 16  # draft ids from which on a vocabulary without neighbours is no accident
 
@@ -250,7 +255,7 @@ def _says(name: str) -> str:
 def state(
     tensors: Mapping[str, Tensor], config: Eagle3Config, dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """The state of a head from tensors under our names, all floats in one dtype.
+    """The state of an `Eagle3Head` from tensors under our names, all floats in one dtype.
 
     Raises:
         ConfigError: As `vocabulary`.
@@ -259,5 +264,24 @@ def state(
     found = {
         name: tensor.to(dtype) for name, tensor in tensors.items() if name not in ("d2t", "t2d")
     }
+    for joined, parts in _JOINED.items():
+        for kind in ("weight", "bias"):
+            names = [f"{_LAYER}{part}.{kind}" for part in parts]
+            if names[0] in found:
+                found[f"{_LAYER}{joined}.{kind}"] = torch.cat([found.pop(name) for name in names])
     d2t, t2d = vocabulary(tensors.get("d2t"), tensors.get("t2d"), config)
     return found if d2t is None else {**found, "d2t": d2t, "t2d": t2d}
+
+
+def separate(tensors: Mapping[str, Tensor], config: Eagle3Config) -> dict[str, Tensor]:
+    """Tensors under our names from those of `Eagle3Head.state_dict`: the inverse of `state`."""
+    found, wanted = dict(tensors), shapes(config)
+    for joined, parts in _JOINED.items():
+        for kind in ("weight", "bias"):
+            whole = found.pop(f"{_LAYER}{joined}.{kind}", None)
+            if whole is None:
+                continue
+            names = [f"{_LAYER}{part}.{kind}" for part in parts]
+            pieces = whole.split([wanted[name][0] for name in names])
+            found |= dict(zip(names, pieces, strict=True))
+    return found

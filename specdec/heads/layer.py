@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -12,6 +10,9 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specdec.heads.config import Eagle3Config
+
+Turn = tuple[Tensor, Tensor]
+"""Cosines and sines [..., 1, T, d] of a rotary turn; the sines of the left half are negated."""
 
 
 class RotaryTable:
@@ -32,98 +33,94 @@ class RotaryTable:
             self._rotary = LlamaRotaryEmbedding(settings)
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def __call__(
-        self, positions: Tensor, longest: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """([..., d], [..., d]) of `positions` [...], all below `longest`."""
-        key = positions.device, dtype
+    def __call__(self, positions: Tensor | slice, longest: int, like: Tensor) -> Turn:
+        """The turn at `positions`, all below `longest`, in the dtype and on the device of `like`.
+
+        Args:
+            positions: [B, T], or the same consecutive ones for all rows, which costs no lookup.
+            longest: Positions that the table must reach.
+            like: What will be turned.
+        """
+        key = like.device, like.dtype
         table = self._tables.get(key)
         if table is None or len(table[0]) < longest:
             room = max(256, longest * 3 // 2)
             order = torch.arange(room)[None]
             with torch.inference_mode(False), torch.no_grad():
                 cos, sin = self._rotary(torch.zeros(1, dtype=torch.float32), order)
-            table = cos[0].to(positions.device, dtype), sin[0].to(positions.device, dtype)
-            self._tables[key] = table
-        return table[0][positions], table[1][positions]
+                left, right = sin[0].chunk(2, -1)
+                sin = torch.cat([-left, right], -1)
+            table = self._tables[key] = cos[0].to(like), sin.to(like)
+        return table[0][positions].unsqueeze(-3), table[1][positions].unsqueeze(-3)
 
 
-def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(states: Tensor, turn: Turn) -> Tensor:
     """Rotary embedding (arXiv 2104.09864) of `states` [B, h, T, d], halves layout."""
-    left, right = states.chunk(2, -1)
-    return states * cos + torch.cat([-right, left], -1) * sin
+    cos, sin = turn
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
 
 
 class Eagle3Attention(nn.Module):
-    """Projections of the head's attention; training and drafting attend in ways of their own."""
+    """Projections of the head's attention; training and drafting attend in ways of their own.
+
+    Queries, keys and values are one product: a draft step is a handful of matrix-vector products,
+    and each costs more to start than to do.
+    """
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
-        width, dim, bias = 2 * config.hidden_size, config.head_dim, config.attention_bias
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(width, self.heads * dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * dim, config.hidden_size, bias=False)
+        dim, queries, keys = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.qkv_proj = nn.Linear(
+            2 * config.hidden_size, (queries + 2 * keys) * dim, bias=config.attention_bias
+        )
+        self.o_proj = nn.Linear(queries * dim, config.hidden_size, bias=False)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(dim, config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(dim, config.rms_norm_eps)
-        self._qk_norm = config.qk_norm
+        self._qk_norm, self._dim = config.qk_norm, dim
+        self._turned, self._heads = [queries + keys, keys], [queries, keys]
 
-    def project(self, inputs: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, inputs: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, Hq, T, d], keys and values [B, Hkv, T, d] of `inputs` [B, T, 2H]."""
-        return self._turned([proj(inputs) for proj in self._projections()], cos, sin)
+        return self._split(self.qkv_proj(inputs), turn)
 
-    def embedding_parts(self, embeds: Tensor) -> list[Tensor]:
-        """What normed embeddings [B, T, H] add to queries, keys and values, [B, T, heads * d] each.
+    def embedding_part(self, embeds: Tensor) -> Tensor:
+        """What normed embeddings [B, T, H] add to the projections, [B, T, (Hq + 2 Hkv) d].
 
         Training steps see the same embeddings, shifted, so they project them once.
         """
-        half = embeds.shape[-1]
-        return [functional.linear(embeds, proj.weight[:, :half]) for proj in self._projections()]
+        return functional.linear(embeds, self.qkv_proj.weight[:, : embeds.shape[-1]])
 
     def project_hidden(
-        self, hidden: Tensor, parts: Sequence[Tensor], cos: Tensor, sin: Tensor
+        self, hidden: Tensor, part: Tensor, turn: Turn
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `project`, of normed states [B, T, H] beside what the embeddings add."""
-        half = hidden.shape[-1]
-        found = [
-            part + functional.linear(hidden, proj.weight[:, half:], proj.bias)
-            for proj, part in zip(self._projections(), parts, strict=True)
-        ]
-        return self._turned(found, cos, sin)
+        weight = self.qkv_proj.weight[:, hidden.shape[-1] :]
+        return self._split(part + functional.linear(hidden, weight, self.qkv_proj.bias), turn)
 
-    def _projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        return self.q_proj, self.k_proj, self.v_proj
-
-    def _turned(
-        self, projected: Sequence[Tensor], cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self.heads, self.kv_heads, self.kv_heads
-        query, key, value = (
-            found.unflatten(-1, (count, -1)) for found, count in zip(projected, heads, strict=True)
-        )
-        value = value.transpose(1, 2)
+    def _split(self, projected: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+        states = projected.unflatten(-1, (-1, self._dim)).transpose(1, 2)
+        turned, value = states.split(self._turned, 1)
         if self._qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
-        cos, sin = cos.to(query.dtype), sin.to(query.dtype)  # autocast made queries narrower
-        return _rotated(query, cos, sin), _rotated(key, cos, sin), value
+            query, key = turned.split(self._heads, 1)
+            turned = torch.cat([self.q_norm(query), self.k_norm(key)], 1)
+        query, key = _rotated(turned, turn).split(self._heads, 1)
+        return query, key, value
 
 
 class Eagle3Mlp(nn.Module):
-    """Gated MLP."""
+    """Gated MLP; gate and up are one product."""
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, states: Tensor) -> Tensor:
         """[B, T, H] to [B, T, H]."""
-        out: Tensor = self.down_proj(self.act(self.gate_proj(states)) * self.up_proj(states))
+        gate, up = self.gate_up_proj(states).chunk(2, -1)
+        out: Tensor = self.down_proj(self.act(gate) * up)
         return out
 
 
@@ -141,9 +138,12 @@ class Eagle3Layer(nn.Module):
         self._normed_residual = config.norm_before_residual
 
     def inputs(self, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(residual [B, T, H], attention input [B, T, 2H])."""
-        residual, normed = self.normed(hidden)
-        return residual, torch.cat([self.input_layernorm(embeds), normed], -1)
+        """(residual [B, T, H], attention input [B, T, 2H]); both norms are one."""
+        size = hidden.shape[-1]
+        weights = torch.stack([self.input_layernorm.weight, self.hidden_norm.weight])
+        both = torch.cat([embeds, hidden], -1).unflatten(-1, (2, size))
+        normed = functional.rms_norm(both, (size,), eps=self.hidden_norm.eps) * weights
+        return normed[..., 1, :] if self._normed_residual else hidden, normed.flatten(-2)
 
     def normed(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(residual, normed states), [B, T, H] both."""

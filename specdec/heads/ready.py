@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch.nn.functional import linear
 
 from specdec.drafters.base import TargetFacts
 from specdec.errors import ConfigError
@@ -14,6 +18,7 @@ from specdec.target_fingerprint import TargetFingerprint
 
 _MEMORY = "eagle3.heads"
 _MOST_KEPT = 4  # heads that the memory of one target holds at a time
+_TIMINGS = 8
 
 
 @dataclass
@@ -27,6 +32,9 @@ class _Kept:
 
 def ready_head(draft: str | Eagle3Head, tokenizer: Any, target: TargetFacts) -> Eagle3Head:
     """The head, on the target's device and with its embeddings.
+
+    One that is loaded takes the target's dtype, or float32 where a CPU drafts faster in it: the
+    dtype of a draft cannot change the text.
 
     Args:
         draft: A folder, a hub id, or the head itself, which is used in its own dtype.
@@ -44,13 +52,34 @@ def ready_head(draft: str | Eagle3Head, tokenizer: Any, target: TargetFacts) -> 
     if isinstance(draft, str):
         fingerprint = TargetFingerprint.of(target.config, tokenizer)
         loaded = load_head(draft, target=fingerprint, dtype=target.dtype, device=target.device)
-        head = loaded.head
+        head = _in_faster_dtype(loaded.head)
     else:
         head = _own_copy(draft)
     check_fit(head, target)
     head.attach(target.embeddings, target.output_embeddings)
     kept[:] = [*kept[-_MOST_KEPT + 1 :], _Kept(draft, tokenizer, head)]
     return head
+
+
+@torch.no_grad()
+def _in_faster_dtype(head: Eagle3Head) -> Eagle3Head:
+    """The head, in float32 if one token goes through its largest matrix faster there.
+
+    Half precision halves what is read of large weights. Small ones lie in a cache, and then the
+    conversions of a CPU's half-precision products cost more than the products.
+    """
+    matrix = head.layer.mlp.gate_up_proj.weight
+    if matrix.device.type != "cpu" or matrix.dtype not in (torch.bfloat16, torch.float16):
+        return head
+    best: dict[torch.dtype, float] = {}
+    weights = [matrix, matrix.float()]
+    for _ in range(_TIMINGS):
+        for weight in weights:  # in turns: a busy machine slows both
+            token, start = weight.new_zeros(1, weight.shape[1]), time.perf_counter()
+            linear(token, weight)
+            taken = time.perf_counter() - start
+            best[weight.dtype] = min(taken, best.get(weight.dtype, taken))
+    return head.float() if best[torch.float32] < best[matrix.dtype] else head
 
 
 def _own_copy(head: Eagle3Head) -> Eagle3Head:

@@ -27,7 +27,7 @@ from specdec.heads.aux_layers import check_layers
 from specdec.heads.dialect_writing import checked_for, config_json
 from specdec.heads.dialects import DIALECTS
 from specdec.heads.eagle3 import Eagle3Head
-from specdec.heads.head_tensors import EMBEDDINGS, LM_HEAD, dialect_name
+from specdec.heads.head_tensors import EMBEDDINGS, LM_HEAD, dialect_name, separate
 from specdec.heads.rope_fields import read_rope
 from specdec.heads.sidecar import NAME, Sidecar, read_sidecar
 from specdec.heads.strict_files import WEIGHTS
@@ -90,12 +90,12 @@ def save_head(
 
 
 def _tensors(head: Eagle3Head, dialect: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name, tensor in head.state_dict().items():
+    found, dtype = dict[str, Tensor](), dtype or head.fc.weight.dtype
+    for name, tensor in separate(head.state_dict(), head.config).items():
         if tensor.is_meta:
             raise ConfigError(f"tensor {name!r} of the head has no data; load it before saving")
         plain = tensor.detach().cpu()
-        found[name] = plain.to(dtype) if dtype is not None and plain.is_floating_point() else plain
+        found[name] = plain.to(dtype) if plain.is_floating_point() else plain
     if EMBEDDINGS in found and not head.owns_embeddings and dialect not in _WITH_EMBEDDINGS:
         del found[EMBEDDINGS]
     if dialect == "modelopt":

@@ -3,7 +3,7 @@
 from mutants.fault import Fault
 
 _HEAD, _DRAFTER = "specdec/heads/eagle3.py", "specdec/drafters/eagle3.py"
-_TTT = "specdec/heads/ttt_attention.py"
+_MASKS, _TTT = "specdec/heads/draft_masks.py", "specdec/heads/ttt_attention.py"
 _LOSS = "draft_training/specdec_training/losses.py"
 _STORE = "draft_training/specdec_training/checkpoints.py"
 
@@ -21,16 +21,16 @@ HEADS = (
         "drafting_stands_one_position_too_far",
         "trainer/inference skew",
         _HEAD,
-        "positions = (verified + level).expand(-1, width)",
-        "positions = (verified + level + 1).expand(-1, width)",
+        "positions = cache.lengths[:, None] - level * (width - 1)",
+        "positions = cache.lengths[:, None] - level * (width - 1) + 1",
         _TREE_STEPS,
     ),
     Fault(
         "training_never_moves_on",
         "trainer/inference skew",
         _HEAD,
-        "turn = self._rotary(order + step,",
-        "turn = self._rotary(order,",
+        "turn = self._rotary(slice(step, step + length),",
+        "turn = self._rotary(slice(length),",
         _CHAIN_STEPS,
     ),
     Fault(
@@ -44,7 +44,7 @@ HEADS = (
     Fault(
         "drafted_siblings_see_each_other",
         "tree attention mask",
-        _HEAD,
+        _MASKS,
         "own = torch.eye(width, dtype=torch.bool, device=parents.device)",
         "own = torch.ones(width, width, dtype=torch.bool, device=parents.device)",
         _TREE_STEPS,
@@ -61,9 +61,25 @@ HEADS = (
         "a_row_that_stands_still_forgets_its_place",
         "ragged batches",
         _HEAD,
-        "state.root = torch.where(here[:, None, None], found, state.root)",
-        "state.root = found",
+        "state.root = out if moved is None else torch.where(moved, out, state.root)",
+        "state.root = out",
         f"{_LOOP}::test_a_prompt_in_pieces_is_the_prompt",
+    ),
+    Fault(
+        "a_short_row_hangs_on_the_last_slot_of_the_longest",
+        "ragged batches",
+        _HEAD,
+        "moved, last = (ends > 0)[:, None, None], (ends - 1).clamp(min=0)[:, None, None]",
+        "moved, last = (ends > 0)[:, None, None], (ends * 0 + width - 1)[:, None, None]",
+        _TREE_STEPS,
+    ),
+    Fault(
+        "the_second_best_of_a_level_is_continued",
+        "beam",
+        _DRAFTER,
+        "scores, best = every.topk(beam)",
+        "scores, best = (found[:, -beam:] for found in every.topk(beam + 1))",
+        _DRAFTS,
     ),
     Fault(
         "draft_ids_are_taken_for_target_ids",

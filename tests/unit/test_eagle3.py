@@ -54,6 +54,8 @@ def head(llama: Any) -> Eagle3Head:
 @pytest.mark.parametrize("sizes", [
     {"depth": 4, "top_k": 3, "nodes": 10}, {"depth": 4, "top_k": 1}, {"depth": 1, "top_k": 5},
     {"depth": 3, "top_k": 200, "nodes": 30}, {"min_probability": 0.02},
+    {"depth": 4, "top_k": 3, "beam": 1, "nodes": 8}, {"depth": 3, "top_k": 5, "beam": 2},
+    {"depth": 2, "top_k": 2, "beam": 9},
 ])  # fmt: skip
 def test_text_is_that_of_plain(
     llama: Any, flags: dict[str, Any], rows: int, sizes: dict[str, Any]
@@ -65,28 +67,32 @@ def test_text_is_that_of_plain(
 
 
 @pytest.mark.parametrize("mode", [GREEDY, SAMPLED], ids=lambda mode: str(mode.name))
-@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("sizes", [{"top_k": 1}, {"top_k": 3}, {"top_k": 3, "beam": 1}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma3n", "qwen3_5", "mamba2", "bloom"])
-def test_ragged_batches_of_trees_and_chains(family: str, top_k: int, mode: Any) -> None:
+def test_ragged_batches_of_trees_and_chains(family: str, sizes: dict[str, int], mode: Any) -> None:
     case = Case(family, mode, rows=3)
-    options = {"draft": head_for(model_of(family)), "depth": 3, "top_k": top_k, "nodes": 8}
+    options = {"draft": head_for(model_of(family)), "depth": 3, "nodes": 8, **sizes}
     sequences, state = case.generate(specdec=SpecConfig("eagle3", options))
     wanted, wanted_state = reference(case)
     assert torch.equal(sequences, wanted)
     assert torch.equal(state, wanted_state)
 
 
+@pytest.mark.parametrize("beam", [None, 1, 2])
 @pytest.mark.parametrize("draft_vocab", [None, 20])
-def test_trees_hold_the_likeliest_candidates(llama: Any, draft_vocab: int | None) -> None:
+def test_trees_hold_the_likeliest_candidates(
+    llama: Any, draft_vocab: int | None, beam: int | None
+) -> None:
     """Against a search of every candidate on the host, with the head's own chain steps."""
     ids, head = prompt(), head_for(llama, draft_vocab=draft_vocab)
     if draft_vocab is not None:
         head.set_vocabulary(2 * torch.arange(draft_vocab) + 3, None)  # ids 3, 6, 9, ...
-    _, records = rounds_of(llama, ids, draft=head, depth=3, top_k=3, nodes=9)
+    _, records = rounds_of(llama, ids, draft=head, depth=3, top_k=3, beam=beam, nodes=9)
     tree = trees_of(records)[0]
     assert tree.scores is not None
     assert tree.scores[1:] == sorted(tree.scores[1:], reverse=True)
-    wanted = _search(llama, head, torch.cat([ids[0], torch.tensor(records[0].tokens[0])]), 3, 3)
+    text = torch.cat([ids[0], torch.tensor(records[0].tokens[0])])
+    wanted = _search(llama, head, text, (3, 3, beam or 3))
     best = sorted(wanted.items(), key=lambda item: -item[1])[:9]
     assert {path for path, _ in best} == set(_paths(tree))
 
@@ -100,9 +106,13 @@ def _paths(tree: TokenTree) -> list[tuple[int, ...]]:
 
 @torch.no_grad()
 def _search(
-    model: Any, head: Eagle3Head, text: Tensor, depth: int, width: int
+    model: Any, head: Eagle3Head, text: Tensor, sizes: tuple[int, int, int]
 ) -> dict[tuple[int, ...], float]:
-    """Path -> cumulative log-probability, of all candidates that a tree chooses from."""
+    """Path -> cumulative log-probability, of all candidates that a tree chooses from.
+
+    `sizes` are levels, candidates below a node, and continued nodes of a level.
+    """
+    depth, width, beam = sizes
     hidden = model(text[None, :-1], output_hidden_states=True).hidden_states
     taps = head.config.aux_output_layers
     features = head.features(torch.cat([hidden[tap + 1] for tap in taps], -1))
@@ -121,7 +131,7 @@ def _search(
             below |= {(*path, t): score + s
                       for t, s in zip(tokens.tolist(), scores.tolist(), strict=True)}  # fmt: skip
         found |= below
-        frontier = sorted(below.items(), key=lambda item: -item[1])[:width]
+        frontier = sorted(below.items(), key=lambda item: -item[1])[:beam]
     return found
 
 
