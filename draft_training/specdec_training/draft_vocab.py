@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from specdec.errors import ConfigError
+from specdec.heads.checkpoint import load_head
+from specdec.target_fingerprint import TargetFingerprint
 
 _ROOM_FOR_SPECIALS = 16  # all special ids are taken when they fill at most a 16th
 
@@ -57,6 +59,20 @@ def build(
     t2d = torch.zeros(vocabulary, dtype=torch.bool)
     t2d[ids] = True
     return ids - torch.arange(size), t2d
+
+
+def of_head(head: str, target: TargetFingerprint) -> tuple[Tensor | None, Tensor | None]:
+    """The draft vocabulary of a head that is there already, as `build` gives one.
+
+    Args:
+        head: Folder or hub id.
+        target: What the head must have been made for.
+
+    Raises:
+        ConfigError: It cannot be read, or is another target's.
+    """
+    found = load_head(head, target=target).head
+    return found.d2t, found.t2d
 
 
 def coverage(counts: Tensor, t2d: Tensor | None) -> float:

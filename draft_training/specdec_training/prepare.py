@@ -270,6 +270,7 @@ def _facts(
         "chat_template": encoder.chat.hash(),
         "max_length": options.max_length,
         "draft_vocab": options.draft_vocab,
+        "draft_vocab_of": options.draft_vocab_of,
         "rows_read": tally.rows,
         "skipped": dict(sorted(tally.counts.items())),
     }

@@ -36,19 +36,23 @@ def write_prepared(
         table: `datasets.Dataset` of the examples, as `Encoder.batch` gives them.
         prompts: Token ids of the held-out prompts.
         facts: What the examples do not tell: `target`, `chat_template`, `max_length`,
-            `draft_vocab`, `rows_read`, `skipped`.
+            `draft_vocab`, `draft_vocab_of`, `rows_read`, `skipped`.
 
     Raises:
-        ConfigError: The draft vocabulary is too small.
+        ConfigError: The draft vocabulary is too small, or that of no head of this target.
     """
     target = facts["target"]
     kinds = Counter(table.select_columns(["kind"])["kind"])
     table.select_columns(["token_ids", "loss_mask"]).save_to_disk(str(folder / EXAMPLES))
     examples = ExampleList(datasets.load_from_disk(str(folder / EXAMPLES)))
     counts, used, tokens = _count(examples, target.vocab_size)
-    size = min(facts["draft_vocab"], target.vocab_size)
-    always = draft_vocab.always_ids(target.tokenizer, target.stop_ids, used, size)
-    d2t, t2d = draft_vocab.build(counts, size, always)
+    if facts["draft_vocab_of"] is not None:
+        d2t, t2d = draft_vocab.of_head(facts["draft_vocab_of"], target.fingerprint)
+        size = target.vocab_size if d2t is None else len(d2t)
+    else:
+        size = min(facts["draft_vocab"], target.vocab_size)
+        always = draft_vocab.always_ids(target.tokenizer, target.stop_ids, used, size)
+        d2t, t2d = draft_vocab.build(counts, size, always)
     tensors = {"counts": counts}
     if d2t is not None and t2d is not None:
         tensors |= {"d2t": d2t, "t2d": t2d}

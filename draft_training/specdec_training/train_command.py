@@ -263,7 +263,7 @@ def _loaded_head(source: str, target: Any, data: PreparedData, device: torch.dev
     if not same:
         raise ConfigError(
             f"--init-from {source!r} drafts from another vocabulary than --data names; prepare the "
-            "data with the head's draft vocabulary"
+            f"data with --draft-vocab-of {source}"
         )
     return head
 

@@ -92,6 +92,29 @@ def test_warm_start(trained: Path, data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "head" / "model.safetensors").is_file()
 
 
+def test_warm_start_on_other_data(trained: Path, data: Path, tmp_path: Path) -> None:
+    """Other texts have other frequent tokens; a head's vocabulary is kept where it is asked for."""
+    head, rows = trained / "head", tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"zebra {n} quagga"}) + "\n" for n in range(40)))
+    how = DataPrepareOptions(
+        input=(str(rows),), draft_vocab=512, held_out=2, max_length=64,
+        cache_dir=tmp_path / "cache", output=tmp_path / "own",
+    )  # fmt: skip
+    prepare(how)
+    with pytest.raises(ConfigError, match=f"--draft-vocab-of {head}"):
+        run_train(options(tmp_path / "own", tmp_path / "a", init_from=str(head), eval_every=0))
+    kept = prepare(replace(how, output=tmp_path / "kept", draft_vocab_of=str(head))).data
+    wanted = PreparedData.load(data)
+    assert kept.d2t is not None
+    assert wanted.d2t is not None
+    assert torch.equal(kept.d2t, wanted.d2t)
+    assert kept.meta.draft_vocab_size == wanted.meta.draft_vocab_size
+    assert kept.meta.draft_vocab_coverage < 1
+    run = options(tmp_path / "kept", tmp_path / "b", init_from=str(head), steps=2, eval_every=0)
+    assert run_train(run) == 0
+    assert torch.equal(load_head(tmp_path / "b" / "head").head.d2t, wanted.d2t)
+
+
 def test_recorded_features_train_like_the_target(data: Path, trained: Path, tmp_path: Path) -> None:
     write_features(
         demo.load_target(), PreparedData.load(data), (1, 2, 4), tmp_path / "f", "float32"
