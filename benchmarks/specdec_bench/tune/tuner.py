@@ -105,8 +105,9 @@ def tune(
             setting = Setting(dtype, batch)
             workbench = Workbench(model, tokenizer, setting, drafts)
             maker = Maker(
-                model, tokenizer, setting, workbench.sampling(), options.max_new_tokens, ends
-            )
+                model, tokenizer, setting, workbench.sampling(), options.max_new_tokens, ends,
+                only_counted=True,
+            )  # fmt: skip
             results[batch] = _tune_batch(workbench, maker, prompts, options, say)
         found = TunedFile(
             target=TargetFingerprint.of(model.config, tokenizer),
