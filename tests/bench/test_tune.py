@@ -165,7 +165,7 @@ def test_climbs_find_the_top_and_ask_once() -> None:
     with grid_methods:
         found = climb(grid, value, 500)
         assert max(found, key=lambda c: found[c]).mapping == {"a": 7, "b": 12}
-        assert len(asked) == len(set(asked)) < 200
+        assert len(asked) == len(set(asked)) < 50  # looking all around at every step takes 98
         asked.clear()
         assert len(climb(grid, value, 7)) <= 7
         assert len(asked) == 7
