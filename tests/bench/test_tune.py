@@ -22,7 +22,7 @@ from specdec.errors import ConfigError, SpecdecError
 from specdec.tuned_file import read_tuned
 from specdec_bench.measure.arms import Workbench
 from specdec_bench.measure.runner import clear_generation_config
-from specdec_bench.measure.units import Maker, Unit, padded
+from specdec_bench.measure.units import SHORTEST, Maker, Unit, padded
 from specdec_bench.results.records import CurveRecord, Setting, UnitRecord
 from specdec_bench.summary.intervals import Ratio
 from specdec_bench.tasks import load_tasks
@@ -31,7 +31,7 @@ from specdec_bench.tune import timing as tune_timing
 from specdec_bench.tune.command import run_tune
 from specdec_bench.tune.forced import STATE_READERS, force, verifies_trees
 from specdec_bench.tune.grid import Candidate, Grid, climb, grid_of, tunable
-from specdec_bench.tune.measured import PLAIN, Bench, Rounds
+from specdec_bench.tune.measured import PLAIN, Bench, Rounds, beginning
 from specdec_bench.tune.options import TuneOptions, check_tune_options
 from specdec_bench.tune.replayed import replay
 from specdec_bench.tune.search import Forecast, best_of, text_rounds
@@ -136,6 +136,62 @@ def test_one_slow_round_does_not_count() -> None:
     assert rounds.costs({"draft": 2.0}).stages["draft"] == 10.0
     assert (rounds.tau, rounds.nodes) == (2.0, 2.0)
     assert Rounds().tau == 0.0
+
+
+def test_plain_is_measured_on_beginnings(model: Any) -> None:
+    bench = make_bench(model, 2)
+    own = Bench(bench.workbench, bench.units, CURVE)
+    own.measure_plain()
+    for unit, rounds in zip(own.units, own.plain, strict=True):
+        assert unit.record.new_tokens > SHORTEST
+        assert rounds.sizes == [1] * (unit.record.new_tokens - 1)
+        assert len(rounds.tokens) == 2 * len(rounds.sizes)
+        assert len(rounds.stages["forward"]) == SHORTEST - 1
+        assert rounds.prefill > 0
+    assert own.passes == len(own.units) + 1
+    short = beginning(own.units[0], SHORTEST)
+    assert [len(row) for row in short.text_ids] == [SHORTEST] * 2
+    assert beginning(short, SHORTEST) is short
+
+
+def test_a_pass_is_put_at_the_pace_of_plain(bench: Bench) -> None:
+    """A machine that was half as fast while a method was looked at does not make it slow."""
+    own = Bench(bench.workbench, bench.units, CURVE)
+    own.plain = [Rounds([1] * 9, [1] * 9, {"forward": [1.0] * 9}) for _ in own.units]
+    looked_at = Rounds([4] * 5, [2] * 5, {"draft": [0.6] * 5, "forward": [2.4] * 5})
+    assert own.paced(looked_at)["draft"] == pytest.approx(0.3)  # forwards over 4 tokens take 1.2
+    assert own.paced(looked_at)["forward"] == pytest.approx(1.2)
+    own.curve = CurveRecord("float32", 1, {})
+    assert own.paced(looked_at)["draft"] == 0.6
+
+
+def test_few_answers_tell_what_all_drafts_cost(bench: Bench, monkeypatch: Any) -> None:
+    """Of eagle3: one level, then chains, and the narrowest and widest trees of four."""
+    seconds = {(1, 1): 1.0, (4, 1): 2.5, (4, 2): 4.0, (4, 10): 8.0}
+    asked: list[tuple[int, int]] = []
+
+    def run(candidate: Candidate, units: list[Unit]) -> Rounds:
+        sizes = candidate.mapping
+        assert [unit.record.new_tokens for unit in units] <= [32]
+        asked.append((sizes["depth"], sizes["top_k"]))
+        return Rounds([1], [1], {"draft": [seconds[asked[-1]]], "forward": [1.0]})
+
+    own = Bench(bench.workbench, bench.units, CurveRecord("float32", 1, {}))
+    monkeypatch.setattr(own, "run", run)
+    search, grid = tune_search.Search(own, "eagle3"), grid_of("eagle3", on_cpu=True)
+
+    def draft(width: int, levels: float) -> float:
+        tried = candidate("eagle3", depth=5, top_k=width, nodes=63, min_probability=0.0)
+        return search._draft_costs(tried, grid, levels)["draft"]
+
+    assert draft(1, 4.0) == 2.5
+    assert draft(1, 2.0) == pytest.approx(1.5)
+    assert draft(1, 7.0) == pytest.approx(4.0)
+    assert draft(2, 4.0) == 4.0
+    assert draft(6, 4.0) == 6.0
+    assert draft(10, 4.0) == 8.0
+    assert draft(10, 1.0) == draft(2, 0.5) == 1.0
+    assert sorted(asked) == sorted(seconds)
 
 
 # --- the grid and the way through it ---

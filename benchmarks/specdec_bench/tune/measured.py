@@ -8,12 +8,12 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from specdec.stats import RoundRecord
 from specdec_bench.measure.arms import ArmSpec, GenerateArm, Workbench
 from specdec_bench.measure.costs import RoundCosts, predict
-from specdec_bench.measure.units import Unit
+from specdec_bench.measure.units import SHORTEST, Unit
 from specdec_bench.results.records import CurveRecord
 from specdec_bench.tune.grid import Candidate
 
@@ -97,9 +97,17 @@ class Bench:
         return bool(self.workbench.model.device.type != "cpu")
 
     def measure_plain(self) -> None:
-        """Runs the loop without speculation once over all units."""
-        self.run(PLAIN, self.units[:1])  # warms up
-        self.plain = [self.run(PLAIN, [unit]) for unit in self.units]
+        """Runs the loop without speculation on the beginning of every unit.
+
+        One round of it is like the next, and how many there are is known.
+        """
+        self.run(PLAIN, [beginning(self.units[0], SHORTEST)])  # warms up
+        self.plain = []
+        for unit in self.units:
+            seen = self.run(PLAIN, [beginning(unit, SHORTEST)])
+            rounds = unit.record.new_tokens - 1
+            tokens = [1] * (rounds * len(unit.text_ids))
+            self.plain.append(Rounds([1] * rounds, tokens, seen.stages, seen.prefill))
 
     def run(self, candidate: Candidate, units: Sequence[Unit]) -> Rounds:
         """One instrumented pass over some units.
@@ -115,6 +123,21 @@ class Bench:
             found.add(watch.rounds)
             self.passes += 1
         return found
+
+    def paced(self, rounds: Rounds) -> dict[str, float]:
+        """Typical seconds by stage of a real pass, at the pace at which plain was measured.
+
+        A busy machine slows a whole pass, and what its forwards should have taken is known.
+        """
+        found = {stage: rounds.typical(stage) for stage in _STAGES}
+        forward = ("forward", "verify") if self.on_device else ("forward",)  # as in `predict`
+        taken = sum(found[stage] for stage in forward)
+        if not self.curve.seconds or not taken:
+            return found
+        plain = self.baseline(self.units)
+        due = sum(plain.typical(stage) for stage in forward)
+        due *= rounds.costs().relative_forward(self.curve)
+        return {stage: seconds * due / taken for stage, seconds in found.items()}
 
     def baseline(self, units: Sequence[Unit]) -> Rounds:
         """Rounds without speculation on some units."""
@@ -159,6 +182,14 @@ class Bench:
             apart = sum(abs(math.log(a / b)) for a, b in zip(shares, whole, strict=True))
             best = min(best, (apart, places))
         return best[1]
+
+
+def beginning(unit: Unit, new_tokens: int) -> Unit:
+    """The unit with so many tokens of its text: enough to see what a round costs."""
+    if unit.record.new_tokens <= new_tokens:
+        return unit
+    record = replace(unit.record, new_tokens=new_tokens)
+    return replace(unit, record=record, text_ids=[row[:new_tokens] for row in unit.text_ids])
 
 
 def arm_of(candidate: Candidate, workbench: Workbench) -> GenerateArm:
