@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from specdec.errors import ConfigError, SpecdecError
 from specdec.tuned_file import read_tuned
 from specdec_bench.measure.arms import Workbench
 from specdec_bench.measure.runner import clear_generation_config
-from specdec_bench.measure.units import Maker, Unit, padded
+from specdec_bench.measure.units import SHORTEST, Maker, Unit, padded
 from specdec_bench.results.records import CurveRecord, Setting, UnitRecord
 from specdec_bench.summary.intervals import Ratio
 from specdec_bench.tasks import load_tasks
@@ -31,7 +32,7 @@ from specdec_bench.tune import timing as tune_timing
 from specdec_bench.tune.command import run_tune
 from specdec_bench.tune.forced import STATE_READERS, force, verifies_trees
 from specdec_bench.tune.grid import Candidate, Grid, climb, grid_of, tunable
-from specdec_bench.tune.measured import PLAIN, Bench, Rounds
+from specdec_bench.tune.measured import PLAIN, Bench, Rounds, beginning
 from specdec_bench.tune.options import TuneOptions, check_tune_options
 from specdec_bench.tune.replayed import replay
 from specdec_bench.tune.search import Forecast, best_of, text_rounds
@@ -117,17 +118,27 @@ def test_trees_of_all_sizes_come_from_one_pass(model: Any, batch: int) -> None:
         assert 1 <= levels <= sizes["depth"]
 
 
-def test_a_subset_is_like_all_of_them(bench: Bench) -> None:
+def test_every_part_is_like_all_of_them(bench: Bench) -> None:
     first = bench.units[0]
     units = [replace(first, record=replace(first.record, unit=str(i))) for i in range(9)]
     own = Bench(bench.workbench, units, CURVE)
     own.text_rounds = [[rounds] for rounds in (40, 40, 10, 10, 25, 25, 40, 10, 25)]
-    chosen = [int(unit.record.unit) for unit in own.some(3)]
-    assert len(chosen) == 3
-    assert sum(own.text_rounds[i][0] for i in chosen) == 75
-    assert own.some(3) == own.some(3)
-    assert len(own.some(100)) == 2
+    parts = [[int(unit.record.unit) for unit in own.part(number)] for number in range(3)]
+    assert sorted(itertools.chain(*parts)) == list(range(9))
+    assert [sum(own.text_rounds[i][0] for i in part) for part in parts] == [75] * 3
+    assert own.part(1) == own.part(1)
     assert [len(rounds) for rounds in text_rounds(bench)] == [4] * len(bench.units)
+
+
+@pytest.mark.parametrize("count", range(2, 12))
+def test_parts_of_few_units_overlap(bench: Bench, count: int) -> None:
+    units = [replace(bench.units[0]) for _ in range(count)]
+    own = Bench(bench.workbench, units, CURVE, text_rounds=[[10]] * count)
+    parts = [own.part(number) for number in range(3)]
+    assert all(2 <= len(part) == len({id(unit) for unit in part}) for part in parts)
+    everyone = [id(unit) for part in parts for unit in part]
+    assert set(everyone) == {id(unit) for unit in units}
+    assert len(everyone) == max(count, 6)
 
 
 def test_one_slow_round_does_not_count() -> None:
@@ -136,6 +147,62 @@ def test_one_slow_round_does_not_count() -> None:
     assert rounds.costs({"draft": 2.0}).stages["draft"] == 10.0
     assert (rounds.tau, rounds.nodes) == (2.0, 2.0)
     assert Rounds().tau == 0.0
+
+
+def test_plain_is_measured_on_beginnings(model: Any) -> None:
+    bench = make_bench(model, 2)
+    own = Bench(bench.workbench, bench.units, CURVE)
+    own.measure_plain()
+    for unit, rounds in zip(own.units, own.plain, strict=True):
+        assert unit.record.new_tokens > SHORTEST
+        assert rounds.sizes == [1] * (unit.record.new_tokens - 1)
+        assert len(rounds.tokens) == 2 * len(rounds.sizes)
+        assert len(rounds.stages["forward"]) == SHORTEST - 1
+        assert rounds.prefill > 0
+    assert own.passes == len(own.units) + 1
+    short = beginning(own.units[0], SHORTEST)
+    assert [len(row) for row in short.text_ids] == [SHORTEST] * 2
+    assert beginning(short, SHORTEST) is short
+
+
+def test_a_pass_is_put_at_the_pace_of_plain(bench: Bench) -> None:
+    """A machine that was half as fast while a method was looked at does not make it slow."""
+    own = Bench(bench.workbench, bench.units, CURVE)
+    own.plain = [Rounds([1] * 9, [1] * 9, {"forward": [1.0] * 9}) for _ in own.units]
+    looked_at = Rounds([4] * 5, [2] * 5, {"draft": [0.6] * 5, "forward": [2.4] * 5})
+    assert own.paced(looked_at)["draft"] == pytest.approx(0.3)  # forwards over 4 tokens take 1.2
+    assert own.paced(looked_at)["forward"] == pytest.approx(1.2)
+    own.curve = CurveRecord("float32", 1, {})
+    assert own.paced(looked_at)["draft"] == 0.6
+
+
+def test_few_answers_tell_what_all_drafts_cost(bench: Bench, monkeypatch: Any) -> None:
+    """Of eagle3: one level, then chains, and the narrowest and widest trees of four."""
+    seconds = {(1, 1): 1.0, (4, 1): 2.5, (4, 2): 4.0, (4, 10): 8.0}
+    asked: list[tuple[int, int]] = []
+
+    def run(candidate: Candidate, units: list[Unit]) -> Rounds:
+        sizes = candidate.mapping
+        assert [unit.record.new_tokens for unit in units] <= [32]
+        asked.append((sizes["depth"], sizes["top_k"]))
+        return Rounds([1], [1], {"draft": [seconds[asked[-1]]], "forward": [1.0]})
+
+    own = Bench(bench.workbench, bench.units, CurveRecord("float32", 1, {}))
+    monkeypatch.setattr(own, "run", run)
+    search, grid = tune_search.Search(own, "eagle3"), grid_of("eagle3", on_cpu=True)
+
+    def draft(width: int, levels: float) -> float:
+        tried = candidate("eagle3", depth=5, top_k=width, nodes=63, min_probability=0.0)
+        return search._draft_costs(tried, grid, levels)["draft"]
+
+    assert draft(1, 4.0) == 2.5
+    assert draft(1, 2.0) == pytest.approx(1.5)
+    assert draft(1, 7.0) == pytest.approx(4.0)
+    assert draft(2, 4.0) == 4.0
+    assert draft(6, 4.0) == 6.0
+    assert draft(10, 4.0) == 8.0
+    assert draft(10, 1.0) == draft(2, 0.5) == 1.0
+    assert sorted(asked) == sorted(seconds)
 
 
 # --- the grid and the way through it ---
@@ -165,7 +232,7 @@ def test_climbs_find_the_top_and_ask_once() -> None:
     with grid_methods:
         found = climb(grid, value, 500)
         assert max(found, key=lambda c: found[c]).mapping == {"a": 7, "b": 12}
-        assert len(asked) == len(set(asked)) < 200
+        assert len(asked) == len(set(asked)) < 50  # looking all around at every step takes 98
         asked.clear()
         assert len(climb(grid, value, 7)) <= 7
         assert len(asked) == 7
@@ -239,6 +306,60 @@ def test_the_race_ends_with_the_fastest(bench: Bench) -> None:
     # Losers were left alone after the first rounds.
     answers = {c: sum(map(len, found.values())) for c, found in race.seconds.items()}
     assert answers[candidate("m7")] < answers[candidate("m0")]
+
+
+def test_every_answer_has_one_plain_answer_beside_it(bench: Bench) -> None:
+    """Whoever comes first in a repeat is another one every time: a drift hits all alike."""
+    order: list[str] = []
+
+    class Noted(FakeRace):
+        def _once(self, candidate: Candidate, unit: Unit) -> float:
+            order.append(candidate.method)
+            return super()._once(candidate, unit)
+
+    race = Noted(bench)
+    race.speeds = {"none": 1.0, "a": 0.5, "b": 0.8}
+    race.time([candidate("a"), candidate("b"), candidate("breaks")], bench.units[:1], 1)
+    order.clear()
+    race.time([candidate("a"), candidate("b"), candidate("breaks")], bench.units, 2)
+    repeats = [order[at : at + 3] for at in range(0, len(order), 3)]
+    assert len(repeats) == 2 * len(bench.units)
+    assert all(sorted(arms) == ["a", "b", "none"] for arms in repeats)
+    assert {arms[0] for arms in repeats} == {"a", "b", "none"}
+    assert race.gain(candidate("a")).value == pytest.approx(2.0)
+    assert [len(found) for found in race.seconds[candidate("a")].values()] == [3, 2, 2]
+
+
+def test_rounds_shrink_and_look_at_other_prompts(bench: Bench) -> None:
+    units = [replace(bench.units[0]) for _ in range(9)]
+    own = Bench(bench.workbench, units, CURVE, text_rounds=[[10]] * 9)
+    seen: dict[int, set[str]] = {}
+
+    class Noted(FakeRace):
+        def _once(self, candidate: Candidate, unit: Unit) -> float:
+            seen.setdefault(units.index(unit), set()).add(candidate.method)
+            return super()._once(candidate, unit)
+
+    race = Noted(own)
+    race.speeds = {"none": 1.0, **{f"m{i}": 0.5 + 0.1 * i for i in range(12)}}
+    assert len(race.run([candidate(f"m{i}") for i in range(12)])) == 2
+    counts = [{len(seen[units.index(unit)]) - 1 for unit in own.part(part)} for part in range(3)]
+    assert counts == [{2}, {12}, {5}]  # the last round is on all of them
+    assert len(race.final[candidate("m0")]) == 9
+    assert [len(repeats) for repeats in race.final[candidate("m1")].values()] == [2] * 9
+
+
+def test_plain_must_run(bench: Bench) -> None:
+    class Broken(FakeRace):
+        def _once(self, candidate: Candidate, unit: Unit) -> float:
+            if candidate == PLAIN:
+                raise SpecdecError("plain is broken")
+            return super()._once(candidate, unit)
+
+    race = Broken(bench)
+    race.speeds = {"a": 1.0}
+    with pytest.raises(SpecdecError, match="plain is broken"):
+        race.time([candidate("a")], bench.units, 1)
 
 
 def test_the_choice_is_by_the_last_round_alone(bench: Bench) -> None:
@@ -321,7 +442,7 @@ def test_a_race_that_nobody_survives_is_empty(bench: Bench) -> None:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few looks and few timings."""
     monkeypatch.setattr(tune_module, "_CURVE_SECONDS", 0.2)
-    monkeypatch.setattr(tune_timing, "ROUNDS", ((2, 1), (1, 1)))
+    monkeypatch.setattr(tune_timing, "ROUNDS", ((1, 1), (None, 1)))
     for method in ("prompt_lookup", "eagle3"):
         monkeypatch.setitem(tune_search._MOST_LOOKED_AT, method, 6)
     monkeypatch.setitem(STATE_READERS, "eagle3", {"depth": 5, "top_k": 8, "nodes": 300})

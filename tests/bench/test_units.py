@@ -106,6 +106,52 @@ def test_a_text_counts_up_to_its_end_its_loop_or_the_limit() -> None:
     assert units[0].record.text_sha256 == text_hash(units[0].text_ids)
 
 
+class Stoppable(Script):
+    """Asks the stopping criteria after every token, and counts them."""
+
+    written = 0
+
+    def generate(
+        self,
+        ids: Any,
+        attention_mask: Any,
+        max_new_tokens: int,
+        stopping_criteria: Any = (),
+        **_: Any,
+    ) -> Any:
+        whole = super().generate(ids, attention_mask, max_new_tokens)
+        for length in range(ids.shape[1] + 1, whole.shape[1] + 1):
+            self.written += 1
+            if any(bool(stop(whole[:, :length], None).all()) for stop in stopping_criteria):
+                return whole[:, :length]
+        return whole
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_plain_may_stop_where_nothing_counts_any_more(batch: int) -> None:
+    """The units are those of whole texts, for a fraction of the tokens."""
+    answers = {
+        1: [*news(17), END],
+        2: news(18) + [3, 4, 5] * 9,
+        3: news(16, 5) + [9] * 9,
+        4: news(40),
+    }
+    prompts = [prompt(f"p{i}", f"{i} 1") for i in answers]
+    found, written = [], []
+    for only_counted in (False, True):
+        model = Stoppable(answers)
+        made = maker(model, batch=batch)
+        made.only_counted = only_counted
+        units, skipped = made.make(0, prompts)
+        written.append(model.written)
+        found.append([(u.record.unit, u.record.new_tokens, u.text_ids) for u in units])
+        assert skipped.short == 0
+    assert found[0] == found[1]
+    assert len(found[0]) == 4 // batch
+    # Looked at every 8 tokens: 24, 32 and 24 of 40, and all of the one that goes on.
+    assert written[:2] == [160, 120] if batch == 1 else written[1] < 0.8 * written[0]
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_second_turn_holds_plains_answer(chat: bool) -> None:
     tokenizer = Words()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from specdec.commands.loading import sentence
 from specdec.errors import ConfigError, SpecdecError
@@ -24,6 +25,7 @@ from specdec_bench.results.records import Setting, SkippedRecord, UnitRecord
 
 SHORTEST = 16
 """New tokens below which a text is too short to time."""
+_LOOKED_AT = 8  # tokens between two looks at whether a text still counts
 _Tick = Callable[[], object]
 MIXED = "mixed"
 """Category of a batch that was filled with what was left over of several."""
@@ -62,6 +64,8 @@ class Maker:
         new_tokens: Limit of new tokens.
         ends: Token ids that end a text.
         seed: Seeds of the units are drawn from it.
+        only_counted: Plain stops writing soon after its text ends or begins to loop: the units are
+            the same, and the records' share of looping text is not known.
     """
 
     model: Any
@@ -71,6 +75,7 @@ class Maker:
     new_tokens: int
     ends: frozenset[int]
     seed: int = 0
+    only_counted: bool = False
     _shortened: int = field(default=0, init=False)
     _short: int = field(default=0, init=False)
 
@@ -183,8 +188,11 @@ class Maker:
         ids, mask = padded(prompts, self.model)
         if self.sampling.get("do_sample"):
             torch.manual_seed(seed)
+        more: dict[str, Any] = dict(self.sampling)
+        if self.only_counted:
+            more["stopping_criteria"] = StoppingCriteriaList([_Past(self, ids.shape[1])])
         output = type(self.model).generate(
-            self.model, ids, attention_mask=mask, max_new_tokens=limit, **self.sampling
+            self.model, ids, attention_mask=mask, max_new_tokens=limit, **more
         )
         rows: list[list[int]] = output[:, ids.shape[1] :].tolist()
         return rows
@@ -195,6 +203,10 @@ class Maker:
         text = row[:end]
         cut = loop_start(text) or end
         return text, cut, end - cut
+
+    def is_past(self, row: list[int]) -> bool:
+        """Whether a text has gone on after its end, or into a loop."""
+        return self._cut(row)[1] < len(row)
 
     def _unit(
         self,
@@ -234,6 +246,24 @@ class Maker:
             text_sha256=text_hash(kept),
         )
         return Unit(record, 0, [row.ids for row in rows], kept, ids, mask)
+
+
+class _Past(StoppingCriteria):
+    """Stops a batch when one of its rows is past what counts: no row counts further than that.
+
+    Args:
+        maker: Knows where a text is cut.
+        prompt: Tokens before the texts.
+    """
+
+    def __init__(self, maker: Maker, prompt: int) -> None:
+        self._maker, self._prompt = maker, prompt
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """[B] bool; looks at the texts now and then, for that takes time as well."""
+        rows = input_ids[:, self._prompt :]
+        past = not rows.shape[1] % _LOOKED_AT and any(map(self._maker.is_past, rows.tolist()))
+        return torch.full((len(rows),), past, device=rows.device)
 
 
 @dataclass(frozen=True)

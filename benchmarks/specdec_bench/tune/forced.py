@@ -1,40 +1,44 @@
 """Trees of drafters that read the target's states, at every position of plain's text.
 
 Their draft depends on the text before it and on nothing else: not on which drafts were verified. So
-one pass, in which the target reads the text token by token while the drafter grows the largest tree
-at each of them, tells what every smaller tree would have had accepted, wherever its rounds start.
+one pass, in which the target reads the text a stretch at a time and the drafter grows the largest
+tree at each token, tells what every smaller tree would have had accepted, wherever its rounds
+start.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from specdec.augment import capability
 from specdec.capability import evaluating
-from specdec.drafters.base import Drafter, RoundResult
+from specdec.drafters.base import Drafter, RoundResult, TargetOutput
 from specdec.hf_call import introduce
 from specdec.registry import methods
 from specdec.target import HFTarget, Prompt
-from specdec.tree import TokenTree, bucket_size
+from specdec.tree import TokenTree, TreeBatch, bucket_size
 from specdec.tree_cache import TreeCache
 from specdec.verify import Verdict
 from specdec_bench.measure.units import Unit
 from specdec_bench.tune.grid import Candidate
 from specdec_bench.tune.measured import Rounds
-from specdec_bench.tune.replayed import advance, close, emit, forced_state, roots
+from specdec_bench.tune.replayed import advance, emit, forced_state, roots
 
 STATE_READERS: dict[str, dict[str, int]] = {
     "eagle3": {"depth": 8, "top_k": 10, "nodes": 10 + 7 * 100},
     "draft_model": {"num_draft_tokens": 10, "top_k": 4},
 }
 """Methods that this serves, with the largest tree of their grids."""
+
+_STRETCH = 32  # tokens that the target reads in one forward
 
 
 @dataclass
@@ -199,7 +203,7 @@ def _force_unit(
     counts, width = [len(prompt) for prompt in prompts], max(map(len, prompts))
     packed = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
     device = unit.input_ids.device
-    cache = TreeCache(len(prompts), device, width + unit.record.new_tokens + 2)
+    cache = TreeCache(len(prompts), device, width + unit.record.new_tokens + _STRETCH)
     target = HFTarget(
         model, Prompt(packed.to(device), None, counts), cache, taps=drafter.needs.taps
     )
@@ -209,23 +213,31 @@ def _force_unit(
     nothing = np.empty(0, dtype=np.int64)
     empty = _Grown(nothing, nothing, nothing, np.empty(0), np.empty(0, dtype=np.bool_))
     grown: list[list[_Grown]] = [[empty] for _ in texts]
-    close(state, texts)
-    while any(state.active):
-        state.depth_limit = target.depth_limit()
+    for depth_limit, output in _read(target, torch.tensor(texts, device=device)[:, :-1]):
+        state.depth_limit = depth_limit
         rows = drafter.propose(state, drafter.max_nodes).to_rows()
         for row, (tree, text) in enumerate(zip(rows, texts, strict=True)):
             # One entry more than the text: the token after its end is not known, and not needed.
             grown[row].append(_Grown.of(tree, [*text[state.emitted(row) :], -1]))
         one = roots(state)
-        output = target.forward_tree(one)
         host = emit(state, texts, [[] for _ in texts])
-        tokens = torch.tensor([row or [-1] for row in host.tokens], device=device)
+        tokens = torch.tensor(host.tokens, device=device)
         empty_path = torch.empty(len(texts), 0, dtype=torch.int32, device=device)
         verdict = Verdict(empty_path, torch.zeros_like(tokens[:, 0]), tokens)
-        result = RoundResult(one, output, verdict, host)
-        target.commit(verdict.path, host.paths, result.rows)
         advance(state, host.tokens)
-        state.lengths = target.lengths
-        drafter.observe(result)
-        close(state, texts)
+        state.lengths = state.lengths + 1
+        drafter.observe(RoundResult(one, output, verdict, host))
     return grown
+
+
+def _read(target: HFTarget, texts: Tensor) -> Iterator[tuple[int, TargetOutput]]:
+    """(levels that a draft may have, the target's output) at every token of rows of one length."""
+    for stretch in texts.split(_STRETCH, 1):
+        limit, size = target.depth_limit(), stretch.shape[1]
+        output = target.forward_tree(TreeBatch.chains(stretch))
+        path = torch.arange(1, size, dtype=torch.int32, device=texts.device)
+        rows = len(texts)
+        target.commit(path.expand(rows, -1), [list(range(1, size))] * rows, [True] * rows)
+        for at in range(size):
+            features = None if output.features is None else output.features[:, at : at + 1]
+            yield limit - at, TargetOutput(output.logits[:, at : at + 1], features)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,15 +61,17 @@ class Grid:
         found = (self.at(place) for place in places)
         return [candidate for candidate in found if _makes_sense(candidate)]
 
-    def neighbours(self, place: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    def steps(self) -> list[tuple[int, ...]]:
         """One step along every axis, both ways."""
-        sizes = [len(values) for values in self.axes.values()]
-        steps = [tuple(step if i == axis else 0 for i in range(len(sizes)))
-                 for axis in range(len(sizes)) for step in (-1, 1)]  # fmt: skip
-        for step in steps:
-            moved = tuple(at + by for at, by in zip(place, step, strict=True))
-            if all(0 <= at < size for at, size in zip(moved, sizes, strict=True)):
-                yield moved
+        axes = range(len(self.axes))
+        return [tuple(by if i == axis else 0 for i in axes) for axis in axes for by in (-1, 1)]
+
+    def moved(self, place: Sequence[int], step: Sequence[int]) -> tuple[int, ...] | None:
+        """The place one step further; None beyond the end of an axis."""
+        there = tuple(at + by for at, by in zip(place, step, strict=True))
+        sizes = map(len, self.axes.values())
+        inside = all(0 <= at < size for at, size in zip(there, sizes, strict=True))
+        return there if inside else None
 
 
 _GRIDS: Mapping[str, Grid] = {
@@ -162,6 +164,9 @@ def climb(
 ) -> dict[Candidate, float]:
     """Values of the candidates on the way to a best one, from every start of the grid.
 
+    A step that helps is taken at once, and again for as long as it helps: to look all around before
+    every step takes about twice as many looks.
+
     Args:
         grid: Where to look.
         value: The higher the better; None when a candidate cannot run. Asked once for each.
@@ -180,14 +185,13 @@ def climb(
         return found.get(candidate, float("-inf"))
 
     for start in grid.starts:
-        here = tuple(start)
+        here, helped = tuple(start), True
         best = look(here)
-        while True:
-            around = [(look(place), place) for place in grid.neighbours(here)]
-            high, there = max(around, default=(float("-inf"), here))
-            if high <= best:
-                break
-            best, here = high, there
+        while helped:
+            helped = False
+            for step in grid.steps():
+                while (there := grid.moved(here, step)) is not None and look(there) > best:
+                    here, best, helped = there, look(there), True
     return found
 
 

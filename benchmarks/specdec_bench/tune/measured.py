@@ -8,19 +8,20 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from specdec.stats import RoundRecord
 from specdec_bench.measure.arms import ArmSpec, GenerateArm, Workbench
 from specdec_bench.measure.costs import RoundCosts, predict
-from specdec_bench.measure.units import Unit
+from specdec_bench.measure.units import SHORTEST, Unit
 from specdec_bench.results.records import CurveRecord
 from specdec_bench.tune.grid import Candidate
 
 PLAIN = Candidate("none")
 """Our loop without speculation: what speed-ups are relative to."""
 
-_TRIED_SUBSETS = 500
+_PARTS = 3
+_TRIED_DIVISIONS = 500
 _STAGES = ("draft", "forward", "verify", "commit", "observe")
 
 
@@ -89,7 +90,7 @@ class Bench:
     passes: float = 0.0
     plain: list[Rounds] = field(default_factory=list)
     text_rounds: list[list[int]] = field(default_factory=list)
-    _subsets: dict[int, list[int]] = field(default_factory=dict)
+    _parts: list[list[int]] = field(default_factory=list)
 
     @property
     def on_device(self) -> bool:
@@ -97,9 +98,17 @@ class Bench:
         return bool(self.workbench.model.device.type != "cpu")
 
     def measure_plain(self) -> None:
-        """Runs the loop without speculation once over all units."""
-        self.run(PLAIN, self.units[:1])  # warms up
-        self.plain = [self.run(PLAIN, [unit]) for unit in self.units]
+        """Runs the loop without speculation on the beginning of every unit.
+
+        One round of it is like the next, and how many there are is known.
+        """
+        self.run(PLAIN, [beginning(self.units[0], SHORTEST)])  # warms up
+        self.plain = []
+        for unit in self.units:
+            seen = self.run(PLAIN, [beginning(unit, SHORTEST)])
+            rounds = unit.record.new_tokens - 1
+            tokens = [1] * (rounds * len(unit.text_ids))
+            self.plain.append(Rounds([1] * rounds, tokens, seen.stages, seen.prefill))
 
     def run(self, candidate: Candidate, units: Sequence[Unit]) -> Rounds:
         """One instrumented pass over some units.
@@ -115,6 +124,21 @@ class Bench:
             found.add(watch.rounds)
             self.passes += 1
         return found
+
+    def paced(self, rounds: Rounds) -> dict[str, float]:
+        """Typical seconds by stage of a real pass, at the pace at which plain was measured.
+
+        A busy machine slows a whole pass, and what its forwards should have taken is known.
+        """
+        found = {stage: rounds.typical(stage) for stage in _STAGES}
+        forward = ("forward", "verify") if self.on_device else ("forward",)  # as in `predict`
+        taken = sum(found[stage] for stage in forward)
+        if not self.curve.seconds or not taken:
+            return found
+        plain = self.baseline(self.units)
+        due = sum(plain.typical(stage) for stage in forward)
+        due *= rounds.costs().relative_forward(self.curve)
+        return {stage: seconds * due / taken for stage, seconds in found.items()}
 
     def baseline(self, units: Sequence[Unit]) -> Rounds:
         """Rounds without speculation on some units."""
@@ -136,29 +160,50 @@ class Bench:
             return (plain.prefill + whole) / (plain.prefill + own) if arm.rounds else None
         return predict(arm, plain.costs(), self.curve, self.on_device)
 
-    def some(self, share: int) -> Sequence[Unit]:
-        """At least two units, one in `share`, that are like all of them.
+    def part(self, number: int) -> Sequence[Unit]:
+        """One of three parts of the units, each like all of them and of two units at least.
 
-        Prompts differ by far more than candidates do. So of many possible choices it is the one on
-        which drafts from the text alone are right as often as on all units.
+        Prompts differ by far more than candidates do. So of many ways to divide them it is the one
+        in which drafts from the text alone are right as often in every part as on all units. Parts
+        overlap only where units are few.
         """
-        count = min(max(2, len(self.units) // share), len(self.units))
-        if count not in self._subsets:
-            self._subsets[count] = self._like_all(count)
-        return [self.units[place] for place in self._subsets[count]]
+        if not self._parts:
+            self._parts = self._divide()
+        return [self.units[place] for place in self._parts[number]]
 
-    def _like_all(self, count: int) -> list[int]:
+    def _divide(self) -> list[list[int]]:
         rounds = [[float(rounds) for rounds in own] for own in zip(*self.text_rounds, strict=True)]
         tokens = [float(unit.record.new_tokens) for unit in self.units]
         whole = [sum(own) / sum(tokens) for own in rounds]
-        generator, best = random.Random(0), (math.inf, list(range(count)))
-        for _ in range(_TRIED_SUBSETS):
-            places = sorted(generator.sample(range(len(self.units)), count))
+
+        def apart(places: Sequence[int]) -> float:
             length = sum(tokens[place] for place in places)
             shares = [sum(own[place] for place in places) / length for own in rounds]
-            apart = sum(abs(math.log(a / b)) for a, b in zip(shares, whole, strict=True))
-            best = min(best, (apart, places))
+            return sum(abs(math.log(a / b)) for a, b in zip(shares, whole, strict=True))
+
+        generator, best = random.Random(0), (math.inf, [list(range(len(tokens)))] * _PARTS)
+        for _ in range(_TRIED_DIVISIONS):
+            parts = _dealt(generator.sample(range(len(tokens)), len(tokens)))
+            best = min(best, (sum(map(apart, parts)), parts))
         return best[1]
+
+
+def _dealt(places: Sequence[int]) -> list[list[int]]:
+    """Parts of a third of the places, the last with what is left; dealt out again if too few."""
+    count = len(places)
+    size = min(max(2, count // _PARTS), count)
+    starts = range(0, _PARTS * size, size)
+    parts = [sorted(places[at % count] for at in range(start, start + size)) for start in starts]
+    parts[-1] = sorted([*parts[-1], *places[_PARTS * size :]])
+    return parts
+
+
+def beginning(unit: Unit, new_tokens: int) -> Unit:
+    """The unit with so many tokens of its text: enough to see what a round costs."""
+    if unit.record.new_tokens <= new_tokens:
+        return unit
+    record = replace(unit.record, new_tokens=new_tokens)
+    return replace(unit, record=record, text_ids=[row[:new_tokens] for row in unit.text_ids])
 
 
 def arm_of(candidate: Candidate, workbench: Workbench) -> GenerateArm:

@@ -9,15 +9,14 @@ from typing import Any
 from specdec.errors import SpecdecError
 from specdec_bench.tune.forced import STATE_READERS, ForcedTrees, force, verifies_trees
 from specdec_bench.tune.grid import Candidate, Grid, climb, grid_of
-from specdec_bench.tune.measured import Bench, Rounds
+from specdec_bench.tune.measured import Bench, Rounds, beginning
 from specdec_bench.tune.replayed import TEXT_ONLY, replay
 
-_LEARNERS_SHARE = 3  # one unit in three for methods that must run to be judged
-_MOST_LOOKED_AT = {"lookahead": 18, "recycling": 10, "jacobi": 10, "prompt_lookup": 40,
+_MOST_LOOKED_AT = {"lookahead": 12, "recycling": 8, "jacobi": 8, "prompt_lookup": 40,
                    "suffix": 40, "draft_model": 21, "eagle3": 160}  # fmt: skip
+_PROBED = 32  # tokens of an answer that shows what a round costs
 _ALIKE = 1.02
 _IN_SIGHT = 0.8  # of the highest prediction
-_OVERHEAD = ("forward", "verify", "commit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +92,8 @@ class Search:
         """Seconds a round of verify and commit of the method's first start; its own drafting."""
         start = grid.at(tuple(grid.starts[0]))
         if start not in self._stages:
-            real = self.bench.run(start, self.bench.units[:1])
-            self._stages[start] = {stage: real.typical(stage) for stage in _OVERHEAD}
+            real = self.bench.run(start, [beginning(self.bench.units[0], _PROBED)])
+            self._stages[start] = self.bench.paced(real)
         own = {stage: rounds.typical(stage) for stage in ("draft", "observe")}
         return {**self._stages[start], **own}
 
@@ -110,30 +109,38 @@ class Search:
         return self._keep(candidate, rounds, self._draft_costs(candidate, grid, levels))
 
     def _draft_costs(self, candidate: Candidate, grid: Grid, levels: float) -> dict[str, float]:
-        """Seconds a round by stage: linear in the levels between two real answers."""
-        deep = "depth" if self.method == "eagle3" else "num_draft_tokens"
-        short, long = 1, 4
-        costs = []
-        for depth in (short, long):
-            options = {**candidate.mapping, deep: depth}
-            if self.method == "eagle3":
-                options |= {"min_probability": 0.0, "nodes": 63 if options["top_k"] == 1 else 7}
-            probe = Candidate(self.method, tuple(options.items()))
-            if probe not in self._stages:
-                real = self.bench.run(probe, self.bench.units[:1])
-                stages = ("draft", *_OVERHEAD, "observe")
-                self._stages[probe] = {stage: real.typical(stage) for stage in stages}
-            costs.append(self._stages[probe])
-        share = (max(levels, 1.0) - short) / (long - short)
-        draft = costs[0]["draft"] + share * (costs[1]["draft"] - costs[0]["draft"])
-        return {**costs[1], "draft": max(draft, 0.0)}
+        """Seconds a round by stage: linear in the levels and in the width between real answers.
+
+        A chain is drafted in a way of its own. One level continues no node, however wide it is.
+        """
+        widths, width = grid.axes["top_k"], candidate.mapping["top_k"]
+        long, narrow, wide = 4, min(widths[1], width), widths[-1] if width > widths[0] else width
+        first = self._probe(grid, 1, widths[0])
+        ends = [self._probe(grid, long, end) for end in (narrow, wide)]
+        share = (width - narrow) / max(wide - narrow, 1)
+        deep = ends[0]["draft"] + share * (ends[1]["draft"] - ends[0]["draft"])
+        draft = first["draft"] + (max(levels, 1.0) - 1) / (long - 1) * (deep - first["draft"])
+        return {**ends[0], "draft": max(draft, 0.0)}
+
+    def _probe(self, grid: Grid, depth: int, width: int) -> Mapping[str, float]:
+        """Seconds a round by stage of one size, from the beginning of a real answer."""
+        sizes: dict[str, Any] = {"top_k": width}
+        if self.method == "eagle3":
+            sizes |= {"depth": depth, "min_probability": 0.0, "nodes": 63 if width == 1 else 7}
+        else:
+            sizes["num_draft_tokens"] = depth
+        probe = Candidate(self.method, tuple((name, sizes[name]) for name in grid.axes))
+        if probe not in self._stages:
+            real = self.bench.run(probe, [beginning(self.bench.units[0], _PROBED)])
+            self._stages[probe] = self.bench.paced(real)
+        return self._stages[probe]
 
     def _by_passes(self, candidate: Candidate, grid: Grid) -> float | None:
         """Rounds of real answers to some of the prompts: what such a method learns depends on what
         was verified."""
-        units = self.bench.some(_LEARNERS_SHARE)
+        units = self.bench.part(0)
         rounds = self.bench.run(candidate, units)
-        speedup = self.bench.predict(rounds, units)
+        speedup = self.bench.predict(rounds, units, self.bench.paced(rounds))
         if speedup is not None:
             self._found[candidate] = Forecast(candidate, speedup, rounds.tau, rounds.nodes)
         return speedup

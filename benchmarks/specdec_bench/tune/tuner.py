@@ -37,7 +37,7 @@ from specdec_bench.tune.options import TuneOptions, check_tune_options
 from specdec_bench.tune.search import Forecast, Search, as_json, best_of, text_rounds
 from specdec_bench.tune.timing import Race
 
-_CURVE_SECONDS = 2.0
+_CURVE_SECONDS = 1.0
 _SHARE_OF_METHOD = 2  # one method has at most one in so many of the timed candidates
 
 Say = Callable[[str], object]
@@ -105,8 +105,9 @@ def tune(
             setting = Setting(dtype, batch)
             workbench = Workbench(model, tokenizer, setting, drafts)
             maker = Maker(
-                model, tokenizer, setting, workbench.sampling(), options.max_new_tokens, ends
-            )
+                model, tokenizer, setting, workbench.sampling(), options.max_new_tokens, ends,
+                only_counted=True,
+            )  # fmt: skip
             results[batch] = _tune_batch(workbench, maker, prompts, options, say)
         found = TunedFile(
             target=TargetFingerprint.of(model.config, tokenizer),
@@ -172,7 +173,7 @@ def _curve(model: Any, setting: Setting) -> CurveRecord:
 def _choose(race: Race, every: Sequence[Forecast], options: TuneOptions) -> TunedChoice:
     """The fastest that is shown to gain, by the last round alone.
 
-    The rounds before it chose the finalists: the best of a dozen by the same figures that chose it
+    The rounds before it chose the finalists: the best of several by the same figures that chose it
     looks faster than it is.
     """
     paying = [c for c in race.finalists if race.final_gain(c).low > 1]
