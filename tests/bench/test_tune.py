@@ -106,6 +106,8 @@ def test_trees_of_all_sizes_come_from_one_pass(model: Any, batch: int) -> None:
         {"depth": 5, "top_k": 1, "nodes": 63, "min_probability": 0.2},
         {"depth": 4, "top_k": 3, "nodes": 7, "min_probability": 0.0},
         {"depth": 5, "top_k": 8, "nodes": 31, "min_probability": 0.0},
+        {"depth": 4, "top_k": 3, "beam": 1, "nodes": 7, "min_probability": 0.0},
+        {"depth": 4, "top_k": 6, "beam": 2, "nodes": 15, "min_probability": 0.0},
         {"depth": 5, "top_k": 4, "nodes": 15, "min_probability": 0.1},
     ):
         tried = Candidate("eagle3", tuple(sizes.items()))
@@ -177,23 +179,23 @@ def test_a_pass_is_put_at_the_pace_of_plain(bench: Bench) -> None:
 
 
 def test_few_answers_tell_what_all_drafts_cost(bench: Bench, monkeypatch: Any) -> None:
-    """Of eagle3: one level, then chains, and the narrowest and widest trees of four."""
-    seconds = {(1, 1): 1.0, (4, 1): 2.5, (4, 2): 4.0, (4, 10): 8.0}
-    asked: list[tuple[int, int]] = []
+    """Of eagle3: one level; four of a chain, a beam of one, the narrowest and the widest trees."""
+    seconds = {(1, 1, 10): 1.0, (4, 1, 10): 2.5, (4, 2, 1): 3.0, (4, 2, 10): 4.0, (4, 10, 10): 8.0}
+    asked: list[tuple[int, int, int]] = []
 
     def run(candidate: Candidate, units: list[Unit]) -> Rounds:
         sizes = candidate.mapping
         assert [unit.record.new_tokens for unit in units] <= [32]
-        asked.append((sizes["depth"], sizes["top_k"]))
+        asked.append((sizes["depth"], sizes["top_k"], sizes["beam"]))
         return Rounds([1], [1], {"draft": [seconds[asked[-1]]], "forward": [1.0]})
 
     own = Bench(bench.workbench, bench.units, CurveRecord("float32", 1, {}))
     monkeypatch.setattr(own, "run", run)
     search, grid = tune_search.Search(own, "eagle3"), grid_of("eagle3", on_cpu=True)
 
-    def draft(width: int, levels: float) -> float:
-        tried = candidate("eagle3", depth=5, top_k=width, nodes=63, min_probability=0.0)
-        return search._draft_costs(tried, grid, levels)["draft"]
+    def draft(width: int, levels: float, beam: int = 10) -> float:
+        sizes = {"depth": 5, "top_k": width, "beam": beam, "nodes": 63, "min_probability": 0.0}
+        return search._draft_costs(candidate("eagle3", **sizes), grid, levels)["draft"]
 
     assert draft(1, 4.0) == 2.5
     assert draft(1, 2.0) == pytest.approx(1.5)
@@ -201,6 +203,8 @@ def test_few_answers_tell_what_all_drafts_cost(bench: Bench, monkeypatch: Any) -
     assert draft(2, 4.0) == 4.0
     assert draft(6, 4.0) == 6.0
     assert draft(10, 4.0) == 8.0
+    assert draft(10, 4.0, beam=2) == 4.0
+    assert draft(10, 4.0, beam=1) == draft(3, 4.0, beam=1) == 3.0
     assert draft(10, 1.0) == draft(2, 0.5) == 1.0
     assert sorted(asked) == sorted(seconds)
 

@@ -82,8 +82,8 @@ class _Grown:
             np.array(on_text[1:], dtype=np.bool_),
         )
 
-    def narrowed(self, width: int) -> _Grown:
-        """The tree that grows with `width` children a node and `width` continued nodes a level."""
+    def narrowed(self, width: int, beam: int) -> _Grown:
+        """The tree that grows with `width` children a node and `beam` continued nodes a level."""
         kept = np.zeros(len(self.parents), dtype=np.bool_)
         frontier = np.zeros(len(self.parents) + 1, dtype=np.bool_)
         frontier[-1] = True  # entry -1 is the root
@@ -91,7 +91,7 @@ class _Grown:
             level = (self.depths == depth) & (self.ranks < width) & frontier[self.parents]
             kept |= level
             places = level.nonzero()[0]
-            best = places[np.argsort(-self.scores[places], kind="stable")[:width]]
+            best = places[np.argsort(-self.scores[places], kind="stable")[:beam]]
             frontier[:] = False
             frontier[best] = True
         return _Grown(
@@ -113,7 +113,7 @@ class ForcedTrees:
     method: str
     on_cpu: bool
     grown: list[list[list[_Grown]]] = field(default_factory=list)
-    _narrow: dict[tuple[int, int, int, int], _Grown] = field(default_factory=dict)
+    _narrow: dict[tuple[int, ...], _Grown] = field(default_factory=dict)
 
     def simulate(self, candidate: Candidate) -> tuple[Rounds, float]:
         """Rounds of the candidate on all units, and the levels that it drafts in a round."""
@@ -139,10 +139,11 @@ class ForcedTrees:
         """(nodes, levels drafted, accepted nodes) of a round that starts there."""
         options = candidate.mapping
         width = options["top_k"]
-        key = (*place, width)
+        beam = min(options.get("beam") or width, width)
+        key = (*place, width, beam)
         if key not in self._narrow:
             unit, row, at = place
-            self._narrow[key] = self.grown[unit][row][at].narrowed(width)
+            self._narrow[key] = self.grown[unit][row][at].narrowed(width, beam)
         grown = self._narrow[key]
         if self.method == "draft_model":
             depth = options["num_draft_tokens"]

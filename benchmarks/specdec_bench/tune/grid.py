@@ -126,10 +126,11 @@ _GRIDS: Mapping[str, Grid] = {
             {
                 "depth": (1, 2, 3, 4, 5, 6, 7, 8),
                 "top_k": (1, 2, 3, 4, 6, 8, 10),
+                "beam": (1, 2, 10),
                 "nodes": (1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 63),
                 "min_probability": (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5),
             },
-            ((2, 0, 10, 0), (3, 2, 4, 2), (4, 5, 9, 0)),
+            ((2, 0, 2, 10, 0), (3, 2, 0, 4, 0), (3, 2, 2, 4, 2), (4, 5, 2, 9, 0)),
         ),
     )
 }
@@ -200,10 +201,14 @@ def _makes_sense(candidate: Candidate) -> bool:
     options = candidate.mapping
     if candidate.method == "eagle3":
         depth, width, nodes = options["depth"], options["top_k"], options["nodes"]
+        beam, axes = options["beam"], _GRIDS[candidate.method].axes
         # A chain has no other nodes than its levels: the largest value stands for "all of them".
         if width == 1:
-            return bool(nodes == 63)
-        return bool(depth <= nodes <= width + (depth - 1) * width * width)
+            return bool(nodes == axes["nodes"][-1] and beam == axes["beam"][-1])
+        # So it does for nodes that are continued: no level of a tree has more of them than top_k.
+        if beam >= width and beam != axes["beam"][-1]:
+            return False
+        return bool(depth <= nodes <= width + (depth - 1) * min(beam, width) * width)
     if candidate.method == "draft_model":  # its draft is added when it runs
         return True
     try:

@@ -111,22 +111,31 @@ class Search:
     def _draft_costs(self, candidate: Candidate, grid: Grid, levels: float) -> dict[str, float]:
         """Seconds a round by stage: linear in the levels and in the width between real answers.
 
-        A chain is drafted in a way of its own. One level continues no node, however wide it is.
+        Width is how many nodes a pass of the draft reads. A chain is drafted in a way of its own,
+        and so is a tree that continues one node. One level continues none, however wide it is.
         """
-        widths, width = grid.axes["top_k"], candidate.mapping["top_k"]
-        long, narrow, wide = 4, min(widths[1], width), widths[-1] if width > widths[0] else width
+        widths, long = grid.axes["top_k"], 4
+        top_k = candidate.mapping["top_k"]
+        width = min(candidate.mapping.get("beam", top_k), top_k)
         first = self._probe(grid, 1, widths[0])
-        ends = [self._probe(grid, long, end) for end in (narrow, wide)]
-        share = (width - narrow) / max(wide - narrow, 1)
+        if width == 1:
+            ends, share = [self._probe(grid, long, min(top_k, widths[1]), 1)] * 2, 0.0
+        else:
+            ends = [self._probe(grid, long, end) for end in (widths[1], widths[-1])]
+            share = (width - widths[1]) / (widths[-1] - widths[1])
         deep = ends[0]["draft"] + share * (ends[1]["draft"] - ends[0]["draft"])
         draft = first["draft"] + (max(levels, 1.0) - 1) / (long - 1) * (deep - first["draft"])
         return {**ends[0], "draft": max(draft, 0.0)}
 
-    def _probe(self, grid: Grid, depth: int, width: int) -> Mapping[str, float]:
+    def _probe(
+        self, grid: Grid, depth: int, top_k: int, beam: int | None = None
+    ) -> Mapping[str, float]:
         """Seconds a round by stage of one size, from the beginning of a real answer."""
-        sizes: dict[str, Any] = {"top_k": width}
+        sizes: dict[str, Any] = {"top_k": top_k}
         if self.method == "eagle3":
-            sizes |= {"depth": depth, "min_probability": 0.0, "nodes": 63 if width == 1 else 7}
+            all_of_them = grid.axes["beam"][-1]
+            sizes["beam"] = all_of_them if beam is None or top_k == 1 else beam
+            sizes |= {"depth": depth, "min_probability": 0.0, "nodes": 63 if top_k == 1 else 7}
         else:
             sizes["num_draft_tokens"] = depth
         probe = Candidate(self.method, tuple((name, sizes[name]) for name in grid.axes))
