@@ -52,7 +52,8 @@ FROZEN_OPTIONS = {
         "input": (), "split": "train", "subset": None, "limit": None, "as_chat": False,
         "min_lines": 4, "max_lines": 24, "seed": 0, "max_bad_fraction": 0.01, "target": "demo",
         "output": None, "overwrite": False, "max_length": 2048, "draft_vocab": 32000,
-        "held_out": 64, "held_out_input": (), "chat_template": None, "template_option": (),
+        "draft_vocab_of": None, "held_out": 64, "held_out_input": (), "chat_template": None,
+        "template_option": (),
         "turns": "all", "num_proc": 1, "cache_dir": None,
     },
     "data regenerate": {
