@@ -26,6 +26,7 @@ from specdec.heads.config import Eagle3Config
 from specdec.heads.draft_ids import checked_target_ids
 from specdec.heads.draft_masks import ancestors_of_level, last_slots_see, level_sees
 from specdec.heads.layer import Eagle3Layer, RotaryTable, Turn
+from specdec.heads.norm import RmsNorm
 from specdec.heads.ttt_attention import Spans, ttt_attention
 from specdec.tree_cache import TreeCache
 
@@ -85,12 +86,12 @@ class Eagle3Head(nn.Module):
         self.fc = nn.Linear(width, size, bias=config.fc_bias)
         if config.fc_norm:
             self.fc_norm = nn.ModuleList(
-                nn.RMSNorm(config.target_hidden_size, eps) for _ in config.aux_output_layers
+                RmsNorm(config.target_hidden_size, eps) for _ in config.aux_output_layers
             )
         if config.norm_before_fc:
-            self.input_norm = nn.RMSNorm(width, eps)
+            self.input_norm = RmsNorm(width, eps)
         self.layers = nn.ModuleList([Eagle3Layer(config)])
-        self.norm = nn.RMSNorm(size, eps)
+        self.norm = RmsNorm(size, eps)
         self.lm_head: nn.Linear | None = None
         if own_lm_head:
             self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)

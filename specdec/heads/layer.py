@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specdec.heads.config import Eagle3Config
+from specdec.heads.norm import RmsNorm
 
 Turn = tuple[Tensor, Tensor]
 """Cosines and sines [..., 1, T, d] of a rotary turn; the sines of the left half are negated."""
@@ -75,8 +76,8 @@ class Eagle3Attention(nn.Module):
         )
         self.o_proj = nn.Linear(queries * dim, config.hidden_size, bias=False)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(dim, config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(dim, config.rms_norm_eps)
+            self.q_norm = RmsNorm(dim, config.rms_norm_eps)
+            self.k_norm = RmsNorm(dim, config.rms_norm_eps)
         self._qk_norm, self._dim = config.qk_norm, dim
         self._turned, self._heads = [queries + keys, keys], [queries, keys]
 
@@ -130,10 +131,10 @@ class Eagle3Layer(nn.Module):
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = nn.RMSNorm(size, eps)
-        self.hidden_norm = nn.RMSNorm(size, eps)
+        self.input_layernorm = RmsNorm(size, eps)
+        self.hidden_norm = RmsNorm(size, eps)
         self.self_attn = Eagle3Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(size, eps)
+        self.post_attention_layernorm = RmsNorm(size, eps)
         self.mlp = Eagle3Mlp(config)
         self._normed_residual = config.norm_before_residual
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdec.heads.config import Eagle3Config
 from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.norm import RmsNorm
 from specdec.heads.ttt_attention import dense_ttt_attention, ttt_attention
 
 FLAGS = (
@@ -136,6 +137,23 @@ def test_merged_attention_is_the_dense_one(
 def relative(found: Tensor, wanted: Tensor) -> float:
     found, wanted = found.detach().double(), wanted.detach().double()
     return float((found - wanted).norm() / wanted.norm())
+
+
+def test_the_norm_is_torchs() -> None:
+    """Values, gradients and names."""
+    ours, theirs = RmsNorm(24, 1e-5).double(), torch.nn.RMSNorm(24, 1e-5).double()
+    torch.nn.init.normal_(theirs.weight)
+    ours.load_state_dict(theirs.state_dict())
+    states = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
+    results = []
+    for norm in (ours, theirs):
+        out = norm(states)
+        grads = torch.autograd.grad(out.sin().sum(), [states, norm.weight])
+        results.append([out.detach(), *grads])
+    torch.testing.assert_close(*results, atol=1e-12, rtol=0)
+    with torch.no_grad():
+        assert torch.equal(ours(states), theirs(states))
+    assert torch.equal(ours.bfloat16()(states.bfloat16()), theirs.bfloat16()(states.bfloat16()))
 
 
 def test_recomputing_changes_no_gradient() -> None:
