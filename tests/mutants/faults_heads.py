@@ -141,8 +141,8 @@ HEADS = (
         "tokens_that_cannot_be_drafted_are_learnt",
         "draft vocabulary",
         _LOSS,
-        "weight, best = (reached & torch.cat(valid)).float()",
-        "weight, best = reached.float()",
+        "weight = (reached & valid).float()",
+        "weight = reached.float()",
         _DEFINITION,
     ),
     Fault(

@@ -110,12 +110,14 @@ def test_loss_and_gradient_are_those_of_the_definition(kind: Any, draft: int) ->
 
 @pytest.mark.parametrize("keep", [0, 2**30])
 @pytest.mark.parametrize("chunk", [200, 2**18])
+@pytest.mark.parametrize("tile", [1, 300])
 def test_chunks_and_kept_probabilities_change_nothing(
-    world: World, keep: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+    world: World, keep: int, chunk: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = batch_of(make_examples(5, 30))
     wanted = world.loss([batch])
     monkeypatch.setattr(losses, "_CHUNK_CPU", chunk)
+    monkeypatch.setattr(losses, "_TILE_CPU", tile)
     assert close(world.loss([batch], LossPlan(STEPS, keep_bytes=keep)), wanted)
 
 
@@ -208,6 +210,14 @@ def test_slots_of_short_documents() -> None:
     assert slots.position.tolist() == [3, 4]
     assert slots.room.tolist() == [1, 2]
     assert slots.counts == (2, 1, 0)
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 640, 4096])
+def test_likeliest_is_argmax(size: int) -> None:
+    """Also the first of several."""
+    logits = torch.randn(3, 5, size, generator=torch.Generator().manual_seed(size))
+    for found in (logits, logits.round(), logits.bfloat16(), torch.zeros_like(logits)):
+        assert torch.equal(losses.likeliest(found), found.argmax(-1))
 
 
 def test_accuracy_and_expected_acceptance(world: World) -> None:
