@@ -24,6 +24,7 @@ _LK_SHARPNESS = 3.0  # eta of arXiv 2602.23881
 # Elements of logits that are multiplied at once, and of those that are looked at: tiles stay in a
 # processor's nearest cache.
 _CHUNK_CPU, _TILE_CPU, _CHUNK_ELSEWHERE = 2**20, 2**17, 2**25
+_NEARLY_ALL = 0.95  # of the slots: choosing them would take longer than the others do
 _BLOCK = 64  # numbers compared by value alone
 _ROWS = 64  # chunks are multiples of it: libraries prepare, and keep, code for every new shape
 
@@ -54,6 +55,19 @@ class Slots:
         room = torch.cat(rooms)
         counts = tuple(int((room > step).sum()) for step in range(steps))
         return cls(torch.cat(positions), room, counts)
+
+    def reached(self, size: int) -> Tensor | None:
+        """[N] int64 slots that some step's loss reaches, of `size`; None for nearly all or none.
+
+        N is a multiple of `_ROWS`, with any other slots for the rest.
+        """
+        needed = torch.zeros(size, dtype=torch.bool)
+        for step in range(len(self.counts)):
+            needed[self.position[self.room > step] - 1 - step] = True
+        count = -(-int(needed.sum()) // _ROWS) * _ROWS
+        if not 0 < count < _NEARLY_ALL * size:
+            return None
+        return needed.sort(descending=True, stable=True).indices[:count]
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,6 +101,7 @@ def test_a_prompt_in_pieces_is_the_prompt() -> None:
     assert pieces.verified == [16, 9]
 
 
+SHORT_SPANS = [[(0, 10), (10, 17)], [(0, 17)]]
 SPANS = [[(0, 10), (10, 37)], [(0, 20), (20, 30)]]
 
 
@@ -137,6 +138,26 @@ def test_merged_attention_is_the_dense_one(
 def relative(found: Tensor, wanted: Tensor) -> float:
     found, wanted = found.detach().double(), wanted.detach().double()
     return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("feed_post_norm", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_unwanted_slots_are_left_out(feed_post_norm: bool, recompute: bool) -> None:
+    """Their states are zeros; wanted ones and all gradients are as ever."""
+    head, (tokens, aux) = random_head(tiny_config(feed_post_norm=feed_post_norm)), inputs()
+    wanted = torch.tensor([3, 4, 5, 20, 16, 33])
+    kept = torch.zeros(tokens.numel(), 1, dtype=torch.bool).index_fill_(0, wanted, True)
+    states, grads = [], []
+    for slots in (None, wanted):
+        head.zero_grad()
+        features = head.features(aux)
+        found = list(head.unroll(tokens, features, STEPS, SHORT_SPANS, recompute, slots))
+        states.append(torch.stack(found) * kept.view(*tokens.shape, 1))
+        states[-1].square().sum().backward()
+        grads.append([p.grad.clone() for p in head.parameters() if p.grad is not None])
+        assert slots is None or torch.equal(states[-1], torch.stack(found))
+    torch.testing.assert_close(*states, atol=1e-12, rtol=0)
+    torch.testing.assert_close(*grads, atol=1e-10, rtol=0)
 
 
 def test_the_norm_is_torchs() -> None:

@@ -42,7 +42,7 @@ class World:
         mix = torch.full((STEPS,), 0.3, dtype=torch.float64)
         for p in parts:
             job = LossJob(p.teacher, plan.scale(counts, slots), plan.kind, mix)
-            loss, _ = self.module(p.tokens.token_ids, p.aux, spans_of(p.tokens), job)
+            loss, _ = self.module(p.tokens.token_ids, p.aux, spans_of(p.tokens), job, p.wanted)
             loss.backward()
             total += float(loss.detach())
         grads = {n: p.grad.clone() for n, p in self.head.named_parameters() if p.grad is not None}
@@ -97,7 +97,10 @@ def by_definition(world: World, examples: list[Example], kind: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["ce", "kl", "tv", "lk"])
 @pytest.mark.parametrize("draft", [32, VOCAB])
-def test_loss_and_gradient_are_those_of_the_definition(kind: Any, draft: int) -> None:
+def test_loss_and_gradient_are_those_of_the_definition(
+    kind: Any, draft: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_ROWS", 1)  # so that slots without a loss are left out
     world = World(draft)
     examples = make_examples(4, 14)
     found = world.loss([batch_of(examples, [(0, 2), (3, 1)])], LossPlan(STEPS, kind))
@@ -210,6 +213,42 @@ def test_slots_of_short_documents() -> None:
     assert slots.position.tolist() == [3, 4]
     assert slots.room.tolist() == [1, 2]
     assert slots.counts == (2, 1, 0)
+
+
+def test_slots_that_a_loss_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those before a learnt token, as deep as the steps go; never the document before."""
+    monkeypatch.setattr(losses, "_ROWS", 1)
+    mask = [False] * 12 + [True, True] + [False] * 6
+    prompt = Example(list(range(20)), mask)
+    slots = Slots.of(collate([(0, 1)], [Example([1, 2, 3], [True] * 3), prompt], 64), STEPS)
+    reached = slots.reached(23)
+    assert reached is not None
+    # Token 2 from slot 0; tokens 12 and 13 of the document at slot 3 from its slots 8 to 11.
+    assert sorted(reached.tolist()) == [0, 11, 12, 13, 14]
+    every = collate([(0,)], [Example(list(range(100)), [True] * 100)], 128)
+    assert Slots.of(every, STEPS).reached(100) is None
+    monkeypatch.setattr(losses, "_ROWS", 8)
+    rounded = slots.reached(23)
+    assert rounded is not None
+    assert len(set(rounded.tolist())) == 8
+    assert set(reached.tolist()) < set(rounded.tolist())
+    nothing = collate([(0,)], [Example([1, 2, 3], [False] * 3)], 64)
+    assert Slots.of(nothing, STEPS).reached(3) is None
+
+
+def test_a_prompt_costs_no_more_than_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slots are left out, and nothing else changes."""
+    monkeypatch.setattr(losses, "_ROWS", 1)
+    world = World()
+    examples = [Example(e.token_ids, [i > 9 for i in range(len(e.token_ids))])
+                for e in make_examples(5, 20)]  # fmt: skip
+    batch = batch_of(examples, [(0, 3), (2, 1), (4,)])
+    part = prepare(batch, world.source, LossPlan(STEPS), draft_ids_of(world.head))
+    assert part.wanted is not None
+    assert len(part.wanted) < batch.token_ids.numel() / 2
+    found = world.loss([batch])
+    monkeypatch.setattr(Slots, "reached", lambda *_: None)
+    assert close(found, world.loss([batch]))
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 640, 4096])
