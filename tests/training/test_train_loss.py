@@ -259,6 +259,18 @@ def test_likeliest_is_argmax(size: int) -> None:
         assert torch.equal(losses.likeliest(found), found.argmax(-1))
 
 
+def test_features_of_an_fp32_target_in_bf16() -> None:
+    target = make_target()
+    batch = batch_of(make_examples(3, 20))
+    for double in (False, True):
+        target = target.double() if double else target
+        wanted, found = (OnlineFeatures(target, (0, 1), low=low).features(batch)
+                         for low in (None, torch.bfloat16))  # fmt: skip
+        assert found.aux.dtype == wanted.aux.dtype
+        assert torch.equal(found.aux, wanted.aux) == double
+        torch.testing.assert_close(found.last_hidden, wanted.last_hidden, atol=0.1, rtol=0.1)
+
+
 def test_accuracy_and_expected_acceptance(world: World) -> None:
     """A head that says what the target says agrees everywhere."""
     target = world.source
