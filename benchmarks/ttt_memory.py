@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 import tyro
 
-from specdec.heads import eagle3
+from specdec.heads import eagle3, unrolled
 from specdec.heads.config import Eagle3Config
 from specdec.heads.ttt_attention import dense_ttt_attention
 
@@ -46,7 +46,7 @@ def measure(options: Options) -> None:
     )  # fmt: skip
     head = eagle3.Eagle3Head(config, own_embeddings=True)
     if options.form == "dense":
-        eagle3.ttt_attention = dense_ttt_attention  # type: ignore[attr-defined]
+        unrolled.ttt_attention = dense_ttt_attention  # type: ignore[attr-defined]
     tokens = torch.randint(4096, (1, options.length))
     aux = torch.randn(1, options.length, config.feature_width)
     start = time.process_time()

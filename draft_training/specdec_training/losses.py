@@ -21,8 +21,11 @@ from specdec_training.contracts import FeatureSource, TokenBatch
 LossKind = Literal["ce", "kl", "tv", "lk"]
 
 _LK_SHARPNESS = 3.0  # eta of arXiv 2602.23881
-# Elements of a chunk of logits. A CPU is fastest when a chunk stays in its cache.
-_CHUNK_CPU, _CHUNK_ELSEWHERE = 2**18, 2**25
+# Elements of logits that are multiplied at once, and of those that are looked at: tiles stay in a
+# processor's nearest cache.
+_CHUNK_CPU, _TILE_CPU, _CHUNK_ELSEWHERE = 2**20, 2**17, 2**25
+_NEARLY_ALL = 0.95  # of the slots: choosing them would take longer than the others do
+_BLOCK = 64  # numbers compared by value alone
 _ROWS = 64  # chunks are multiples of it: libraries prepare, and keep, code for every new shape
 
 
@@ -52,6 +55,19 @@ class Slots:
         room = torch.cat(rooms)
         counts = tuple(int((room > step).sum()) for step in range(steps))
         return cls(torch.cat(positions), room, counts)
+
+    def reached(self, size: int) -> Tensor | None:
+        """[N] int64 slots that some step's loss reaches, of `size`; None for nearly all or none.
+
+        N is a multiple of `_ROWS`, with any other slots for the rest.
+        """
+        needed = torch.zeros(size, dtype=torch.bool)
+        for step in range(len(self.counts)):
+            needed[self.position[self.room > step] - 1 - step] = True
+        count = -(-int(needed.sum()) // _ROWS) * _ROWS
+        if not 0 < count < _NEARLY_ALL * size:
+            return None
+        return needed.sort(descending=True, stable=True).indices[:count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,25 +131,27 @@ def make_teacher(
     position, room = (_rounded_up(x).to(device) for x in (slots.position, slots.room))
     hidden = last_hidden.flatten(0, 1)[position]
     size = 0 if not len(hidden) else _vocabulary(source, hidden, draft_ids)
-    keep = len(hidden) * size * 4 <= keep_bytes
-    valid, probs = [torch.zeros(0, dtype=torch.bool, device=device)], []
-    likeliest = [torch.zeros(0, dtype=torch.long, device=device)]
+    probs: Tensor | None = None
+    if len(hidden) * size * 4 <= keep_bytes:
+        wide = torch.promote_types(torch.float32, hidden.dtype)
+        probs = hidden.new_empty(len(hidden), size, dtype=wide)
+    best, valid = torch.zeros_like(position), torch.zeros_like(position, dtype=torch.bool)
     for start, stop in _chunks(len(hidden), max(size, 1), device):
         logits = source.target_logits(hidden[start:stop])
-        best, fits = _likeliest(logits, draft_ids)
-        valid.append(fits)
-        likeliest.append(best)
-        if keep:
-            probs.append(_restricted(logits, draft_ids))
+        best[start:stop], valid[start:stop] = _in_draft(likeliest(logits), draft_ids)
+        if probs is not None:
+            probs[start:stop] = _restricted(logits, draft_ids)
     reached = room > torch.arange(steps, device=device)[:, None]
-    weight, best = (reached & torch.cat(valid)).float(), torch.cat(likeliest)
-    joined = torch.cat(probs) if probs else (hidden.new_zeros(0, size).float() if keep else None)
+    weight = (reached & valid).float()
     if device.type == "cpu":  # counting what is valid costs no waiting there
         some = weight[0].sort(descending=True, stable=True).indices
         some = some[: -(-int(weight[0].sum()) // _ROWS) * _ROWS]
-        position, weight, hidden, best = position[some], weight[:, some], hidden[some], best[some]
-        joined = None if joined is None else joined[some]
-    return Teacher(position, weight, None if keep else hidden, joined, best, source, draft_ids)
+        if len(some) < len(position):
+            position, best, hidden = position[some], best[some], hidden[some]
+            weight = weight[:, some]
+            probs = None if probs is None else probs[some]
+    kept = hidden if probs is None else None
+    return Teacher(position, weight, kept, probs, best, source, draft_ids)
 
 
 def _rounded_up(rows: Tensor) -> Tensor:
@@ -145,9 +163,24 @@ def _vocabulary(source: FeatureSource, hidden: Tensor, draft_ids: Tensor | None)
     return len(draft_ids) if draft_ids is not None else source.target_logits(hidden[:1]).shape[-1]
 
 
-def _likeliest(logits: Tensor, draft_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+def likeliest(logits: Tensor) -> Tensor:
+    """[...] `logits.argmax(-1)` of [..., n].
+
+    On a CPU torch looks for the place of a maximum one number at a time, but for its value with
+    the whole width of the processor. So blocks are compared by value, then one is searched.
+    """
+    size = logits.shape[-1]
+    if logits.device.type != "cpu" or size % _BLOCK or not size:
+        return logits.argmax(-1)
+    blocks = logits.unflatten(-1, (-1, _BLOCK))
+    block = blocks.amax(-1).argmax(-1, keepdim=True)
+    inside = blocks.take_along_dim(block[..., None], -2)[..., 0, :].argmax(-1)
+    found: Tensor = block[..., 0] * _BLOCK + inside
+    return found
+
+
+def _in_draft(best: Tensor, draft_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """([n] draft ids of the target's likeliest tokens, [n] whether they are draft ids at all)."""
-    best = logits.argmax(-1)
     if draft_ids is None:
         return best, torch.ones_like(best, dtype=torch.bool)
     at = torch.searchsorted(draft_ids, best).clamp(max=len(draft_ids) - 1)
@@ -157,7 +190,7 @@ def _likeliest(logits: Tensor, draft_ids: Tensor | None) -> tuple[Tensor, Tensor
 def _restricted(logits: Tensor, draft_ids: Tensor | None) -> Tensor:
     """The target's distribution over the draft vocabulary, renormalised; fp32."""
     wide = torch.promote_types(torch.float32, logits.dtype)
-    return (logits if draft_ids is None else logits[:, draft_ids]).to(wide).softmax(-1)
+    return (logits if draft_ids is None else logits.index_select(1, draft_ids)).to(wide).softmax(-1)
 
 
 def _chunks(count: int, size: int, device: torch.device) -> list[tuple[int, int]]:
@@ -202,7 +235,7 @@ def soft_target_loss(
     picked = [state.flatten(0, 1)[(position - 1 - step).clamp(min=0)]
               for step, state in enumerate(states)]  # fmt: skip
     found: tuple[Tensor, Tensor]
-    found = _SoftTargetLoss.apply(torch.stack(picked), weight, job)  # type: ignore[no-untyped-call]
+    found = _SoftTargetLoss.apply(torch.stack(picked, 1), weight, job)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -225,28 +258,35 @@ class _SoftTargetLoss(torch.autograd.Function):
 def _forward(
     ctx: Any, states: Tensor, weight: Tensor, job: LossJob, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    steps, count, width = states.shape
+    count, steps, _ = states.shape
     learns = any(ctx.needs_input_grad[:2])
     low_weight = weight.to(dtype)
-    d_states = torch.zeros_like(states) if learns else None
+    d_states = torch.empty_like(states) if learns else None
     wide = torch.promote_types(torch.float32, weight.dtype)
     d_weight = torch.zeros_like(weight, dtype=wide) if learns else None
     sums = torch.zeros(3, steps, device=states.device, dtype=wide)
-    for start, stop in _chunks(count, steps * len(weight), states.device):
-        part = states[:, start:stop].reshape(-1, width).to(dtype)
-        logits = (part @ low_weight.T).to(wide).view(steps, stop - start, -1)
-        target = job.teacher.rows(start, stop).to(wide)
-        mask = job.teacher.weight[:, start:stop]
-        values, gradient = _losses(logits, target, job.teacher.best[start:stop], job)
-        sums += torch.stack([(value * mask).sum(1) for value in values])
+    chunks = _chunks(count, steps * len(weight), states.device)
+    # All chunks use the same memory: to get as much from the system anew takes longer than to fill.
+    room = states.new_empty(max((b - a for a, b in chunks), default=0), steps, len(weight),
+                            dtype=dtype)  # fmt: skip
+    for start, stop in chunks:
+        part, logits = states[start:stop].flatten(0, 1), room[: stop - start]
+        torch.mm(part.to(dtype), low_weight.T, out=logits.flatten(0, 1))
+        mask = job.teacher.weight[:, start:stop].T
+        values = _losses_by_tiles(logits, job.teacher.rows(start, stop).to(wide),
+                                  job.teacher.best[start:stop], job)  # fmt: skip
+        sums += (values * mask).sum(1)
         if d_states is None or d_weight is None:
             continue
-        gradient = gradient.mul_((mask * job.scale[:, None])[..., None]).flatten(0, 1).to(dtype)
-        d_states[:, start:stop] = (gradient @ low_weight).view(steps, stop - start, width)
-        if gradient.dtype == d_weight.dtype:
-            d_weight.addmm_(gradient.T, part)
+        gradient = logits.flatten(0, 1)
+        # The rows' factors go to the narrower side of both products.
+        scale = (mask * job.scale).reshape(-1, 1)
+        torch.mul(gradient @ low_weight, scale, out=d_states[start:stop].flatten(0, 1))
+        scaled = (part * scale).to(dtype)
+        if dtype == wide:
+            d_weight.addmm_(gradient.T, scaled)
         else:
-            d_weight += gradient.T @ part
+            d_weight += gradient.T @ scaled
     if d_weight is not None:
         ctx.save_for_backward(d_states, d_weight.to(weight.dtype))
     loss = (sums[0] * job.scale).sum()
@@ -254,43 +294,68 @@ def _forward(
     return loss, sums
 
 
-def _losses(
-    logits: Tensor, target: Tensor, wanted: Tensor, job: LossJob
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """(losses, agreements, acceptances; each [K, n]) and the losses' gradient [K, n, D].
+def _losses_by_tiles(logits: Tensor, target: Tensor, wanted: Tensor, job: LossJob) -> Tensor:
+    """[3, n, K] losses, agreements and acceptances; turns `logits` into the losses' gradient.
 
     Args:
-        logits: [K, n, D]; the memory is used again.
+        logits: [n, K, D] in any type.
+        target: [n, D] probabilities, fp32 or wider; what is computed has their type.
+        wanted: [n] the likeliest of them.
+        job: Which loss.
+    """
+    count, steps, size = logits.shape
+    tile = max(_TILE_CPU // (steps * size), 1) if logits.device.type == "cpu" else max(count, 1)
+    spare = target.new_empty(min(tile, count), steps, size)
+    wide = None if logits.dtype == spare.dtype else torch.empty_like(spare)
+    values = target.new_empty(3, count, steps)
+    for start in range(0, count, tile):
+        at = slice(start, start + tile)
+        rows = logits[at]
+        work = rows if wide is None else wide[: len(rows)].copy_(rows)
+        found, gradient = _losses(work, spare[: len(rows)], target[at], wanted[at], job)
+        torch.stack(found, out=values[:, at])
+        if gradient is not rows:
+            rows.copy_(gradient)
+    return values
+
+
+def _losses(
+    logits: Tensor, spare: Tensor, target: Tensor, wanted: Tensor, job: LossJob
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """(losses, agreements, acceptances; each [n, K]) and the losses' gradient [n, K, D].
+
+    Args:
+        logits: [n, K, D]; the memory is used again.
+        spare: As large, to be written to.
         target: [n, D] probabilities.
         wanted: [n] the likeliest of them.
         job: Which loss.
     """
-    top, best = logits.max(-1)
-    dots = torch.linalg.vecdot(logits, target)
-    draft = (
-        torch.softmax(logits, -1, out=logits) if not logits.requires_grad else logits.softmax(-1)
-    )
+    target = target[:, None]
+    best = likeliest(logits)
+    agree = (best == wanted[:, None]).to(logits.dtype)
+    top = logits.gather(-1, best[..., None])[..., 0]
+    dots = torch.mul(logits, target, out=spare).sum(-1)
+    draft = torch.softmax(logits, -1, out=logits)
     log_total = top - draft.gather(-1, best[..., None])[..., 0].log()
     entropy = log_total - dots  # cross-entropy: -sum p log q
-    agree = (best == target.argmax(-1)).to(logits.dtype)
+    accepted = torch.minimum(draft, target, out=spare).sum(-1)
     if job.kind in ("ce", "kl"):
-        gradient = draft.sub_(target)
-        away = torch.linalg.vector_norm(gradient, 1, -1) / 2
         if job.kind == "kl":
             entropy = entropy - torch.special.entr(target).sum(-1)
-        return (entropy, agree, 1 - away), gradient
-    difference = draft - target
-    away = torch.linalg.vector_norm(difference, 1, -1) / 2
+        return (entropy, agree, accepted), draft.sub_(target)
+    away = 1 - accepted
+    difference = torch.sub(draft, target, out=spare)
     sign = difference.sign().mul_(0.5)
     pull = draft * (sign - torch.linalg.vecdot(draft, sign)[..., None])
     if job.kind == "tv":
-        return (away, agree, 1 - away), pull
+        return (away, agree, accepted), pull
     if job.lk_mix is None:
         raise RuntimeError("the LK loss needs its mix")
-    mix = job.lk_mix[:, None]
+    mix = job.lk_mix
     divergence = entropy - torch.special.entr(target).sum(-1)
     mixed = mix * divergence + (1 - mix) * away
-    return (mixed, agree, 1 - away), mix[..., None] * difference + (1 - mix[..., None]) * pull
+    return (mixed, agree, accepted), mix[..., None] * difference + (1 - mix[..., None]) * pull
 
 
 def lk_mix(acceptance: Tensor) -> Tensor:

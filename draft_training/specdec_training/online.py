@@ -34,13 +34,19 @@ class OnlineFeatures:
         target: A causal language model in evaluation mode; its parameters are frozen.
         layers: Layers, from 0, whose output the head reads; -1 stands for the embeddings.
         device: Where features are wanted; None for the target's own.
+        low: Arithmetic of the products that make features where the target is in fp32; None for
+            the target's own.
 
     Raises:
         UnsupportedModelError: The logits cannot be recomputed from the last hidden state.
     """
 
     def __init__(
-        self, target: Any, layers: Sequence[int], device: torch.device | None = None
+        self,
+        target: Any,
+        layers: Sequence[int],
+        device: torch.device | None = None,
+        low: torch.dtype | None = None,
     ) -> None:
         self._target = target.eval().requires_grad_(False)
         self._layers = tuple(layers)
@@ -53,6 +59,7 @@ class OnlineFeatures:
         divisor = getattr(config, "logits_scaling", None)
         self._scale = (scale or 1.0) / (divisor or 1.0)
         self._extra = {"logits_to_keep": 1} if supports_logits_to_keep(target) else {}
+        self._low = low if target.dtype == torch.float32 else None
         self._check()
 
     @torch.no_grad()
@@ -60,7 +67,9 @@ class OnlineFeatures:
         """The batch's features; slots outside all documents hold zeros."""
         aux = last = None
         for group in _groups(batch.documents):
-            states = self._forward(_unpacked(batch.token_ids, group).to(self._place))
+            token_ids = _unpacked(batch.token_ids, group).to(self._place)
+            with torch.autocast(self._place.type, self._low, enabled=self._low is not None):
+                states = self._forward(token_ids)
             joined = tapped_states(states, self._layers, self._target.config).to(self._device)
             final = states[self._last + 1].to(self._device)
             if aux is None or last is None:

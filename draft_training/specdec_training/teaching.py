@@ -140,7 +140,7 @@ class Teaching:
             job = LossJob(part.teacher, scale, self.plan.kind, mix)
             with self.stepper.part(number + 1 == len(parts)):
                 loss, found = self.stepper.module(
-                    part.tokens.token_ids, part.aux, spans_of(part.tokens), job
+                    part.tokens.token_ids, part.aux, spans_of(part.tokens), job, part.wanted
                 )
                 self.stepper.backward(loss)
             tokens = sum(document.stop - document.start for document in part.tokens.documents)

@@ -277,7 +277,8 @@ def _source(
 ) -> FeatureSource:
     device, layers = head.fc.weight.device, head.config.aux_output_layers
     if options.features is None:
-        return OnlineFeatures(target, layers, device)
+        low = torch.bfloat16 if options.precision == "bf16" else None
+        return OnlineFeatures(target, layers, device, low)
     return CachedFeatures(
         options.features, data.meta.data_hash, fingerprint, layers, device, weights_hash(target)
     )

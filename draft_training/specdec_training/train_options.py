@@ -100,7 +100,8 @@ class TrainOptions:
     """Stop after this many steps in a row whose loss or gradient was not finite."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the head; its weights are fp32 always. auto: bf16 where it is faster."""
+    """Products of the head and of an fp32 target's features; the head's weights are fp32 always.
+    auto: bf16 where it is faster."""
     dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
     """Arithmetic of the target."""
     recompute: _Flag = False

@@ -64,12 +64,14 @@ class Prepared:
         aux: [B, T, F] features.
         teacher: What the target says.
         seen: Tokens to be predicted that each step reaches, whatever the target says.
+        wanted: [N] int64 slots, `row * T + t`, that some loss reaches; None for all.
     """
 
     tokens: TokenBatch
     aux: Tensor
     teacher: Teacher
     seen: tuple[int, ...]
+    wanted: Tensor | None
 
 
 def prepare(
@@ -98,7 +100,9 @@ def prepare(
         spread = plan.noise * aux.float().std((0, 1))
         aux = aux + ((2 * shape - 1) * spread).to(aux.dtype)
     tokens = replace(batch, token_ids=batch.token_ids.to(device))
-    return Prepared(tokens, aux, teacher, slots.counts)
+    wanted = slots.reached(batch.token_ids.numel())
+    wanted = None if wanted is None else wanted.to(device)
+    return Prepared(tokens, aux, teacher, slots.counts, wanted)
 
 
 class TttStep(nn.Module):
@@ -116,7 +120,12 @@ class TttStep(nn.Module):
         self._steps, self._recompute = steps, recompute
 
     def forward(
-        self, token_ids: Tensor, aux: Tensor, spans: Spans | None, job: LossJob
+        self,
+        token_ids: Tensor,
+        aux: Tensor,
+        spans: Spans | None,
+        job: LossJob,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(loss, [3, K] sums), as `soft_target_loss` says.
 
@@ -125,13 +134,14 @@ class TttStep(nn.Module):
             aux: [B, T, F] features.
             spans: Documents of each row; None where every row is one.
             job: The loss.
+            wanted: [N] int64 slots that it reaches; None for all.
         """
         if self.head.lm_head is None:
             raise RuntimeError("a head is trained with an output matrix of its own")
         # Autocast's bf16 is for products; the residual stream that starts here adds up in fp32.
         features = self.head.features(aux).to(self.head.fc.weight.dtype)
         states = list(
-            self.head.unroll(token_ids, features, self._steps, spans, recompute=self._recompute)
+            self.head.unroll(token_ids, features, self._steps, spans, self._recompute, wanted)
         )
         return soft_target_loss(states, self.head.lm_head.weight, job)
 

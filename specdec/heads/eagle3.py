@@ -25,8 +25,10 @@ from specdec.errors import ConfigError
 from specdec.heads.config import Eagle3Config
 from specdec.heads.draft_ids import checked_target_ids
 from specdec.heads.draft_masks import ancestors_of_level, last_slots_see, level_sees
-from specdec.heads.layer import Eagle3Layer, RotaryTable, Turn
-from specdec.heads.ttt_attention import Spans, ttt_attention
+from specdec.heads.layer import Eagle3Layer, RotaryTable
+from specdec.heads.norm import RmsNorm
+from specdec.heads.ttt_attention import Spans
+from specdec.heads.unrolled import UnrolledLayer
 from specdec.tree_cache import TreeCache
 
 
@@ -85,12 +87,12 @@ class Eagle3Head(nn.Module):
         self.fc = nn.Linear(width, size, bias=config.fc_bias)
         if config.fc_norm:
             self.fc_norm = nn.ModuleList(
-                nn.RMSNorm(config.target_hidden_size, eps) for _ in config.aux_output_layers
+                RmsNorm(config.target_hidden_size, eps) for _ in config.aux_output_layers
             )
         if config.norm_before_fc:
-            self.input_norm = nn.RMSNorm(width, eps)
+            self.input_norm = RmsNorm(width, eps)
         self.layers = nn.ModuleList([Eagle3Layer(config)])
-        self.norm = nn.RMSNorm(size, eps)
+        self.norm = RmsNorm(size, eps)
         self.lm_head: nn.Linear | None = None
         if own_lm_head:
             self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
@@ -200,6 +202,7 @@ class Eagle3Head(nn.Module):
         steps: int,
         spans: Spans | None = None,
         recompute: bool = False,
+        wanted: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """States [B, T, H] after the final norm, one TTT step after the other.
 
@@ -212,44 +215,26 @@ class Eagle3Head(nn.Module):
             steps: TTT steps.
             spans: Documents packed into each row.
             recompute: Keep no activations inside a step; the backward computes them again.
+            wanted: [N] int64 slots, `row * T + t`, whose states are wanted; the others' are zeros.
         """
         length, layer = token_ids.shape[1], self.layer
         ahead = self._embed(functional.pad(token_ids, (0, steps)))
-        projected = layer.self_attn.embedding_part(layer.input_layernorm(ahead))
+        unrolled = UnrolledLayer(layer, ahead, steps, spans, self.config.sliding_window, wanted)
         hidden = features
         keys: list[Tensor] = []
         values: list[Tensor] = []
         for step in range(steps):
-            part = projected[:, step + 1 : step + 1 + length]
-            # In the dtype of the projections, which autocast makes narrower.
-            turn = self._rotary(slice(step, step + length), length + steps, projected)
-            inputs = part, hidden, turn, spans, tuple(keys), tuple(values)
+            turn = self._rotary(slice(step, step + length), length + steps, features)
+            inputs = step, hidden, turn, tuple(keys), tuple(values)
             if recompute and torch.is_grad_enabled():
-                out, key, value = checkpoint(self._ttt_step, *inputs, use_reentrant=False)
+                out, key, value = checkpoint(unrolled.step, *inputs, use_reentrant=False)
             else:
-                out, key, value = self._ttt_step(*inputs)
+                out, key, value = unrolled.step(*inputs)
             keys.append(key)
             values.append(value)
             normed = self.norm(out)
-            yield normed
+            yield unrolled.spread(normed)
             hidden = normed if self.config.feed_post_norm else out
-
-    def _ttt_step(
-        self,
-        part: Tensor,
-        hidden: Tensor,
-        turn: Turn,
-        spans: Spans | None,
-        keys: tuple[Tensor, ...],
-        values: tuple[Tensor, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        layer = self.layer
-        residual, normed = layer.normed(hidden)
-        query, key, value = layer.self_attn.project_hidden(normed, part, turn)
-        attended = ttt_attention(
-            query, (*keys, key), (*values, value), spans, self.config.sliding_window
-        )
-        return layer.outputs(attended, residual), key, value
 
     def train_logits(
         self, token_ids: Tensor, features: Tensor, steps: int, spans: Spans | None = None

@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specdec.heads.config import Eagle3Config
+from specdec.heads.norm import RmsNorm
 
 Turn = tuple[Tensor, Tensor]
 """Cosines and sines [..., 1, T, d] of a rotary turn; the sines of the left half are negated."""
@@ -75,36 +76,22 @@ class Eagle3Attention(nn.Module):
         )
         self.o_proj = nn.Linear(queries * dim, config.hidden_size, bias=False)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(dim, config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(dim, config.rms_norm_eps)
-        self._qk_norm, self._dim = config.qk_norm, dim
-        self._turned, self._heads = [queries + keys, keys], [queries, keys]
+            self.q_norm = RmsNorm(dim, config.rms_norm_eps)
+            self.k_norm = RmsNorm(dim, config.rms_norm_eps)
+        self.qk_norm, self._dim = config.qk_norm, dim
+        self._turned, self.heads = [queries + keys, keys], [queries, keys]
 
     def project(self, inputs: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, Hq, T, d], keys and values [B, Hkv, T, d] of `inputs` [B, T, 2H]."""
         return self._split(self.qkv_proj(inputs), turn)
 
-    def embedding_part(self, embeds: Tensor) -> Tensor:
-        """What normed embeddings [B, T, H] add to the projections, [B, T, (Hq + 2 Hkv) d].
-
-        Training steps see the same embeddings, shifted, so they project them once.
-        """
-        return functional.linear(embeds, self.qkv_proj.weight[:, : embeds.shape[-1]])
-
-    def project_hidden(
-        self, hidden: Tensor, part: Tensor, turn: Turn
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `project`, of normed states [B, T, H] beside what the embeddings add."""
-        weight = self.qkv_proj.weight[:, hidden.shape[-1] :]
-        return self._split(part + functional.linear(hidden, weight, self.qkv_proj.bias), turn)
-
     def _split(self, projected: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         states = projected.unflatten(-1, (-1, self._dim)).transpose(1, 2)
         turned, value = states.split(self._turned, 1)
-        if self._qk_norm:
-            query, key = turned.split(self._heads, 1)
+        if self.qk_norm:
+            query, key = turned.split(self.heads, 1)
             turned = torch.cat([self.q_norm(query), self.k_norm(key)], 1)
-        query, key = _rotated(turned, turn).split(self._heads, 1)
+        query, key = _rotated(turned, turn).split(self.heads, 1)
         return query, key, value
 
 
@@ -130,10 +117,10 @@ class Eagle3Layer(nn.Module):
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = nn.RMSNorm(size, eps)
-        self.hidden_norm = nn.RMSNorm(size, eps)
+        self.input_layernorm = RmsNorm(size, eps)
+        self.hidden_norm = RmsNorm(size, eps)
         self.self_attn = Eagle3Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(size, eps)
+        self.post_attention_layernorm = RmsNorm(size, eps)
         self.mlp = Eagle3Mlp(config)
         self._normed_residual = config.norm_before_residual
 
@@ -152,6 +139,10 @@ class Eagle3Layer(nn.Module):
 
     def outputs(self, attended: Tensor, residual: Tensor) -> Tensor:
         """[B, T, H] from the attention's [B, Hq, T, d]."""
-        residual = residual + self.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+        return self.after(attended.transpose(1, 2).flatten(2), residual)
+
+    def after(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """[..., H] from the attention's [..., Hq * d], its heads side by side."""
+        residual = residual + self.self_attn.o_proj(attended)
         out: Tensor = residual + self.mlp(self.post_attention_layernorm(residual))
         return out

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,70 +53,146 @@ class _Merged(torch.autograd.Function):
     """The fused block and the diagonals on a CPU.
 
     The backward of a fused kernel only needs output and log-sum-exp; given the *merged* ones, it
-    returns the block's share of the gradients, and the diagonals' share is a few products.
+    returns the block's share of the gradients, and the diagonals' share is a few products. All is
+    done in fp32 at least: there the fused kernel is faster than in 16 bits, too.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, spans: Spans | None, window: int | None, steps: int, *both: Tensor
     ) -> Tensor:
-        batch, heads, length, dim = query.shape
-        groups, scale = heads // both[0].shape[1], 1 / math.sqrt(dim)
-        key, value = (both[i].repeat_interleave(groups, 1) for i in (0, steps))
-        # Slots outside all documents are padding: zero, and never NaN.
-        block, block_lse = torch.zeros_like(query), query.new_zeros(batch, heads, length).float()
-        if query.dtype == torch.float64:
-            block_lse = block_lse.double()
-        for at, mask in _blocks(query, spans, window, steps - 1):
-            out, lse = _FUSED(query[at], key[at], value[at], 0.0, mask is None,
-                              attn_mask=mask, scale=scale)  # fmt: skip
-            block[at], block_lse[at[0], :, at[2]] = out, _rows_last(lse, out)
-        keys, values = _stacked(both[1:steps], key), _stacked(both[steps + 1 :], key)
-        grouped = query.unflatten(1, (-1, groups)).to(block_lse.dtype)
-        scores = torch.einsum("bhgtd,sbhtd->bhgts", grouped, keys.to(block_lse.dtype))
-        scores = scores.flatten(1, 2) * scale
-        lse = torch.logsumexp(torch.cat([block_lse[..., None], scores], -1), -1)
-        share = (scores - lse[..., None]).exp()  # [B, Hq, T, s] weight of each diagonal
-        merged = block * (block_lse - lse).exp()[..., None] + torch.einsum(
-            "bhgts,sbhtd->bhgtd", share.unflatten(1, (-1, groups)), values.to(share.dtype)
-        ).flatten(1, 2)
+        layout = _Layout(spans, window, steps - 1, query.shape[1] // both[0].shape[1])
+        wide, *widened = map(_wide, (query, *both))
+        keys, values = widened[:steps], widened[steps:]
+        merged, lse = _block(wide, keys[0], values[0], layout)
+        shares: list[Tensor] = []
+        if steps > 1:
+            scores = [_dots(wide, layout.every(key)).mul_(_scale(query)) for key in keys[1:]]
+            block_lse, lse = lse, torch.logsumexp(torch.stack([lse, *scores]), 0)
+            shares = [score.sub_(lse).exp_() for score in scores]  # [B, Hq, T] of each diagonal
+            merged = merged * (block_lse - lse).exp_()[..., None]
+            for share, value in zip(shares, values[1:], strict=True):
+                merged.addcmul_(share[..., None], layout.every(value))
         merged = merged.to(query.dtype)
-        ctx.save_for_backward(query, key, value, keys, values, merged, lse, share)
-        ctx.layout = spans, window, steps, groups, scale
+        ctx.save_for_backward(query, merged, lse, *both, *shares)
+        ctx.layout = layout
         return merged
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, keys, values, merged, lse, share = ctx.saved_tensors
-        spans, window, steps, groups, scale = ctx.layout
-        grad = grads[0].contiguous()
-        d_query, d_key, d_value = (torch.zeros_like(query) for _ in range(3))
-        for at, mask in _blocks(query, spans, window, steps - 1):
-            d_query[at], d_key[at], d_value[at] = _FUSED_BACKWARD(
-                grad[at].contiguous(), query[at], key[at], value[at], merged[at].contiguous(),
-                _as_fused(lse[at[0], :, at[2]]), 0.0, mask is None, attn_mask=mask, scale=scale,
-            )  # fmt: skip
-        wide = share.dtype
-        delta = (grad.to(wide) * merged.to(wide)).sum(-1, keepdim=True)
-        grouped = grad.to(wide).unflatten(1, (-1, groups))
-        d_share = torch.einsum("bhgtd,sbhtd->bhgts", grouped, values.to(wide)).flatten(1, 2)
-        d_scores = (share * (d_share - delta) * scale).unflatten(1, (-1, groups))
-        extra = torch.einsum("bhgts,sbhtd->bhgtd", d_scores, keys.to(wide)).flatten(1, 2)
-        queries = query.unflatten(1, (-1, groups)).to(wide)
-        d_keys = torch.einsum("bhgts,bhgtd->sbhtd", d_scores, queries).to(query.dtype)
-        weights = share.unflatten(1, (-1, groups))
-        d_values = torch.einsum("bhgts,bhgtd->sbhtd", weights, grouped).to(query.dtype)
-        d_key, d_value = (d.unflatten(1, (-1, groups)).sum(2) for d in (d_key, d_value))
-        d_query = (d_query + extra).to(query.dtype)
-        return d_query, None, None, None, d_key, *d_keys, d_value, *d_values
+        layout: _Layout = ctx.layout
+        steps = layout.shift + 1
+        query, merged, lse, *rest = ctx.saved_tensors
+        both, shares = rest[: 2 * steps], rest[2 * steps :]
+        dtype, grad = query.dtype, _wide(grads[0])
+        query, merged = _wide(query), _wide(merged)
+        keys, values = map(_wide, both[:steps]), map(_wide, both[steps:])
+        d_query, d_key, d_value = _block_gradients(
+            grad, query, next(keys), next(values), merged, lse, layout
+        )
+        d_keys, d_values = [layout.summed(d_key)], [layout.summed(d_value)]
+        delta = _dots(grad, merged) if shares else lse
+        for share, key, value in zip(shares, keys, values, strict=True):
+            d_share = _dots(grad, layout.every(value))
+            d_score = d_share.sub_(delta).mul_(share).mul_(_scale(query))[..., None]
+            d_query.addcmul_(d_score, layout.every(key))
+            d_keys.append(layout.summed(d_score * query))
+            d_values.append(layout.summed(share[..., None] * grad))
+        found = (d.to(dtype) for d in (d_query, *d_keys, *d_values))
+        return next(found), None, None, None, *found
 
 
-def _stacked(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
-    """[s, B, Hkv, T, d], also for s = 0."""
-    if tensors:
-        return torch.stack(list(tensors))
-    batch, _, length, dim = like.shape
-    return like.new_empty(0, batch, 1, length, dim)
+@dataclass(frozen=True)
+class _Layout:
+    """What slots see and how heads belong together.
+
+    Attributes:
+        spans: Documents of each row, None for one a row.
+        window: Newest positions in sight, None for all.
+        shift: Diagonals, which is how far the queries stand behind their slots.
+        groups: Heads of queries that share one of keys and values.
+    """
+
+    spans: Spans | None
+    window: int | None
+    shift: int
+    groups: int
+
+    def every(self, states: Tensor) -> Tensor:
+        """[B, Hq, T, d] for every head of queries, from [B, Hkv, T, d]."""
+        return states if self.groups == 1 else states.repeat_interleave(self.groups, 1)
+
+    def summed(self, states: Tensor) -> Tensor:
+        """[B, Hkv, T, d], the sums over the heads that share."""
+        return states if self.groups == 1 else states.unflatten(1, (-1, self.groups)).sum(2)
+
+    def blocks(self, query: Tensor) -> Iterator[tuple[tuple[slice, slice, slice], Tensor | None]]:
+        """Index and mask of every causal block; without a window no mask is needed."""
+        every = slice(None)
+        if self.spans is None:
+            spots = [(every, every, slice(0, query.shape[2]))]
+        else:
+            spots = [(slice(row, row + 1), every, slice(start, stop))
+                     for row, found in enumerate(self.spans) for start, stop in found]  # fmt: skip
+        for at in spots:
+            mask = None
+            if self.window is not None:
+                mask = _window_mask(at[2].stop - at[2].start, self.window, self.shift, query)
+            yield at, mask
+
+
+def _wide(states: Tensor) -> Tensor:
+    return states.to(torch.promote_types(torch.float32, states.dtype))
+
+
+def _scale(query: Tensor) -> float:
+    return 1 / math.sqrt(query.shape[-1])
+
+
+def _dots(one: Tensor, other: Tensor) -> Tensor:
+    """[B, H, T]; for so few columns cheaper than a matrix product, which would copy both."""
+    found: Tensor = torch.linalg.vecdot(one, other)
+    return found
+
+
+def _block(query: Tensor, key: Tensor, value: Tensor, layout: _Layout) -> tuple[Tensor, Tensor]:
+    """([B, Hq, T, d] causal attention, [B, Hq, T] its log-sum-exp)."""
+    key, value = layout.every(key), layout.every(value)
+    if layout.spans is None:
+        (_, mask), *_ = layout.blocks(query)
+        out, lse = _FUSED(query, key, value, 0.0, mask is None, attn_mask=mask, scale=_scale(query))
+        return out, _rows_last(lse, out)
+    # Slots outside all documents are padding: zero, and never NaN.
+    block, block_lse = torch.zeros_like(query), query.new_zeros(query.shape[:3])
+    for at, mask in layout.blocks(query):
+        out, lse = _FUSED(query[at], key[at], value[at], 0.0, mask is None,
+                          attn_mask=mask, scale=_scale(query))  # fmt: skip
+        block[at], block_lse[at[0], :, at[2]] = out, _rows_last(lse, out)
+    return block, block_lse
+
+
+def _block_gradients(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    merged: Tensor,
+    lse: Tensor,
+    layout: _Layout,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, Hq, T, d] of queries, and of keys and values for every head of queries."""
+    key, value = layout.every(key), layout.every(value)
+    whole = [] if layout.spans is None else [torch.zeros_like(query) for _ in range(3)]
+    for at, mask in layout.blocks(query):
+        parts = _FUSED_BACKWARD(
+            grad[at].contiguous(), query[at], key[at], value[at], merged[at].contiguous(),
+            _as_fused(lse[at[0], :, at[2]]), 0.0, mask is None, attn_mask=mask, scale=_scale(query),
+        )  # fmt: skip
+        if layout.spans is None:
+            return parts  # type: ignore[no-any-return]
+        for gradient, part in zip(whole, parts, strict=True):
+            gradient[at] = part
+    return whole[0], whole[1], whole[2]
 
 
 def _rows_last(lse: Tensor, out: Tensor) -> Tensor:
@@ -128,23 +205,6 @@ def _as_fused(lse: Tensor) -> Tensor:
     return lse.contiguous()
 
 
-def _blocks(
-    query: Tensor, spans: Spans | None, window: int | None, shift: int
-) -> Iterator[tuple[tuple[slice, slice, slice], Tensor | None]]:
-    """Index and mask of every causal block; without a window no mask is needed."""
-    every = slice(None)
-    if spans is None:
-        spots = [(every, every, slice(0, query.shape[2]))]
-    else:
-        spots = [(slice(row, row + 1), every, slice(start, stop))
-                 for row, found in enumerate(spans) for start, stop in found]  # fmt: skip
-    for at in spots:
-        mask = None
-        if window is not None:
-            mask = _window_mask(at[2].stop - at[2].start, window, shift, query)
-        yield at, mask
-
-
 def _window_mask(length: int, window: int, shift: int, like: Tensor) -> Tensor:
     """[T, T] additive: causal, and within the window of where step `shift` stands."""
     order = torch.arange(length, device=like.device)
@@ -152,7 +212,7 @@ def _window_mask(length: int, window: int, shift: int, like: Tensor) -> Tensor:
     seen = (ago >= 0) & (ago + shift < window)
     mask = torch.zeros(length, length, dtype=like.dtype, device=like.device)
     # A slot may see no step-0 key at all, then its row is all floor; the merge gives it no weight.
-    return mask.masked_fill_(~seen, -1e30 if like.dtype != torch.float16 else -6e4)
+    return mask.masked_fill_(~seen, -1e30)
 
 
 def _other_devices(

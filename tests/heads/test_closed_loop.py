@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdec.heads.config import Eagle3Config
 from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.norm import RmsNorm
 from specdec.heads.ttt_attention import dense_ttt_attention, ttt_attention
 
 FLAGS = (
@@ -100,6 +101,7 @@ def test_a_prompt_in_pieces_is_the_prompt() -> None:
     assert pieces.verified == [16, 9]
 
 
+SHORT_SPANS = [[(0, 10), (10, 17)], [(0, 17)]]
 SPANS = [[(0, 10), (10, 37)], [(0, 20), (20, 30)]]
 
 
@@ -136,6 +138,43 @@ def test_merged_attention_is_the_dense_one(
 def relative(found: Tensor, wanted: Tensor) -> float:
     found, wanted = found.detach().double(), wanted.detach().double()
     return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("feed_post_norm", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_unwanted_slots_are_left_out(feed_post_norm: bool, recompute: bool) -> None:
+    """Their states are zeros; wanted ones and all gradients are as ever."""
+    head, (tokens, aux) = random_head(tiny_config(feed_post_norm=feed_post_norm)), inputs()
+    wanted = torch.tensor([3, 4, 5, 20, 16, 33])
+    kept = torch.zeros(tokens.numel(), 1, dtype=torch.bool).index_fill_(0, wanted, True)
+    states, grads = [], []
+    for slots in (None, wanted):
+        head.zero_grad()
+        features = head.features(aux)
+        found = list(head.unroll(tokens, features, STEPS, SHORT_SPANS, recompute, slots))
+        states.append(torch.stack(found) * kept.view(*tokens.shape, 1))
+        states[-1].square().sum().backward()
+        grads.append([p.grad.clone() for p in head.parameters() if p.grad is not None])
+        assert slots is None or torch.equal(states[-1], torch.stack(found))
+    torch.testing.assert_close(*states, atol=1e-12, rtol=0)
+    torch.testing.assert_close(*grads, atol=1e-10, rtol=0)
+
+
+def test_the_norm_is_torchs() -> None:
+    """Values, gradients and names."""
+    ours, theirs = RmsNorm(24, 1e-5).double(), torch.nn.RMSNorm(24, 1e-5).double()
+    torch.nn.init.normal_(theirs.weight)
+    ours.load_state_dict(theirs.state_dict())
+    states = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
+    results = []
+    for norm in (ours, theirs):
+        out = norm(states)
+        grads = torch.autograd.grad(out.sin().sum(), [states, norm.weight])
+        results.append([out.detach(), *grads])
+    torch.testing.assert_close(*results, atol=1e-12, rtol=0)
+    with torch.no_grad():
+        assert torch.equal(ours(states), theirs(states))
+    assert torch.equal(ours.bfloat16()(states.bfloat16()), theirs.bfloat16()(states.bfloat16()))
 
 
 def test_recomputing_changes_no_gradient() -> None:

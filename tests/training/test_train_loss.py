@@ -42,7 +42,7 @@ class World:
         mix = torch.full((STEPS,), 0.3, dtype=torch.float64)
         for p in parts:
             job = LossJob(p.teacher, plan.scale(counts, slots), plan.kind, mix)
-            loss, _ = self.module(p.tokens.token_ids, p.aux, spans_of(p.tokens), job)
+            loss, _ = self.module(p.tokens.token_ids, p.aux, spans_of(p.tokens), job, p.wanted)
             loss.backward()
             total += float(loss.detach())
         grads = {n: p.grad.clone() for n, p in self.head.named_parameters() if p.grad is not None}
@@ -97,7 +97,10 @@ def by_definition(world: World, examples: list[Example], kind: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["ce", "kl", "tv", "lk"])
 @pytest.mark.parametrize("draft", [32, VOCAB])
-def test_loss_and_gradient_are_those_of_the_definition(kind: Any, draft: int) -> None:
+def test_loss_and_gradient_are_those_of_the_definition(
+    kind: Any, draft: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_ROWS", 1)  # so that slots without a loss are left out
     world = World(draft)
     examples = make_examples(4, 14)
     found = world.loss([batch_of(examples, [(0, 2), (3, 1)])], LossPlan(STEPS, kind))
@@ -110,12 +113,14 @@ def test_loss_and_gradient_are_those_of_the_definition(kind: Any, draft: int) ->
 
 @pytest.mark.parametrize("keep", [0, 2**30])
 @pytest.mark.parametrize("chunk", [200, 2**18])
+@pytest.mark.parametrize("tile", [1, 300])
 def test_chunks_and_kept_probabilities_change_nothing(
-    world: World, keep: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+    world: World, keep: int, chunk: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = batch_of(make_examples(5, 30))
     wanted = world.loss([batch])
     monkeypatch.setattr(losses, "_CHUNK_CPU", chunk)
+    monkeypatch.setattr(losses, "_TILE_CPU", tile)
     assert close(world.loss([batch], LossPlan(STEPS, keep_bytes=keep)), wanted)
 
 
@@ -208,6 +213,62 @@ def test_slots_of_short_documents() -> None:
     assert slots.position.tolist() == [3, 4]
     assert slots.room.tolist() == [1, 2]
     assert slots.counts == (2, 1, 0)
+
+
+def test_slots_that_a_loss_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those before a learnt token, as deep as the steps go; never the document before."""
+    monkeypatch.setattr(losses, "_ROWS", 1)
+    mask = [False] * 12 + [True, True] + [False] * 6
+    prompt = Example(list(range(20)), mask)
+    slots = Slots.of(collate([(0, 1)], [Example([1, 2, 3], [True] * 3), prompt], 64), STEPS)
+    reached = slots.reached(23)
+    assert reached is not None
+    # Token 2 from slot 0; tokens 12 and 13 of the document at slot 3 from its slots 8 to 11.
+    assert sorted(reached.tolist()) == [0, 11, 12, 13, 14]
+    every = collate([(0,)], [Example(list(range(100)), [True] * 100)], 128)
+    assert Slots.of(every, STEPS).reached(100) is None
+    monkeypatch.setattr(losses, "_ROWS", 8)
+    rounded = slots.reached(23)
+    assert rounded is not None
+    assert len(set(rounded.tolist())) == 8
+    assert set(reached.tolist()) < set(rounded.tolist())
+    nothing = collate([(0,)], [Example([1, 2, 3], [False] * 3)], 64)
+    assert Slots.of(nothing, STEPS).reached(3) is None
+
+
+def test_a_prompt_costs_no_more_than_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slots are left out, and nothing else changes."""
+    monkeypatch.setattr(losses, "_ROWS", 1)
+    world = World()
+    examples = [Example(e.token_ids, [i > 9 for i in range(len(e.token_ids))])
+                for e in make_examples(5, 20)]  # fmt: skip
+    batch = batch_of(examples, [(0, 3), (2, 1), (4,)])
+    part = prepare(batch, world.source, LossPlan(STEPS), draft_ids_of(world.head))
+    assert part.wanted is not None
+    assert len(part.wanted) < batch.token_ids.numel() / 2
+    found = world.loss([batch])
+    monkeypatch.setattr(Slots, "reached", lambda *_: None)
+    assert close(found, world.loss([batch]))
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 640, 4096])
+def test_likeliest_is_argmax(size: int) -> None:
+    """Also the first of several."""
+    logits = torch.randn(3, 5, size, generator=torch.Generator().manual_seed(size))
+    for found in (logits, logits.round(), logits.bfloat16(), torch.zeros_like(logits)):
+        assert torch.equal(losses.likeliest(found), found.argmax(-1))
+
+
+def test_features_of_an_fp32_target_in_bf16() -> None:
+    target = make_target()
+    batch = batch_of(make_examples(3, 20))
+    for double in (False, True):
+        target = target.double() if double else target
+        wanted, found = (OnlineFeatures(target, (0, 1), low=low).features(batch)
+                         for low in (None, torch.bfloat16))  # fmt: skip
+        assert found.aux.dtype == wanted.aux.dtype
+        assert torch.equal(found.aux, wanted.aux) == double
+        torch.testing.assert_close(found.last_hidden, wanted.last_hidden, atol=0.1, rtol=0.1)
 
 
 def test_accuracy_and_expected_acceptance(world: World) -> None:

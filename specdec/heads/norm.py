@@ -1,0 +1,46 @@
+"""RMSNorm (arXiv 1910.07467) whose gradient on a CPU takes few passes over memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class RmsNorm(nn.RMSNorm):
+    """As its parent; with a gradient on a CPU, where the parent is a dozen single operations."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., n] to [..., n]."""
+        weight = self.weight
+        if (
+            not torch.is_grad_enabled()
+            or states.device.type != "cpu"
+            or states.dtype != weight.dtype
+            or weight.dtype not in (torch.float32, torch.float64)
+        ):
+            return super().forward(states)
+        found: Tensor = _Normed.apply(states, weight, self.eps)  # type: ignore[no-untyped-call]
+        return found
+
+
+class _Normed(torch.autograd.Function):
+    """weight * states / sqrt(mean(states^2) + eps)."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
+        squares = torch.linalg.vecdot(states, states)[..., None]
+        inverse = squares.div_(states.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(states, weight, inverse)
+        found: Tensor = (states * inverse).mul_(weight)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        states, weight, inverse = ctx.saved_tensors
+        normed = states * inverse
+        d_weight = (grads[0] * normed).flatten(0, -2).sum(0)
+        inner = grads[0] * weight
+        along = torch.linalg.vecdot(inner, normed)[..., None].div_(states.shape[-1])
+        return inner.addcmul_(normed, along, value=-1).mul_(inverse), d_weight, None
