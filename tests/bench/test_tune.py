@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -117,17 +118,27 @@ def test_trees_of_all_sizes_come_from_one_pass(model: Any, batch: int) -> None:
         assert 1 <= levels <= sizes["depth"]
 
 
-def test_a_subset_is_like_all_of_them(bench: Bench) -> None:
+def test_every_part_is_like_all_of_them(bench: Bench) -> None:
     first = bench.units[0]
     units = [replace(first, record=replace(first.record, unit=str(i))) for i in range(9)]
     own = Bench(bench.workbench, units, CURVE)
     own.text_rounds = [[rounds] for rounds in (40, 40, 10, 10, 25, 25, 40, 10, 25)]
-    chosen = [int(unit.record.unit) for unit in own.some(3)]
-    assert len(chosen) == 3
-    assert sum(own.text_rounds[i][0] for i in chosen) == 75
-    assert own.some(3) == own.some(3)
-    assert len(own.some(100)) == 2
+    parts = [[int(unit.record.unit) for unit in own.part(number)] for number in range(3)]
+    assert sorted(itertools.chain(*parts)) == list(range(9))
+    assert [sum(own.text_rounds[i][0] for i in part) for part in parts] == [75] * 3
+    assert own.part(1) == own.part(1)
     assert [len(rounds) for rounds in text_rounds(bench)] == [4] * len(bench.units)
+
+
+@pytest.mark.parametrize("count", range(2, 12))
+def test_parts_of_few_units_overlap(bench: Bench, count: int) -> None:
+    units = [replace(bench.units[0]) for _ in range(count)]
+    own = Bench(bench.workbench, units, CURVE, text_rounds=[[10]] * count)
+    parts = [own.part(number) for number in range(3)]
+    assert all(2 <= len(part) == len({id(unit) for unit in part}) for part in parts)
+    everyone = [id(unit) for part in parts for unit in part]
+    assert set(everyone) == {id(unit) for unit in units}
+    assert len(everyone) == max(count, 6)
 
 
 def test_one_slow_round_does_not_count() -> None:
@@ -297,6 +308,60 @@ def test_the_race_ends_with_the_fastest(bench: Bench) -> None:
     assert answers[candidate("m7")] < answers[candidate("m0")]
 
 
+def test_every_answer_has_one_plain_answer_beside_it(bench: Bench) -> None:
+    """Whoever comes first in a repeat is another one every time: a drift hits all alike."""
+    order: list[str] = []
+
+    class Noted(FakeRace):
+        def _once(self, candidate: Candidate, unit: Unit) -> float:
+            order.append(candidate.method)
+            return super()._once(candidate, unit)
+
+    race = Noted(bench)
+    race.speeds = {"none": 1.0, "a": 0.5, "b": 0.8}
+    race.time([candidate("a"), candidate("b"), candidate("breaks")], bench.units[:1], 1)
+    order.clear()
+    race.time([candidate("a"), candidate("b"), candidate("breaks")], bench.units, 2)
+    repeats = [order[at : at + 3] for at in range(0, len(order), 3)]
+    assert len(repeats) == 2 * len(bench.units)
+    assert all(sorted(arms) == ["a", "b", "none"] for arms in repeats)
+    assert {arms[0] for arms in repeats} == {"a", "b", "none"}
+    assert race.gain(candidate("a")).value == pytest.approx(2.0)
+    assert [len(found) for found in race.seconds[candidate("a")].values()] == [3, 2, 2]
+
+
+def test_rounds_shrink_and_look_at_other_prompts(bench: Bench) -> None:
+    units = [replace(bench.units[0]) for _ in range(9)]
+    own = Bench(bench.workbench, units, CURVE, text_rounds=[[10]] * 9)
+    seen: dict[int, set[str]] = {}
+
+    class Noted(FakeRace):
+        def _once(self, candidate: Candidate, unit: Unit) -> float:
+            seen.setdefault(units.index(unit), set()).add(candidate.method)
+            return super()._once(candidate, unit)
+
+    race = Noted(own)
+    race.speeds = {"none": 1.0, **{f"m{i}": 0.5 + 0.1 * i for i in range(12)}}
+    assert len(race.run([candidate(f"m{i}") for i in range(12)])) == 2
+    counts = [{len(seen[units.index(unit)]) - 1 for unit in own.part(part)} for part in range(3)]
+    assert counts == [{2}, {12}, {5}]  # the last round is on all of them
+    assert len(race.final[candidate("m0")]) == 9
+    assert [len(repeats) for repeats in race.final[candidate("m1")].values()] == [2] * 9
+
+
+def test_plain_must_run(bench: Bench) -> None:
+    class Broken(FakeRace):
+        def _once(self, candidate: Candidate, unit: Unit) -> float:
+            if candidate == PLAIN:
+                raise SpecdecError("plain is broken")
+            return super()._once(candidate, unit)
+
+    race = Broken(bench)
+    race.speeds = {"a": 1.0}
+    with pytest.raises(SpecdecError, match="plain is broken"):
+        race.time([candidate("a")], bench.units, 1)
+
+
 def test_the_choice_is_by_the_last_round_alone(bench: Bench) -> None:
     """A candidate that was only lucky before is none, and one that is shown to pay is chosen."""
     bench.text_rounds = [[10]] * len(bench.units)
@@ -377,7 +442,7 @@ def test_a_race_that_nobody_survives_is_empty(bench: Bench) -> None:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few looks and few timings."""
     monkeypatch.setattr(tune_module, "_CURVE_SECONDS", 0.2)
-    monkeypatch.setattr(tune_timing, "ROUNDS", ((2, 1), (1, 1)))
+    monkeypatch.setattr(tune_timing, "ROUNDS", ((1, 1), (None, 1)))
     for method in ("prompt_lookup", "eagle3"):
         monkeypatch.setitem(tune_search._MOST_LOOKED_AT, method, 6)
     monkeypatch.setitem(STATE_READERS, "eagle3", {"depth": 5, "top_k": 8, "nodes": 300})

@@ -20,7 +20,8 @@ from specdec_bench.tune.grid import Candidate
 PLAIN = Candidate("none")
 """Our loop without speculation: what speed-ups are relative to."""
 
-_TRIED_SUBSETS = 500
+_PARTS = 3
+_TRIED_DIVISIONS = 500
 _STAGES = ("draft", "forward", "verify", "commit", "observe")
 
 
@@ -89,7 +90,7 @@ class Bench:
     passes: float = 0.0
     plain: list[Rounds] = field(default_factory=list)
     text_rounds: list[list[int]] = field(default_factory=list)
-    _subsets: dict[int, list[int]] = field(default_factory=dict)
+    _parts: list[list[int]] = field(default_factory=list)
 
     @property
     def on_device(self) -> bool:
@@ -159,29 +160,42 @@ class Bench:
             return (plain.prefill + whole) / (plain.prefill + own) if arm.rounds else None
         return predict(arm, plain.costs(), self.curve, self.on_device)
 
-    def some(self, share: int) -> Sequence[Unit]:
-        """At least two units, one in `share`, that are like all of them.
+    def part(self, number: int) -> Sequence[Unit]:
+        """One of three parts of the units, each like all of them and of two units at least.
 
-        Prompts differ by far more than candidates do. So of many possible choices it is the one on
-        which drafts from the text alone are right as often as on all units.
+        Prompts differ by far more than candidates do. So of many ways to divide them it is the one
+        in which drafts from the text alone are right as often in every part as on all units. Parts
+        overlap only where units are few.
         """
-        count = min(max(2, len(self.units) // share), len(self.units))
-        if count not in self._subsets:
-            self._subsets[count] = self._like_all(count)
-        return [self.units[place] for place in self._subsets[count]]
+        if not self._parts:
+            self._parts = self._divide()
+        return [self.units[place] for place in self._parts[number]]
 
-    def _like_all(self, count: int) -> list[int]:
+    def _divide(self) -> list[list[int]]:
         rounds = [[float(rounds) for rounds in own] for own in zip(*self.text_rounds, strict=True)]
         tokens = [float(unit.record.new_tokens) for unit in self.units]
         whole = [sum(own) / sum(tokens) for own in rounds]
-        generator, best = random.Random(0), (math.inf, list(range(count)))
-        for _ in range(_TRIED_SUBSETS):
-            places = sorted(generator.sample(range(len(self.units)), count))
+
+        def apart(places: Sequence[int]) -> float:
             length = sum(tokens[place] for place in places)
             shares = [sum(own[place] for place in places) / length for own in rounds]
-            apart = sum(abs(math.log(a / b)) for a, b in zip(shares, whole, strict=True))
-            best = min(best, (apart, places))
+            return sum(abs(math.log(a / b)) for a, b in zip(shares, whole, strict=True))
+
+        generator, best = random.Random(0), (math.inf, [list(range(len(tokens)))] * _PARTS)
+        for _ in range(_TRIED_DIVISIONS):
+            parts = _dealt(generator.sample(range(len(tokens)), len(tokens)))
+            best = min(best, (sum(map(apart, parts)), parts))
         return best[1]
+
+
+def _dealt(places: Sequence[int]) -> list[list[int]]:
+    """Parts of a third of the places, the last with what is left; dealt out again if too few."""
+    count = len(places)
+    size = min(max(2, count // _PARTS), count)
+    starts = range(0, _PARTS * size, size)
+    parts = [sorted(places[at % count] for at in range(start, start + size)) for start in starts]
+    parts[-1] = sorted([*parts[-1], *places[_PARTS * size :]])
+    return parts
 
 
 def beginning(unit: Unit, new_tokens: int) -> Unit:

@@ -59,7 +59,7 @@ class TuneOptions:
                        _arg("N", "1; repeatable")] = ()  # fmt: skip
     """Prompts decoded together; each batch size gets a choice of its own."""
 
-    candidates: Annotated[int, _N] = 12
+    candidates: Annotated[int, _N] = 8
     """Candidates to time, the best by prediction."""
     seed: Annotated[int, _N] = 0
     """Of the choice of prompts."""

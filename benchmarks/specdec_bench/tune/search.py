@@ -12,8 +12,7 @@ from specdec_bench.tune.grid import Candidate, Grid, climb, grid_of
 from specdec_bench.tune.measured import Bench, Rounds, beginning
 from specdec_bench.tune.replayed import TEXT_ONLY, replay
 
-_LEARNERS_SHARE = 3  # one unit in three for methods that must run to be judged
-_MOST_LOOKED_AT = {"lookahead": 18, "recycling": 10, "jacobi": 10, "prompt_lookup": 40,
+_MOST_LOOKED_AT = {"lookahead": 12, "recycling": 8, "jacobi": 8, "prompt_lookup": 40,
                    "suffix": 40, "draft_model": 21, "eagle3": 160}  # fmt: skip
 _PROBED = 32  # tokens of an answer that shows what a round costs
 _ALIKE = 1.02
@@ -139,7 +138,7 @@ class Search:
     def _by_passes(self, candidate: Candidate, grid: Grid) -> float | None:
         """Rounds of real answers to some of the prompts: what such a method learns depends on what
         was verified."""
-        units = self.bench.some(_LEARNERS_SHARE)
+        units = self.bench.part(0)
         rounds = self.bench.run(candidate, units)
         speedup = self.bench.predict(rounds, units, self.bench.paced(rounds))
         if speedup is not None:

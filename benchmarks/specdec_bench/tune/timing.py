@@ -14,10 +14,12 @@ from specdec_bench.summary.intervals import Ratio, time_ratio
 from specdec_bench.tune.grid import Candidate
 from specdec_bench.tune.measured import PLAIN, Bench, arm_of
 
-ROUNDS = ((3, 1), (1, 1), (1, 1), (1, 2))
-"""(one unit in so many, pairs) of every round; half of the candidates go after each."""
+ROUNDS: Sequence[tuple[int | None, int]] = ((1, 1), (2, 1), (None, 2))
+"""(part of the units, or all; pairs) of every round. What was looked into by real answers were
+those of part 0: a candidate that was lucky there, or in one round, needs no such luck in the
+next."""
 
-_FEWEST = 2  # candidates that a round leaves
+_FINALISTS = 2  # candidates of the last round; the same share goes after every one before
 
 
 Repeats = dict[int, list[tuple[float, float]]]
@@ -31,8 +33,8 @@ class Race:
     Attributes:
         bench: Model and units.
         by_cpu: Processor time counts: one thread of a CPU does all the work.
-        seconds: Candidate -> unit -> its repeats. Plain has one list for each repeat of a race, so
-            that every answer has a plain one beside it.
+        seconds: Candidate -> unit -> its repeats; every answer has a plain one beside it, which
+            all candidates of the repeat share.
         final: Those of the last round alone.
         failed: Candidates that could not run, and why.
         timings: Answers timed so far, warm-up included.
@@ -50,22 +52,36 @@ class Race:
     def run(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Times them in rounds; returns those of the last round, fastest first."""
         left = list(candidates)
-        for number, (share, pairs) in enumerate(ROUNDS):
+        gc.collect()  # what is left of the search, which is no candidate's
+        share = (_FINALISTS / max(len(left), _FINALISTS)) ** (1 / max(len(ROUNDS) - 1, 1))
+        stay = float(len(left))
+        for number, (part, pairs) in enumerate(ROUNDS):
             is_last = number + 1 == len(ROUNDS)
-            units = self.bench.units if share == 1 else self.bench.some(share)
-            if len(left) <= _FEWEST and not is_last:
+            units = self.bench.units if part is None else self.bench.part(part)
+            if len(left) <= _FINALISTS and not is_last:
                 continue  # nobody would go
-            for pair in range(pairs):
-                gc.collect()  # not while an answer is timed
-                for position, unit in enumerate(units):
-                    self._time_unit(left, unit, pair + position, is_last)
+            self.time(left, units, pairs, is_last)
             left = [candidate for candidate in left if candidate not in self.failed]
             gain = self.final_gain if is_last else self.gain
             left = sorted(left, key=lambda candidate: -gain(candidate).value)
             if not is_last:
-                left = left[: max(_FEWEST, len(left) // 2)]
+                stay *= share
+                left = left[: round(stay)]
         self.finalists = left
         return left
+
+    def time(
+        self,
+        candidates: Sequence[Candidate],
+        units: Sequence[Unit],
+        pairs: int,
+        is_last: bool = False,
+    ) -> None:
+        """Times all of them on these units; what cannot run is noted in `failed`."""
+        for pair in range(pairs):
+            for position, unit in enumerate(units):
+                left = [candidate for candidate in candidates if candidate not in self.failed]
+                self._time_unit(left, unit, pair + position, is_last)
 
     def gain(self, candidate: Candidate) -> Ratio:
         """Speed-up over plain decoding with its interval, over all that was timed."""
@@ -88,21 +104,21 @@ class Race:
     def _time_unit(
         self, candidates: Sequence[Candidate], unit: Unit, shift: int, is_last: bool
     ) -> None:
-        """One answer of each, in turning order, and plain ones at both ends."""
-        at = shift % max(len(candidates), 1)
-        before = self._once(PLAIN, unit)
-        found = []
-        for candidate in [*candidates[at:], *candidates[:at]]:
+        """One answer of each and a plain one, in turning order: a drift hits all alike."""
+        arms = [PLAIN, *candidates]
+        at, found = shift % len(arms), {}
+        for arm in [*arms[at:], *arms[:at]]:
             try:
-                if candidate not in self.seconds:
-                    self._once(candidate, unit)  # warms up
-                    self.seconds[candidate] = {}
-                found.append((candidate, self._once(candidate, unit)))
+                if arm not in self.seconds and arm != PLAIN:
+                    self._once(arm, unit)  # warms up
+                    self.seconds[arm] = {}
+                found[arm] = self._once(arm, unit)
             except SpecdecError as problem:
-                self.failed[candidate] = str(problem)
-        plain = (before + self._once(PLAIN, unit)) / 2
-        index = self.bench.units.index(unit)
-        for candidate, own in found:
+                if arm == PLAIN:
+                    raise
+                self.failed[arm] = str(problem)
+        index, plain = self.bench.units.index(unit), found.pop(PLAIN)
+        for candidate, own in found.items():
             self.seconds[candidate].setdefault(index, []).append((plain, own))
             if is_last:
                 self.final.setdefault(candidate, {}).setdefault(index, []).append((plain, own))

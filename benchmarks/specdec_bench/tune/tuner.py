@@ -2,7 +2,7 @@
 
 First everything is predicted: what a round of any size would accept is derived from a few passes
 (see `tune.search`), and what it costs from the measured curve t(q). Then only the best few are
-timed, interleaved with plain decoding, half of them in every round.
+timed, interleaved with plain decoding, fewer in every round.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from specdec_bench.tune.options import TuneOptions, check_tune_options
 from specdec_bench.tune.search import Forecast, Search, as_json, best_of, text_rounds
 from specdec_bench.tune.timing import Race
 
-_CURVE_SECONDS = 2.0
+_CURVE_SECONDS = 1.0
 _SHARE_OF_METHOD = 2  # one method has at most one in so many of the timed candidates
 
 Say = Callable[[str], object]
@@ -173,7 +173,7 @@ def _curve(model: Any, setting: Setting) -> CurveRecord:
 def _choose(race: Race, every: Sequence[Forecast], options: TuneOptions) -> TunedChoice:
     """The fastest that is shown to gain, by the last round alone.
 
-    The rounds before it chose the finalists: the best of a dozen by the same figures that chose it
+    The rounds before it chose the finalists: the best of several by the same figures that chose it
     looks faster than it is.
     """
     paying = [c for c in race.finalists if race.final_gain(c).low > 1]
