@@ -395,6 +395,20 @@ def test_the_choice_is_by_the_last_round_alone(bench: Bench) -> None:
             assert found.measured[0] == pytest.approx(1 / 0.9)
 
 
+def test_trees_are_forced_on_one_part_of_the_prompts(bench: Bench, short: None) -> None:
+    units = [replace(unit) for unit in (*bench.units, *bench.units)]
+    own = Bench(bench.workbench, units, CURVE, text_rounds=text_rounds(bench) * 2)
+    own.measure_plain()
+    before = own.passes
+    search = tune_search.Search(own, "eagle3")
+    assert search.run()
+    assert search._forced is not None
+    grown = [len(rows[0]) for rows in search._forced.grown]
+    assert grown == [unit.record.new_tokens for unit in own.part(0)]
+    assert len(grown) < len(units)
+    assert own.passes - before <= len(grown) + 4
+
+
 def test_without_an_interval_nothing_is_shown_to_pay(bench: Bench) -> None:
     class One(FakeRace):
         def final_gain(self, candidate: Candidate) -> Ratio:

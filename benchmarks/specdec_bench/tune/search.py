@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.errors import SpecdecError
+from specdec_bench.measure.units import Unit
 from specdec_bench.tune.forced import STATE_READERS, ForcedTrees, force, verifies_trees
 from specdec_bench.tune.grid import Candidate, Grid, climb, grid_of
 from specdec_bench.tune.measured import Bench, Rounds, beginning
@@ -73,9 +74,13 @@ class Search:
         return self._by_passes
 
     def _keep(
-        self, candidate: Candidate, rounds: Rounds, stages: Mapping[str, float] | None = None
+        self,
+        candidate: Candidate,
+        rounds: Rounds,
+        units: Sequence[Unit],
+        stages: Mapping[str, float],
     ) -> float | None:
-        speedup = self.bench.predict(rounds, self.bench.units, stages)
+        speedup = self.bench.predict(rounds, units, stages)
         if speedup is not None:
             self._found[candidate] = Forecast(candidate, speedup, rounds.tau, rounds.nodes)
         return speedup
@@ -86,7 +91,7 @@ class Search:
         vocab_size = model.config.get_text_config().vocab_size
         for unit in self.bench.units:
             rounds.add(replay(candidate, unit, vocab_size))
-        return self._keep(candidate, rounds, self._loop_costs(grid, rounds))
+        return self._keep(candidate, rounds, self.bench.units, self._loop_costs(grid, rounds))
 
     def _loop_costs(self, grid: Grid, rounds: Rounds) -> dict[str, float]:
         """Seconds a round of verify and commit of the method's first start; its own drafting."""
@@ -98,15 +103,16 @@ class Search:
         return {**self._stages[start], **own}
 
     def _by_forced_trees(self, candidate: Candidate, grid: Grid) -> float | None:
-        """Rounds from the largest trees at every position; draft costs by the number of levels."""
-        bench = self.bench
+        """Rounds from the largest trees at every position of some prompts; draft costs by the
+        number of levels."""
+        bench, units = self.bench, self.bench.part(0)
         if self._forced is None:
             options: dict[str, Any] = dict(STATE_READERS[self.method])
             options["draft"] = bench.workbench.draft(self.method, self.method)
-            self._forced = force(self.method, options, bench.workbench.model, bench.units)
-            bench.passes += len(bench.units)
+            self._forced = force(self.method, options, bench.workbench.model, units)
+            bench.passes += len(units)
         rounds, levels = self._forced.simulate(candidate)
-        return self._keep(candidate, rounds, self._draft_costs(candidate, grid, levels))
+        return self._keep(candidate, rounds, units, self._draft_costs(candidate, grid, levels))
 
     def _draft_costs(self, candidate: Candidate, grid: Grid, levels: float) -> dict[str, float]:
         """Seconds a round by stage: linear in the levels and in the width between real answers.
@@ -149,10 +155,7 @@ class Search:
         was verified."""
         units = self.bench.part(0)
         rounds = self.bench.run(candidate, units)
-        speedup = self.bench.predict(rounds, units, self.bench.paced(rounds))
-        if speedup is not None:
-            self._found[candidate] = Forecast(candidate, speedup, rounds.tau, rounds.nodes)
-        return speedup
+        return self._keep(candidate, rounds, units, self.bench.paced(rounds))
 
 
 def text_rounds(bench: Bench) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 First everything is predicted: what a round of any size would accept is derived from a few passes
 (see `tune.search`), and what it costs from the measured curve t(q). Then only the best few are
-timed, interleaved with plain decoding, half of them in every round.
+timed, interleaved with plain decoding, fewer in every round.
 """
 
 from __future__ import annotations
