@@ -60,7 +60,7 @@ def make_bench(model: Any, batch: int) -> Bench:
     tokenizer, setting = load_tokenizer("demo"), Setting(batch=batch)
     drafts = {"eagle3": lambda: str(head_path())}
     workbench = Workbench(model, tokenizer, setting, drafts)
-    maker = Maker(model, tokenizer, setting, workbench.sampling(), 28, frozenset())
+    maker = Maker(model, tokenizer, setting, workbench.sampling(), 56, frozenset())
     units, _ = maker.make(0, load_tasks(["smoke"], limit=3 * batch))
     return Bench(workbench, units, CURVE)
 
