@@ -1,10 +1,12 @@
 """Training throughput beside other trainers: the same target, batches, head shape and optimiser.
 
 A Llama of 8.4 M parameters with random weights is the target; every arm reads the same batches,
-runs the target, unrolls the head and steps AdamW. Segments of a few steps alternate within one
-process, so that a busy machine slows all arms alike. A peer is measured where its package can be
-imported: SpecForge (its Triton loss, which needs a GPU, replaced by the same formula in torch) and
-speculators. Their classes get what their own trainers give them. Run:
+runs the target, unrolls the head and steps AdamW. A row is a prompt without a loss and an answer
+with one, and nearly all of the target's likeliest tokens are in the draft vocabulary, as in real
+data. Segments of a few steps alternate within one process, so that a busy machine slows all arms
+alike. A peer is measured where its package can be imported: SpecForge (its Triton loss, which needs
+a GPU, replaced by the same formula in torch) and speculators. Their classes get what their own
+trainers give them. Run:
 
     python benchmarks/training_throughput.py --segments 12
 """
@@ -46,6 +48,7 @@ _HEAD_SHAPE = {
     "head_dim": 32,
     "rms_norm_eps": 1e-6,
 }
+_UNLIKELY = 0.3  # factor of the logits outside the draft vocabulary
 _KIND: LossKind = "ce"
 
 
@@ -61,10 +64,12 @@ class Options:
     """Rows of a batch."""
     length: int = 256
     """Tokens of a row."""
+    prompt: int = 64
+    """Tokens at the start of a row that have no loss."""
     ttt: int = 4
     """Training-time test steps."""
     bf16: bool = False
-    """bf16 autocast around the head of every arm."""
+    """bf16 autocast around target and head of every arm."""
 
 
 Step = Callable[[Tensor], None]
@@ -73,7 +78,7 @@ Step = Callable[[Tensor], None]
 
 @dataclass(frozen=True)
 class Example:
-    """A row of tokens that all have a loss."""
+    """A row of tokens, as the trainer takes it."""
 
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
@@ -95,13 +100,16 @@ class Problem:
 
     @classmethod
     def make(cls, options: Options) -> Problem:
-        """With random weights: time does not depend on them."""
+        """With random weights, but for which tokens are likely."""
         torch.manual_seed(0)
         config = LlamaConfig(
             **_HEAD_SHAPE, vocab_size=_VOCAB, num_hidden_layers=8, tie_word_embeddings=False
         )
         target = LlamaForCausalLM(config).eval().requires_grad_(False)
-        return cls(target, torch.randperm(_VOCAB)[:_DRAFT].sort().values, options)
+        made = cls(target, torch.randperm(_VOCAB)[:_DRAFT].sort().values, options)
+        # A draft vocabulary is made of likely tokens; one of any would leave most slots no loss.
+        target.lm_head.weight[~made.mask] *= _UNLIKELY
+        return made
 
     @property
     def offsets(self) -> Tensor:
@@ -113,21 +121,26 @@ class Problem:
         """[_VOCAB] bool, tokens of the draft vocabulary."""
         return torch.zeros(_VOCAB, dtype=torch.bool).index_fill_(0, self.ids, True)
 
+    def answered(self, tokens: Tensor) -> Tensor:
+        """[B, T] bool, tokens with a loss."""
+        return (torch.arange(tokens.shape[1]) >= self.options.prompt).expand_as(tokens)
+
     @torch.no_grad()
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tapped states [B, T, 3 H] and the last hidden state [B, T, H] after the final norm."""
-        states = self.target.model(tokens, output_hidden_states=True).hidden_states
+        with self.autocast():
+            states = self.target.model(tokens, output_hidden_states=True).hidden_states
         return torch.cat([states[layer + 1] for layer in _TAPS], -1), states[-1]
 
     def autocast(self) -> Any:
-        """bf16 arithmetic for the head, when asked for."""
+        """bf16 products, when asked for."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.options.bf16)
 
 
 def optimiser(module: torch.nn.Module) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
     """AdamW over what learns."""
     learning = [p for p in module.parameters() if p.requires_grad]
-    return learning, torch.optim.AdamW(learning, lr=1e-3, betas=(0.9, 0.95))
+    return learning, torch.optim.AdamW(learning, lr=1e-3, betas=(0.9, 0.95), fused=True)
 
 
 def specdec_arm(problem: Problem, folder: str) -> Step:
@@ -139,17 +152,18 @@ def specdec_arm(problem: Problem, folder: str) -> Step:
     head = Eagle3Head(config)
     head.set_vocabulary(problem.offsets, problem.mask)
     head.attach(problem.target.get_input_embeddings().weight)
-    source = OnlineFeatures(problem.target, _TAPS)
+    bf16 = problem.options.bf16
+    source = OnlineFeatures(problem.target, _TAPS, low=torch.bfloat16 if bf16 else None)
     _, adam = optimiser(head)
-    precision = "bf16" if problem.options.bf16 else "no"
+    precision = "bf16" if bf16 else "no"
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     plan = LossPlan(problem.options.ttt, _KIND)
     teaching = Teaching(accelerator, head, source, plan, adam)
 
     def step(tokens: Tensor) -> None:
-        width = tokens.shape[1]
-        examples = [Example(tuple(row), (True,) * width) for row in tokens.tolist()]
-        batch = collate([(i,) for i in range(len(examples))], examples, width)
+        rows = zip(tokens.tolist(), problem.answered(tokens).tolist(), strict=True)
+        examples = [Example(tuple(row), tuple(mask)) for row, mask in rows]
+        batch = collate([(i,) for i in range(len(examples))], examples, tokens.shape[1])
         teaching.gradients([batch], [0.0], clip=0.5, seed=0)
         teaching.update(1e-3)
         teaching.clear()
@@ -182,9 +196,9 @@ def specforge_arm(problem: Problem, folder: str) -> Step:
 
     def step(tokens: Tensor) -> None:
         aux, last = problem.read(tokens)
-        with torch.no_grad():
+        with torch.no_grad(), problem.autocast():
             logits = problem.target.lm_head(last)
-        mask = torch.ones(*tokens.shape, 1)
+        mask = problem.answered(tokens).float()[..., None].roll(-1, 1)
         mask[:, -1] = 0
         with problem.autocast():
             losses = net(
@@ -245,7 +259,7 @@ def speculators_arm(problem: Problem, folder: str) -> Step:
                 hidden_states=aux[:, :-1].reshape(1, slots, -1),
                 input_ids=tokens[:, 1:].reshape(1, -1),
                 document_ids=torch.arange(rows).repeat_interleave(length - 1)[None],
-                loss_mask=torch.ones(1, slots),
+                loss_mask=problem.answered(tokens)[:, 1:].reshape(1, slots).float(),
                 position_ids=torch.arange(1, length).repeat(rows)[None],
                 verifier_last_hidden_states=before["norm"][:, 1:].reshape(1, slots, -1),
                 ttt_steps=options.ttt,
@@ -283,7 +297,8 @@ def main() -> None:
                     seconds[name].append([time.process_time() - start])
     tokens = options.rows * options.length * options.steps * options.segments
     kind = "bf16 autocast" if options.bf16 else "fp32"
-    print(f"\n{options.rows} x {options.length} tokens, TTT {options.ttt}, {kind}, one thread\n")
+    sizes = f"{options.rows} x {options.length} tokens, {options.prompt} of a row without a loss"
+    print(f"\n{sizes}, TTT {options.ttt}, {kind}, one thread\n")
     print("| trainer | tokens per CPU-second | specdec's speed over it (95 % interval) |")
     print("|---|---|---|")
     for name in names:

@@ -25,6 +25,7 @@ _LK_SHARPNESS = 3.0  # eta of arXiv 2602.23881
 # processor's nearest cache.
 _CHUNK_CPU, _TILE_CPU, _CHUNK_ELSEWHERE = 2**20, 2**17, 2**25
 _NEARLY_ALL = 0.95  # of the slots: choosing them would take longer than the others do
+_SIZES = 32  # that a choice of slots may have
 _BLOCK = 64  # numbers compared by value alone
 _ROWS = 64  # chunks are multiples of it: libraries prepare, and keep, code for every new shape
 
@@ -59,12 +60,13 @@ class Slots:
     def reached(self, size: int) -> Tensor | None:
         """[N] int64 slots that some step's loss reaches, of `size`; None for nearly all or none.
 
-        N is a multiple of `_ROWS`, with any other slots for the rest.
+        N has `_SIZES` values, so that kernels see few shapes; any other slots make up the rest.
         """
         needed = torch.zeros(size, dtype=torch.bool)
         for step in range(len(self.counts)):
             needed[self.position[self.room > step] - 1 - step] = True
-        count = -(-int(needed.sum()) // _ROWS) * _ROWS
+        multiple = -(-size // _SIZES)
+        count = -(-int(needed.sum()) // multiple) * multiple
         if not 0 < count < _NEARLY_ALL * size:
             return None
         return needed.sort(descending=True, stable=True).indices[:count]

@@ -84,7 +84,7 @@ class UnrolledLayer:
             return states
         batch, length = self._shape
         found = states.new_zeros(batch * length, states.shape[-1])
-        return found.index_copy(0, self._wanted, states).view(batch, length, -1)
+        return found.index_copy_(0, self._wanted, states).view(batch, length, -1)
 
     def _split(self, joined: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, Hq, T, d], keys and values [B, Hkv, T, d] of their joined [B, T, n d]."""

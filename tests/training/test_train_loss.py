@@ -100,7 +100,7 @@ def by_definition(world: World, examples: list[Example], kind: str) -> Tensor:
 def test_loss_and_gradient_are_those_of_the_definition(
     kind: Any, draft: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_ROWS", 1)  # so that slots without a loss are left out
+    monkeypatch.setattr(losses, "_SIZES", 999)  # so that slots without a loss are left out
     world = World(draft)
     examples = make_examples(4, 14)
     found = world.loss([batch_of(examples, [(0, 2), (3, 1)])], LossPlan(STEPS, kind))
@@ -217,7 +217,7 @@ def test_slots_of_short_documents() -> None:
 
 def test_slots_that_a_loss_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those before a learnt token, as deep as the steps go; never the document before."""
-    monkeypatch.setattr(losses, "_ROWS", 1)
+    monkeypatch.setattr(losses, "_SIZES", 999)
     mask = [False] * 12 + [True, True] + [False] * 6
     prompt = Example(list(range(20)), mask)
     slots = Slots.of(collate([(0, 1)], [Example([1, 2, 3], [True] * 3), prompt], 64), STEPS)
@@ -227,7 +227,7 @@ def test_slots_that_a_loss_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(reached.tolist()) == [0, 11, 12, 13, 14]
     every = collate([(0,)], [Example(list(range(100)), [True] * 100)], 128)
     assert Slots.of(every, STEPS).reached(100) is None
-    monkeypatch.setattr(losses, "_ROWS", 8)
+    monkeypatch.setattr(losses, "_SIZES", 3)
     rounded = slots.reached(23)
     assert rounded is not None
     assert len(set(rounded.tolist())) == 8
@@ -238,7 +238,7 @@ def test_slots_that_a_loss_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_prompt_costs_no_more_than_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its slots are left out, and nothing else changes."""
-    monkeypatch.setattr(losses, "_ROWS", 1)
+    monkeypatch.setattr(losses, "_SIZES", 999)
     world = World()
     examples = [Example(e.token_ids, [i > 9 for i in range(len(e.token_ids))])
                 for e in make_examples(5, 20)]  # fmt: skip
