@@ -69,9 +69,14 @@ def of_head(head: str, target: TargetFingerprint) -> tuple[Tensor | None, Tensor
         target: What the head must have been made for.
 
     Raises:
-        ConfigError: It cannot be read, or is another target's.
+        ConfigError: It cannot be read, is another target's, or knows only a part of its ids.
     """
     found = load_head(head, target=target).head
+    if found.config.vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"--draft-vocab-of {head!r}: the head's vocab_size is {found.config.vocab_size}, the "
+            f"target's {target.vocab_size}; train a new head"
+        )
     return found.d2t, found.t2d
 
 

@@ -16,6 +16,7 @@ import datasets
 
 from specdec.errors import ConfigError, SpecdecError
 from specdec.tokenizers import tokenizer_fingerprint
+from specdec_training import draft_vocab
 from specdec_training.bad_rows import Tally
 from specdec_training.data_options import DataPrepareOptions
 from specdec_training.data_target import DataTarget, open_target
@@ -54,6 +55,9 @@ def prepare(options: DataPrepareOptions) -> Prepared:
         raise ConfigError("--output is missing; give the folder to write")
     check_folder(options.output, options.overwrite)
     target = open_target(options.target)
+    kept = None
+    if options.draft_vocab_of is not None:
+        kept = draft_vocab.of_head(options.draft_vocab_of, target.fingerprint)
     chat = target.chat(options.chat_template, options.template_option)
     encoder = Encoder(chat, target.vocab_size, options.max_length, options.turns)
     table = encoded_rows(Inputs(options), encoder, options)
@@ -68,7 +72,7 @@ def prepare(options: DataPrepareOptions) -> Prepared:
         chosen, prompts = hold_out(table, options.held_out, options.seed)
     if not chosen:
         raise ConfigError(f"no example is left to train on: {'; '.join(tally.lines())}")
-    facts = _facts(target, encoder, options, tally)
+    facts = _facts(target, encoder, options, tally) | {"kept_vocabulary": kept}
     with fresh_folder(options.output, options.overwrite) as folder:
         write_prepared(folder, table.select(chosen), prompts, facts)
     return Prepared(PreparedData.load(options.output), tally)
@@ -270,7 +274,6 @@ def _facts(
         "chat_template": encoder.chat.hash(),
         "max_length": options.max_length,
         "draft_vocab": options.draft_vocab,
-        "draft_vocab_of": options.draft_vocab_of,
         "rows_read": tally.rows,
         "skipped": dict(sorted(tally.counts.items())),
     }

@@ -36,18 +36,19 @@ def write_prepared(
         table: `datasets.Dataset` of the examples, as `Encoder.batch` gives them.
         prompts: Token ids of the held-out prompts.
         facts: What the examples do not tell: `target`, `chat_template`, `max_length`,
-            `draft_vocab`, `draft_vocab_of`, `rows_read`, `skipped`.
+            `draft_vocab`, `rows_read`, `skipped`; and `kept_vocabulary`, the (d2t, t2d) of a head,
+            or None to choose one.
 
     Raises:
-        ConfigError: The draft vocabulary is too small, or that of no head of this target.
+        ConfigError: The draft vocabulary is too small.
     """
     target = facts["target"]
     kinds = Counter(table.select_columns(["kind"])["kind"])
     table.select_columns(["token_ids", "loss_mask"]).save_to_disk(str(folder / EXAMPLES))
     examples = ExampleList(datasets.load_from_disk(str(folder / EXAMPLES)))
     counts, used, tokens = _count(examples, target.vocab_size)
-    if facts["draft_vocab_of"] is not None:
-        d2t, t2d = draft_vocab.of_head(facts["draft_vocab_of"], target.fingerprint)
+    if facts["kept_vocabulary"] is not None:
+        d2t, t2d = facts["kept_vocabulary"]
         size = target.vocab_size if d2t is None else len(d2t)
     else:
         size = min(facts["draft_vocab"], target.vocab_size)

@@ -18,6 +18,7 @@ from specdec.errors import ConfigError, SpecdecError
 from specdec.heads.checkpoint import load_head, save_head
 from specdec.heads.config import Eagle3Config, default_aux_layers
 from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.ready import has_bf16_products
 from specdec.hf_states import recorded_layers
 from specdec.target_fingerprint import TargetFingerprint
 from specdec.terminal import colour_wanted, say
@@ -150,9 +151,7 @@ def _bf16_is_faster(device: str) -> bool:
     """Whether bf16 matrix products beat fp32: on a CPU it depends on the instruction set."""
     if device != "cpu":
         return bool(torch.cuda.is_bf16_supported())
-
-    # Asked of the processor and not timed: every process and every resumed run must agree.
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return has_bf16_products()
 
 
 def _load_target(options: TrainOptions, device: torch.device) -> tuple[Any, Any]:
@@ -263,7 +262,7 @@ def _loaded_head(source: str, target: Any, data: PreparedData, device: torch.dev
     if not same:
         raise ConfigError(
             f"--init-from {source!r} drafts from another vocabulary than --data names; prepare the "
-            f"data with --draft-vocab-of {source}"
+            f"data with --draft-vocab-of {source!r}"
         )
     return head
 

@@ -65,8 +65,10 @@ class Eagle3DraftConfig:
                 f"eagle3 needs depth >= 1, top_k >= 1 and 1 <= nodes < {MAX_NODES}, got "
                 f"depth={self.depth}, top_k={self.top_k}, nodes={self.nodes}"
             )
-        if self.beam is not None and self.beam < 1:
-            raise ConfigError(f"beam must be 1 or more, got {self.beam}")
+        if self.beam is not None and (
+            not isinstance(self.beam, int) or isinstance(self.beam, bool) or self.beam < 1
+        ):
+            raise ConfigError(f"beam must be a whole number from 1 on, got {self.beam!r:.60}")
         number = isinstance(self.min_probability, int | float)
         if (
             not number
@@ -108,7 +110,8 @@ class Eagle3:
         """Makes an empty draft state."""
         longest = max(map(len, state.tokens)) + min(state.max_new_tokens, _FIRST_ROOM)
         depth = min(self._config.depth, state.max_new_tokens)
-        room = depth * min(self._config.beam or self._config.top_k, state.vocab_size) + 1
+        width = min(self._config.top_k, state.vocab_size)
+        room = depth * min(self._config.beam or width, width) + 1
         self._state = self._head.begin(len(state.tokens), longest + room)
         self._prompt, self._fresh, self._next = [], [], None
 

@@ -31,6 +31,8 @@ from specdec.heads.ttt_attention import Spans
 from specdec.heads.unrolled import UnrolledLayer
 from specdec.tree_cache import TreeCache
 
+_COMMIT_CHUNK = 1024  # tokens of a long prompt that are taken in at a time
+
 
 @dataclass
 class HeadState:
@@ -262,23 +264,27 @@ class Eagle3Head(nn.Module):
             counts: Slots of each row, 0 for a row that stands still.
         """
         cache, width = state.cache, tokens.shape[1]
-        cache.reserve(width)
-        residual, query, keys, values = self._entered(state, tokens, features)
-        state.verified = [a + b for a, b in zip(state.verified, counts, strict=True)]
-        # What comes next hangs on each row's last slot alone: the others give keys and values.
-        if min(counts) == width:
-            residual, query, moved = residual[:, -1:], query[:, :, -1:], None
-        else:
-            ends = torch.tensor(counts, device=tokens.device)
-            moved, last = (ends > 0)[:, None, None], (ends - 1).clamp(min=0)[:, None, None]
-            residual = residual.gather(1, last.expand(-1, 1, residual.shape[2]))
-            last = last[:, None].expand(-1, query.shape[1], 1, query.shape[3])
-            query = query.gather(2, last)
-        alike = cache.start is not None and moved is None
-        cache.set_lengths(state.verified)
+        ends = None  # of each row; None where all slots are taken in
+        if min(counts) < width:
+            ends = torch.tensor(counts, device=tokens.device)[:, None, None]
+        last: tuple[Tensor, Tensor] | None = None
+        for start in range(0, width, _COMMIT_CHUNK):
+            stop = min(start + _COMMIT_CHUNK, width)
+            cache.reserve(stop - start)
+            alike = cache.start is not None and ends is None
+            residual, query, keys, values = self._entered(
+                state, tokens[:, start:stop], features[:, start:stop]
+            )
+            last = _last_slots(residual, query, last, None if ends is None else ends - start)
+            cache.set_lengths(
+                [v + min(n, stop) for v, n in zip(state.verified, counts, strict=True)]
+            )
+        if last is None:
+            raise ValueError("commit needs at least one slot, got tokens of width 0")
+        state.verified = list(cache.host_lengths)
         visible = last_slots_see(cache, self.config.sliding_window, alike)
-        out = self._left(query, keys, values, visible, residual)
-        state.root = out if moved is None else torch.where(moved, out, state.root)
+        out = self._left(last[1], keys, values, visible, last[0])
+        state.root = out if ends is None else torch.where(ends > 0, out, state.root)
         found = self._log_probs(state, state.root)[:, 0]
         state.root_fed = state.hidden
         return found
@@ -359,3 +365,27 @@ class Eagle3Head(nn.Module):
         state.cache.set_lengths(state.verified)
         state.seen, state.levels = None, 0
         state.hidden = state.root_fed
+
+
+def _last_slots(
+    residual: Tensor, query: Tensor, before: tuple[Tensor, Tensor] | None, ends: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """([B, 1, H], [B, Hq, 1, d]) of each row's last slot: what comes next hangs on it alone.
+
+    Args:
+        residual: [B, n, H] of a chunk.
+        query: [B, Hq, n, d] of the chunk.
+        before: What was found in the chunks before, for rows that ended there.
+        ends: [B, 1, 1] where the rows end, counted from the chunk's first slot; None for the end
+            of the chunk.
+    """
+    if ends is None:
+        return residual[:, -1:], query[:, :, -1:]
+    index = (ends - 1).clamp(0, residual.shape[1] - 1)
+    found = residual.gather(1, index.expand(-1, 1, residual.shape[2]))
+    index = index[:, None].expand(-1, query.shape[1], 1, query.shape[3])
+    found_query = query.gather(2, index)
+    if before is None:
+        return found, found_query
+    here = ends > 0
+    return torch.where(here, found, before[0]), torch.where(here[..., None], found_query, before[1])

@@ -8,6 +8,13 @@ import torch
 from torch import Tensor, nn
 
 
+def dots(one: Tensor, other: Tensor) -> Tensor:
+    """[...] inner products of [..., n], in the dtype of both: autocast would narrow them."""
+    with torch.autocast(one.device.type, enabled=False):
+        found: Tensor = torch.linalg.vecdot(one, other)
+    return found
+
+
 class RmsNorm(nn.RMSNorm):
     """As its parent; with a gradient on a CPU, where the parent is a dozen single operations."""
 
@@ -30,7 +37,7 @@ class _Normed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
-        squares = torch.linalg.vecdot(states, states)[..., None]
+        squares = dots(states, states)[..., None]
         inverse = squares.div_(states.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(states, weight, inverse)
         found: Tensor = (states * inverse).mul_(weight)
@@ -42,5 +49,5 @@ class _Normed(torch.autograd.Function):
         normed = states * inverse
         d_weight = (grads[0] * normed).flatten(0, -2).sum(0)
         inner = grads[0] * weight
-        along = torch.linalg.vecdot(inner, normed)[..., None].div_(states.shape[-1])
+        along = dots(inner, normed)[..., None].div_(states.shape[-1])
         return inner.addcmul_(normed, along, value=-1).mul_(inverse), d_weight, None

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
 from specdec.drafters.base import TargetFacts
 from specdec.errors import ConfigError
@@ -18,7 +16,7 @@ from specdec.target_fingerprint import TargetFingerprint
 
 _MEMORY = "eagle3.heads"
 _MOST_KEPT = 4  # heads that the memory of one target holds at a time
-_TIMINGS = 8
+_CACHED_BYTES = 4 * 2**20  # largest matrix of a head that a processor's cache holds
 
 
 @dataclass
@@ -33,8 +31,7 @@ class _Kept:
 def ready_head(draft: str | Eagle3Head, tokenizer: Any, target: TargetFacts) -> Eagle3Head:
     """The head, on the target's device and with its embeddings.
 
-    One that is loaded takes the target's dtype, or float32 where a CPU drafts faster in it: the
-    dtype of a draft cannot change the text.
+    One that is loaded takes the target's dtype, or float32 where a CPU drafts faster in it.
 
     Args:
         draft: A folder, a hub id, or the head itself, which is used in its own dtype.
@@ -61,25 +58,27 @@ def ready_head(draft: str | Eagle3Head, tokenizer: Any, target: TargetFacts) -> 
     return head
 
 
-@torch.no_grad()
 def _in_faster_dtype(head: Eagle3Head) -> Eagle3Head:
-    """The head, in float32 if one token goes through its largest matrix faster there.
+    """The head, in float32 where a CPU goes through it faster token by token than in 16 bits.
 
-    Half precision halves what is read of large weights. Small ones lie in a cache, and then the
-    conversions of a CPU's half-precision products cost more than the products.
+    Half precision halves what is read of large weights. Small ones lie in a cache, and there the
+    conversions of a CPU's 16-bit products cost more than the products. By a rule and not by the
+    clock: two processes must draft the same.
     """
     matrix = head.layer.mlp.gate_up_proj.weight
     if matrix.device.type != "cpu" or matrix.dtype not in (torch.bfloat16, torch.float16):
         return head
-    best: dict[torch.dtype, float] = {}
-    weights = [matrix, matrix.float()]
-    for _ in range(_TIMINGS):
-        for weight in weights:  # in turns: a busy machine slows both
-            token, start = weight.new_zeros(1, weight.shape[1]), time.perf_counter()
-            linear(token, weight)
-            taken = time.perf_counter() - start
-            best[weight.dtype] = min(taken, best.get(weight.dtype, taken))
-    return head.float() if best[torch.float32] < best[matrix.dtype] else head
+    native = matrix.dtype == torch.bfloat16 and has_bf16_products()
+    is_small = matrix.numel() * torch.float32.itemsize <= _CACHED_BYTES
+    return head.float() if is_small or not native else head
+
+
+def has_bf16_products() -> bool:
+    """Whether this processor multiplies bf16 itself.
+
+    Asked of it and not timed: every process, and every resumed run, must agree.
+    """
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _own_copy(head: Eagle3Head) -> Eagle3Head:

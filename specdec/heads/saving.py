@@ -65,7 +65,7 @@ def save_head(
         fingerprint: Of the target, or None.
         num_target_layers: Of the target.
         facts: Where the head comes from: plain values.
-        dtype: Of the weights; None keeps the head's.
+        dtype: Of the weights; None for that of the head's `fc`, lent embeddings included.
 
     Raises:
         ConfigError: The head cannot be said in that dialect or to that engine, or the folder is

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.heads.norm import dots
+
 Spans = Sequence[Sequence[tuple[int, int]]]
 """For every row the [start, stop) of the documents packed into it."""
 
@@ -67,7 +69,7 @@ class _Merged(torch.autograd.Function):
         merged, lse = _block(wide, keys[0], values[0], layout)
         shares: list[Tensor] = []
         if steps > 1:
-            scores = [_dots(wide, layout.every(key)).mul_(_scale(query)) for key in keys[1:]]
+            scores = [dots(wide, layout.every(key)).mul_(_scale(query)) for key in keys[1:]]
             block_lse, lse = lse, torch.logsumexp(torch.stack([lse, *scores]), 0)
             shares = [score.sub_(lse).exp_() for score in scores]  # [B, Hq, T] of each diagonal
             merged = merged * (block_lse - lse).exp_()[..., None]
@@ -91,9 +93,9 @@ class _Merged(torch.autograd.Function):
             grad, query, next(keys), next(values), merged, lse, layout
         )
         d_keys, d_values = [layout.summed(d_key)], [layout.summed(d_value)]
-        delta = _dots(grad, merged) if shares else lse
+        delta = dots(grad, merged)
         for share, key, value in zip(shares, keys, values, strict=True):
-            d_share = _dots(grad, layout.every(value))
+            d_share = dots(grad, layout.every(value))
             d_score = d_share.sub_(delta).mul_(share).mul_(_scale(query))[..., None]
             d_query.addcmul_(d_score, layout.every(key))
             d_keys.append(layout.summed(d_score * query))
@@ -147,12 +149,6 @@ def _wide(states: Tensor) -> Tensor:
 
 def _scale(query: Tensor) -> float:
     return 1 / math.sqrt(query.shape[-1])
-
-
-def _dots(one: Tensor, other: Tensor) -> Tensor:
-    """[B, H, T]; for so few columns cheaper than a matrix product, which would copy both."""
-    found: Tensor = torch.linalg.vecdot(one, other)
-    return found
 
 
 def _block(query: Tensor, key: Tensor, value: Tensor, layout: _Layout) -> tuple[Tensor, Tensor]:

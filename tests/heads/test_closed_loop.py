@@ -174,7 +174,41 @@ def test_the_norm_is_torchs() -> None:
     torch.testing.assert_close(*results, atol=1e-12, rtol=0)
     with torch.no_grad():
         assert torch.equal(ours(states), theirs(states))
-    assert torch.equal(ours.bfloat16()(states.bfloat16()), theirs.bfloat16()(states.bfloat16()))
+
+
+def test_autocast_narrows_no_norm_and_no_attention() -> None:
+    """Inner products of float32 states stay float32: training must compute what drafting does."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 5, 24, generator=generator, requires_grad=True)
+    norm = RmsNorm(24, 1e-5)
+    shape = 2, 4, 17, 16
+    query, *both = (torch.randn(shape, generator=generator, requires_grad=True) for _ in range(7))
+    attended = dense_ttt_attention(query, both[:3], both[3:])
+    with torch.autocast("cpu", torch.bfloat16):
+        found, found_attended = norm(states), ttt_attention(query, both[:3], both[3:])
+    torch.testing.assert_close(found, norm(states), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found_attended, attended, atol=1e-5, rtol=0)
+    grads = [torch.autograd.grad(x.square().sum(), [query, *both])
+             for x in (found_attended, attended)]  # fmt: skip
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_taken_in_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that end in different chunks, one that stands still, and a sliding window."""
+    for window in (None, 6):
+        head, (tokens, aux) = random_head(tiny_config(sliding_window=window)), inputs(rows=3)
+        features, counts = head.features(aux), [16, 5, 0]
+        found = []
+        for chunk in (1024, 4):
+            monkeypatch.setattr("specdec.heads.eagle3._COMMIT_CHUNK", chunk)
+            state = head.begin(3, 4)
+            head.commit(state, tokens[:, :1], features[:, :1], [1, 1, 1])
+            first = head.commit(state, tokens[:, 1:], features[:, :16], counts)
+            below = head.expand(state, tokens[:, :2], torch.zeros(3, 2, dtype=torch.long))
+            found.append([first, below])
+            assert state.verified == [17, 6, 1]
+        torch.testing.assert_close(*found, atol=1e-6, rtol=0)
 
 
 def test_recomputing_changes_no_gradient() -> None:

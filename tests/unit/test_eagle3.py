@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,13 @@ from helpers.hf import plain, prompt, tiny_llama
 from helpers.laws import GREEDY, SAMPLED, Case, reference
 from helpers.spies import Reads
 from specdec import SpecConfig
+from specdec.drafters.base import TargetFacts
 from specdec.drafters.eagle3 import Eagle3, Eagle3DraftConfig
 from specdec.errors import ConfigError
+from specdec.heads import ready
+from specdec.heads.checkpoint import load_head
 from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.saving import save_head
 from specdec.stats import RoundRecord
 from specdec.tree import TokenTree
 
@@ -298,3 +303,39 @@ def test_rounds_without_a_budget_keep_little(
         text = llama.generate(prompt(), **call)
     assert torch.equal(text, plain(llama, prompt(), **call))
     assert max(waiting) <= 64
+
+
+@pytest.mark.parametrize("beam", [0, -1, 2.5, True, "2"])
+def test_a_beam_is_a_whole_number(head: Eagle3Head, beam: Any) -> None:
+    with pytest.raises(ConfigError, match="beam must be a whole number"):
+        Eagle3DraftConfig(draft=head, beam=beam)
+
+
+@pytest.mark.parametrize(("native", "large", "wanted"), [
+    (True, False, torch.float32), (True, True, torch.bfloat16), (False, True, torch.float32),
+])  # fmt: skip
+def test_a_head_of_a_bf16_target_drafts_in_what_is_faster(
+    native: bool, large: bool, wanted: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small matrices in float32, large ones in bf16 where the processor multiplies it itself."""
+    target = tiny_llama(torch.float32)
+    draft = head_for(target)
+    layers = target.config.num_hidden_layers
+    save_head(draft, tmp_path / "head", fingerprint=None, num_target_layers=layers)
+    target.to(torch.bfloat16)
+    monkeypatch.setattr(ready, "has_bf16_products", lambda: native)
+    if large:
+        monkeypatch.setattr(ready, "_CACHED_BYTES", 1)
+    facts = TargetFacts(
+        target.config, target.get_input_embeddings().weight, target.lm_head.weight,
+        torch.device("cpu"), torch.bfloat16, {},
+    )  # fmt: skip
+    found = ready.ready_head(str(tmp_path / "head"), None, facts)
+    assert found.fc.weight.dtype == wanted
+    assert found.embed_tokens is not None
+    lent = target.get_input_embeddings().weight
+    assert found.embed_tokens.weight.data_ptr() == lent.data_ptr()  # no copy in another dtype
+    save_head(found, tmp_path / "again", fingerprint=None, num_target_layers=layers)
+    assert load_head(tmp_path / "again").head.fc.weight.dtype == wanted
+    with specdec.augmented(target, "eagle3", draft=str(tmp_path / "head"), depth=3):
+        assert target.generate(prompt(), **CALL).shape == plain(target, prompt(), **CALL).shape
