@@ -101,7 +101,7 @@ def test_warm_start_on_other_data(trained: Path, data: Path, tmp_path: Path) -> 
         cache_dir=tmp_path / "cache", output=tmp_path / "own",
     )  # fmt: skip
     prepare(how)
-    with pytest.raises(ConfigError, match=f"--draft-vocab-of {head}"):
+    with pytest.raises(ConfigError, match=f"--draft-vocab-of '{head}'"):
         run_train(options(tmp_path / "own", tmp_path / "a", init_from=str(head), eval_every=0))
     kept = prepare(replace(how, output=tmp_path / "kept", draft_vocab_of=str(head))).data
     wanted = PreparedData.load(data)
