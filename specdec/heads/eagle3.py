@@ -27,10 +27,12 @@ from specdec.heads.draft_ids import checked_target_ids
 from specdec.heads.draft_masks import ancestors_of_level, last_slots_see, level_sees
 from specdec.heads.layer import Eagle3Layer, RotaryTable
 from specdec.heads.norm import RmsNorm
+from specdec.heads.stepped import SteppedLayer
 from specdec.heads.ttt_attention import Spans
 from specdec.heads.unrolled import UnrolledLayer
 from specdec.tree_cache import TreeCache
 
+_NOT_ATTACHED = "the head has no embeddings or lm_head yet; call attach with the target's weights"
 _COMMIT_CHUNK = 1024  # tokens of a long prompt that are taken in at a time
 
 
@@ -39,6 +41,7 @@ class HeadState:
     """Where the drafting of a batch stands.
 
     Attributes:
+        layer: The head's layer, and what comes after it.
         cache: Keys and values of each row's verified slots, then of the levels being drafted.
         verified: Verified slots of each row.
         root: [B, 1, H] output of each row's last verified slot, before the final norm.
@@ -48,6 +51,7 @@ class HeadState:
         seen: [B, W, n] drafted nodes that each node of the newest level sees; None for chains.
     """
 
+    layer: SteppedLayer
     cache: TreeCache
     verified: list[int]
     root: Tensor
@@ -168,7 +172,7 @@ class Eagle3Head(nn.Module):
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         """Ids of the target for ids of the draft vocabulary."""
-        return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
+        return draft_ids if self.d2t is None else self.d2t.take(draft_ids).add_(draft_ids)
 
     def features(self, aux: Tensor) -> Tensor:
         """[..., H] from the target's concatenated hidden states [..., F]."""
@@ -187,13 +191,13 @@ class Eagle3Head(nn.Module):
     def logits(self, normed: Tensor) -> Tensor:
         """[..., D] over the draft vocabulary, from states after the final norm."""
         if self.lm_head is None:
-            raise ConfigError("the head has no lm_head yet; call attach with the target's weights")
+            raise ConfigError(_NOT_ATTACHED)
         found: Tensor = self.lm_head(normed)
         return found
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if self.embed_tokens is None:
-            raise ConfigError("the head has no embeddings yet; call attach with the target's")
+            raise ConfigError(_NOT_ATTACHED)
         found: Tensor = self.embed_tokens(tokens)
         return found.to(self.fc.weight.dtype)  # the target's own may be in another
 
@@ -247,10 +251,13 @@ class Eagle3Head(nn.Module):
 
     def begin(self, rows: int, capacity: int) -> HeadState:
         """An empty state for `rows` rows, with room for `capacity` tokens each at first."""
-        weight = self.fc.weight
+        if self.embed_tokens is None or self.lm_head is None:
+            raise ConfigError(_NOT_ATTACHED)
+        outer = self.embed_tokens.weight, self.norm.weight, self.lm_head.weight
+        layer, weight = SteppedLayer(self.layer, *outer), self.fc.weight
         cache = TreeCache(rows, weight.device, capacity)
         empty = weight.new_zeros(rows, 1, self.config.hidden_size)
-        return HeadState(cache, [0] * rows, empty, empty, empty)
+        return HeadState(layer, cache, [0] * rows, empty, empty, empty)
 
     def commit(
         self, state: HeadState, tokens: Tensor, features: Tensor, counts: Sequence[int]
@@ -283,7 +290,7 @@ class Eagle3Head(nn.Module):
             raise ValueError("commit needs at least one slot, got tokens of width 0")
         state.verified = list(cache.host_lengths)
         visible = last_slots_see(cache, self.config.sliding_window, alike)
-        out = self._left(last[1], keys, values, visible, last[0])
+        out = state.layer.leave(last[1], keys, values, visible, last[0])
         state.root = out if ends is None else torch.where(ends > 0, out, state.root)
         found = self._log_probs(state, state.root)[:, 0]
         state.root_fed = state.hidden
@@ -308,7 +315,7 @@ class Eagle3Head(nn.Module):
         if width > 1:
             state.seen = ancestors_of_level(state.seen, parents)
         visible = level_sees(cache, state.verified, state.seen, level, self.config.sliding_window)
-        out = self._left(query, keys, values, visible, residual)
+        out = state.layer.leave(query, keys, values, visible, residual)
         state.levels += 1
         cache.set_lengths([n + width for n in cache.host_lengths])
         return self._log_probs(state, out)
@@ -327,8 +334,7 @@ class Eagle3Head(nn.Module):
         Returns:
             Residual [B, n, H], queries [B, Hq, n, d], all visible keys and values [B, Hkv, K, d].
         """
-        layer, cache, width = self.layer, state.cache, tokens.shape[1]
-        residual, inputs = layer.inputs(self._embed(tokens), hidden)
+        cache, width = state.cache, tokens.shape[1]
         positions: Tensor | slice
         if cache.start is not None:
             first = cache.start if level is None else state.verified[0] + level
@@ -337,28 +343,15 @@ class Eagle3Head(nn.Module):
             positions = cache.slots(width, tokens.device)
         else:
             positions = cache.lengths[:, None] - level * (width - 1)
-        turn = self._rotary(positions, max(cache.host_lengths) + width, inputs)
-        query, key, value = layer.self_attn.project(inputs, turn)
+        turn = self._rotary(positions, max(cache.host_lengths) + width, hidden)
+        residual, query, key, value = state.layer.enter(tokens, hidden, turn)
         return residual, query, *cache.layer(0).update(key, value)
-
-    def _left(
-        self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, residual: Tensor
-    ) -> Tensor:
-        """What the layer makes of queries, [B, n, H]."""
-        attended = functional.scaled_dot_product_attention(
-            query,
-            keys,
-            values,
-            attn_mask=None if visible is None else visible[:, None],
-            enable_gqa=query.shape[1] != keys.shape[1],
-        )
-        return self.layer.outputs(attended, residual)
 
     def _log_probs(self, state: HeadState, out: Tensor) -> Tensor:
         """Log-probabilities [B, W, D] after outputs [B, W, H]; keeps what their children read."""
-        normed = self.norm(out)
+        normed, logits = state.layer.predict(out)
         state.hidden = normed if self.config.feed_post_norm else out
-        return self.logits(normed).float().log_softmax(-1)
+        return logits.float().log_softmax(-1)
 
     def rewind(self, state: HeadState) -> None:
         """Forgets all levels since the last `commit`."""

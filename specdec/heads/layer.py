@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -55,12 +54,6 @@ class RotaryTable:
         return table[0][positions].unsqueeze(-3), table[1][positions].unsqueeze(-3)
 
 
-def _rotated(states: Tensor, turn: Turn) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of `states` [B, h, T, d], halves layout."""
-    cos, sin = turn
-    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
-
-
 class Eagle3Attention(nn.Module):
     """Projections of the head's attention; training and drafting attend in ways of their own.
 
@@ -78,21 +71,7 @@ class Eagle3Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RmsNorm(dim, config.rms_norm_eps)
             self.k_norm = RmsNorm(dim, config.rms_norm_eps)
-        self.qk_norm, self._dim = config.qk_norm, dim
-        self._turned, self.heads = [queries + keys, keys], [queries, keys]
-
-    def project(self, inputs: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, Hq, T, d], keys and values [B, Hkv, T, d] of `inputs` [B, T, 2H]."""
-        return self._split(self.qkv_proj(inputs), turn)
-
-    def _split(self, projected: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
-        states = projected.unflatten(-1, (-1, self._dim)).transpose(1, 2)
-        turned, value = states.split(self._turned, 1)
-        if self.qk_norm:
-            query, key = turned.split(self.heads, 1)
-            turned = torch.cat([self.q_norm(query), self.k_norm(key)], 1)
-        query, key = _rotated(turned, turn).split(self.heads, 1)
-        return query, key, value
+        self.qk_norm, self.head_dim, self.heads = config.qk_norm, dim, (queries, keys)
 
 
 class Eagle3Mlp(nn.Module):
@@ -122,24 +101,12 @@ class Eagle3Layer(nn.Module):
         self.self_attn = Eagle3Attention(config)
         self.post_attention_layernorm = RmsNorm(size, eps)
         self.mlp = Eagle3Mlp(config)
-        self._normed_residual = config.norm_before_residual
-
-    def inputs(self, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(residual [B, T, H], attention input [B, T, 2H]); both norms are one."""
-        size = hidden.shape[-1]
-        weights = torch.stack([self.input_layernorm.weight, self.hidden_norm.weight])
-        both = torch.cat([embeds, hidden], -1).unflatten(-1, (2, size))
-        normed = functional.rms_norm(both, (size,), eps=self.hidden_norm.eps) * weights
-        return normed[..., 1, :] if self._normed_residual else hidden, normed.flatten(-2)
+        self.normed_residual, self.eps = config.norm_before_residual, eps
 
     def normed(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(residual, normed states), [B, T, H] both."""
         normed = self.hidden_norm(hidden)
-        return (normed if self._normed_residual else hidden), normed
-
-    def outputs(self, attended: Tensor, residual: Tensor) -> Tensor:
-        """[B, T, H] from the attention's [B, Hq, T, d]."""
-        return self.after(attended.transpose(1, 2).flatten(2), residual)
+        return (normed if self.normed_residual else hidden), normed
 
     def after(self, attended: Tensor, residual: Tensor) -> Tensor:
         """[..., H] from the attention's [..., Hq * d], its heads side by side."""

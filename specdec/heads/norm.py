@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+_WIDE = torch.float32, torch.float64
 
 
 def dots(one: Tensor, other: Tensor) -> Tensor:
@@ -13,6 +16,18 @@ def dots(one: Tensor, other: Tensor) -> Tensor:
     with torch.autocast(one.device.type, enabled=False):
         found: Tensor = torch.linalg.vecdot(one, other)
     return found
+
+
+def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[..., n] to [..., n]; of vectors with weights of their own, where `weight` is [m, n]."""
+    if states.device.type != "cpu" or states.dtype not in _WIDE:
+        return functional.rms_norm(states, states.shape[-1:], None, eps) * weight
+    return states * _inverse(torch.linalg.vecdot(states, states), states.shape[-1], eps) * weight
+
+
+def _inverse(squares: Tensor, size: int, eps: float) -> Tensor:
+    """[..., 1] 1 / sqrt(squares / size + eps), in place of [...] sums of squares."""
+    return squares.mul_(1 / size).add_(eps).rsqrt_().unsqueeze(-1)
 
 
 class RmsNorm(nn.RMSNorm):
@@ -25,7 +40,7 @@ class RmsNorm(nn.RMSNorm):
             not torch.is_grad_enabled()
             or states.device.type != "cpu"
             or states.dtype != weight.dtype
-            or weight.dtype not in (torch.float32, torch.float64)
+            or weight.dtype not in _WIDE
         ):
             return super().forward(states)
         found: Tensor = _Normed.apply(states, weight, self.eps)  # type: ignore[no-untyped-call]
@@ -37,8 +52,7 @@ class _Normed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
-        squares = dots(states, states)[..., None]
-        inverse = squares.div_(states.shape[-1]).add_(eps).rsqrt_()
+        inverse = _inverse(dots(states, states), states.shape[-1], eps)
         ctx.save_for_backward(states, weight, inverse)
         found: Tensor = (states * inverse).mul_(weight)
         return found

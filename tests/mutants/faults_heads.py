@@ -101,7 +101,7 @@ HEADS = (
         "draft_ids_are_taken_for_target_ids",
         "d2t absolute or missing",
         _HEAD,
-        "return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]",
+        "return draft_ids if self.d2t is None else self.d2t.take(draft_ids).add_(draft_ids)",
         "return draft_ids",
         _DRAFTS,
     ),
