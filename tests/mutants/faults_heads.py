@@ -3,6 +3,7 @@
 from mutants.fault import Fault
 
 _HEAD, _DRAFTER = "specdec/heads/eagle3.py", "specdec/drafters/eagle3.py"
+_STEPPED = "specdec/heads/stepped.py"
 _MASKS, _TTT = "specdec/heads/draft_masks.py", "specdec/heads/ttt_attention.py"
 _LOSS = "draft_training/specdec_training/losses.py"
 _STORE = "draft_training/specdec_training/checkpoints.py"
@@ -80,6 +81,22 @@ HEADS = (
         "here = ends > 0\n",
         "here = ends > -99\n",
         f"{_LOOP}::test_a_long_prompt_is_taken_in_by_chunks",
+    ),
+    Fault(
+        "drafting_never_takes_the_normed_residual",
+        "trainer/inference skew",
+        _STEPPED,
+        "residual = normed[:, :, 1] if self._normed_residual else hidden",
+        "residual = hidden",
+        _CHAIN_STEPS,
+    ),
+    Fault(
+        "drafting_norms_keys_as_queries",
+        "trainer/inference skew",
+        _STEPPED,
+        "attention.q_norm.weight, attention.k_norm.weight",
+        "attention.q_norm.weight, attention.q_norm.weight",
+        _CHAIN_STEPS,
     ),
     Fault(
         "autocast_narrows_inner_products",

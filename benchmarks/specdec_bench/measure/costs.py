@@ -34,7 +34,7 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 _PREFIX = 128
 _ALWAYS = 2  # sizes up to this one are measured however slow the model is
-_WARMING, _WARMING_SECONDS = 8, 0.03  # the first that is reached
+_WARMING, _WARMING_SECONDS = 8, 0.1  # the first that is reached
 _IN_A_ROW = 4
 _FORWARD, _VERIFY = "forward", "verify"
 _REST = ("verify", "commit", "observe")
