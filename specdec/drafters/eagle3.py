@@ -45,9 +45,9 @@ class Eagle3DraftConfig:
     siblings, and costs little more to draft than a chain."""
     nodes: int = 48
     """Nodes that are verified: the likeliest of all candidates."""
-    min_probability: float = 0.0
-    """Leaves out nodes that the head thinks less likely than this. Only on a CPU, where a node
-    costs more than asking for the number of nodes does."""
+    confidence_threshold: float = 0.0
+    """Goes no deeper where the head thinks that no path of the draft is as likely as this to come.
+    Only on a CPU: elsewhere it would have to wait for the numbers."""
     tokenizer: Any = None
     """The target's tokenizer, to compare with the one that the head was trained with."""
 
@@ -69,13 +69,9 @@ class Eagle3DraftConfig:
             not isinstance(self.beam, int) or isinstance(self.beam, bool) or self.beam < 1
         ):
             raise ConfigError(f"beam must be a whole number from 1 on, got {self.beam!r:.60}")
-        number = isinstance(self.min_probability, int | float)
-        if (
-            not number
-            or isinstance(self.min_probability, bool)
-            or not 0 <= self.min_probability < 1
-        ):
-            raise ConfigError(f"min_probability must be in [0, 1), got {self.min_probability!r}")
+        least = self.confidence_threshold
+        if not isinstance(least, int | float) or isinstance(least, bool) or not 0 <= least < 1:
+            raise ConfigError(f"confidence_threshold must be in [0, 1), got {least!r:.60}")
 
 
 class Eagle3:
@@ -138,7 +134,8 @@ class Eagle3:
         if state.shape == "chain" or self._config.top_k == 1:
             return self._chain(state, self._next, depth, drafting)
         nodes = min(budget, self._config.nodes)
-        return self._best(state, self._candidates(self._next, depth), nodes, drafting)
+        levels = self._candidates(self._next, depth, drafting)
+        return self._best(state, levels, nodes, drafting)
 
     @torch.no_grad()
     def observe(self, round_result: RoundResult) -> None:
@@ -200,21 +197,24 @@ class Eagle3:
             best, index = log_probs.max(-1, keepdim=True)
             tokens.append(head.target_ids(index))
             scores.append(scores[-1] + best)
-            if self._too_unlikely(scores[-1]):
+            if level + 1 == depth or self._is_unlikely(scores[-1], drafting):
                 break
-            if level + 1 < depth:
-                log_probs = head.expand(own, tokens[-1], first)[:, 0]
+            log_probs = head.expand(own, tokens[-1], first)[:, 0]
         head.rewind(own)
         return self._trees(TreeBatch.chains(torch.cat(tokens, 1)), torch.cat(scores, 1), drafting)
 
-    def _too_unlikely(self, scores: Tensor) -> bool:
-        """Whether nothing below these nodes can be likely enough; only asked on a CPU."""
-        least = self._config.min_probability
+    def _is_unlikely(self, scores: Tensor, drafting: Sequence[bool]) -> bool:
+        """Whether no path in `scores` [B, n] of a row that drafts is worth going on."""
+        least = self._config.confidence_threshold
         if not least or scores.device.type != "cpu":
             return False
+        if not all(drafting):
+            scores = scores[torch.tensor(drafting)]
         return float(scores.max()) < math.log(least)
 
-    def _candidates(self, log_probs: Tensor, depth: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _candidates(
+        self, log_probs: Tensor, depth: int, drafting: Sequence[bool]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Scores, target ids and parents [B, n] of every level's candidates.
 
         A parent is counted over all candidates so far; -1 is the root.
@@ -222,6 +222,7 @@ class Eagle3:
         Args:
             log_probs: [B, D] of what follows each row's pending token.
             depth: Levels to grow.
+            drafting: Rows that get a tree.
         """
         head, own = self._head, self._state
         width = min(self._config.top_k, log_probs.shape[-1])
@@ -233,7 +234,7 @@ class Eagle3:
         scores, tokens, parents = every[:, :beam], ids[:, :beam], torch.zeros_like(index[:, :beam])
         frontier, count = torch.arange(beam, device=index.device).expand_as(parents), width
         for level in range(1, depth):
-            if self._too_unlikely(scores):
+            if self._is_unlikely(scores, drafting):
                 break
             below, index = head.expand(own, tokens, parents).topk(width)
             every = (scores[:, :, None] + below).flatten(1)
@@ -288,14 +289,8 @@ class Eagle3:
         return self._trees(trees, pad(scores[:, :nodes], fill), drafting)
 
     def _trees(self, trees: TreeBatch, scores: Tensor, drafting: Sequence[bool]) -> TreeBatch:
-        """The trees with their scores, without unlikely nodes and rows that do not draft."""
-        sizes, size = trees.sizes, trees.size
+        """The trees with their scores; bare roots for rows that do not draft."""
+        sizes = trees.sizes
         if not all(drafting):
-            on = torch.tensor(drafting, device=sizes.device)
-            sizes = torch.where(on, sizes, 1)
-        least = self._config.min_probability
-        if least and scores.device.type == "cpu":
-            live = (scores[:, 1:] >= math.log(least)).sum(1) + 1
-            sizes = torch.minimum(sizes, live.to(torch.int32))
-            size = int(sizes.max())
-        return replace(trees, sizes=sizes, scores=scores).cut(size)
+            sizes = torch.where(torch.tensor(drafting, device=sizes.device), sizes, 1)
+        return replace(trees, sizes=sizes, scores=scores)

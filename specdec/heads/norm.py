@@ -20,9 +20,12 @@ def dots(one: Tensor, other: Tensor) -> Tensor:
 
 def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., n] to [..., n]; of vectors with weights of their own, where `weight` is [m, n]."""
-    if states.device.type != "cpu" or states.dtype not in _WIDE:
+    if states.device.type == "cpu" and states.dtype in _WIDE:  # where torch's is many operations
+        squares = torch.linalg.vecdot(states, states)
+        return states * _inverse(squares, states.shape[-1], eps) * weight
+    if weight.ndim > 1:
         return functional.rms_norm(states, states.shape[-1:], None, eps) * weight
-    return states * _inverse(torch.linalg.vecdot(states, states), states.shape[-1], eps) * weight
+    return functional.rms_norm(states, states.shape[-1:], weight, eps)
 
 
 def _inverse(squares: Tensor, size: int, eps: float) -> Tensor:

@@ -102,13 +102,13 @@ def test_trees_of_all_sizes_come_from_one_pass(model: Any, batch: int) -> None:
     assert options.keys() >= STATE_READERS["eagle3"].keys()
     forced = force("eagle3", options, model, units)
     for sizes in (
-        {"depth": 3, "top_k": 1, "nodes": 63, "min_probability": 0.0},
-        {"depth": 5, "top_k": 1, "nodes": 63, "min_probability": 0.2},
-        {"depth": 4, "top_k": 3, "nodes": 7, "min_probability": 0.0},
-        {"depth": 5, "top_k": 8, "nodes": 31, "min_probability": 0.0},
-        {"depth": 4, "top_k": 3, "beam": 1, "nodes": 7, "min_probability": 0.0},
-        {"depth": 4, "top_k": 6, "beam": 2, "nodes": 15, "min_probability": 0.0},
-        {"depth": 5, "top_k": 4, "nodes": 15, "min_probability": 0.1},
+        {"depth": 3, "top_k": 1, "nodes": 63, "confidence_threshold": 0.0},
+        {"depth": 5, "top_k": 1, "nodes": 63, "confidence_threshold": 0.05},
+        {"depth": 4, "top_k": 3, "nodes": 7, "confidence_threshold": 0.0},
+        {"depth": 5, "top_k": 8, "nodes": 31, "confidence_threshold": 0.0},
+        {"depth": 4, "top_k": 3, "beam": 1, "nodes": 7, "confidence_threshold": 0.0},
+        {"depth": 4, "top_k": 6, "beam": 2, "nodes": 15, "confidence_threshold": 0.0},
+        {"depth": 5, "top_k": 4, "nodes": 15, "confidence_threshold": 0.1},
     ):
         tried = Candidate("eagle3", tuple(sizes.items()))
         simulated, levels = forced.simulate(tried)
@@ -194,7 +194,7 @@ def test_few_answers_tell_what_all_drafts_cost(bench: Bench, monkeypatch: Any) -
     search, grid = tune_search.Search(own, "eagle3"), grid_of("eagle3", on_cpu=True)
 
     def draft(width: int, levels: float, beam: int = 10) -> float:
-        sizes = {"depth": 5, "top_k": width, "beam": beam, "nodes": 63, "min_probability": 0.0}
+        sizes = {"depth": 5, "top_k": width, "beam": beam, "nodes": 63, "confidence_threshold": 0.0}
         return search._draft_costs(candidate("eagle3", **sizes), grid, levels)["draft"]
 
     assert draft(1, 4.0) == 2.5
@@ -219,7 +219,7 @@ def test_every_grid_is_made_of_candidates_that_exist() -> None:
         assert len(set(candidates)) == len(candidates) > 10
         for start in grid.starts:
             assert grid.at(tuple(start)) in set(candidates), (method, start)
-    assert not any(c.mapping["min_probability"] for c in grid_of("eagle3", False).candidates())
+    assert not any(c.mapping["confidence_threshold"] for c in grid_of("eagle3", False).candidates())
     with pytest.raises(ConfigError, match="nothing to tune in method 'none'"):
         grid_of("none", on_cpu=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def head(llama: Any) -> Eagle3Head:
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("sizes", [
     {"depth": 4, "top_k": 3, "nodes": 10}, {"depth": 4, "top_k": 1}, {"depth": 1, "top_k": 5},
-    {"depth": 3, "top_k": 200, "nodes": 30}, {"min_probability": 0.02},
+    {"depth": 3, "top_k": 200, "nodes": 30}, {"confidence_threshold": 0.02},
+    {"depth": 6, "top_k": 1, "confidence_threshold": 0.01},
     {"depth": 4, "top_k": 3, "beam": 1, "nodes": 8}, {"depth": 3, "top_k": 5, "beam": 2},
     {"depth": 2, "top_k": 2, "beam": 9},
 ])  # fmt: skip
@@ -186,14 +188,32 @@ def test_drafting_reads_nothing_from_the_device(
     assert copies <= rounds + 1
 
 
-def test_min_probability_leaves_out_unlikely_nodes(llama: Any, head: Eagle3Head) -> None:
-    ids = prompt()
-    _, everything = rounds_of(llama, ids, draft=head)
-    _, likely = rounds_of(llama, ids, draft=head, min_probability=0.03)
-    nodes = [sum(len(tree) for tree in trees_of(records)) for records in (everything, likely)]
-    assert nodes[1] < nodes[0]
-    for tree in trees_of(likely):
-        assert tree.scores is None or all(s >= -3.51 for s in tree.scores[1:])
+@pytest.mark.parametrize("sizes", [{"top_k": 1}, {"top_k": 4, "nodes": 99}], ids=str)
+def test_drafts_end_where_no_path_is_likely(
+    llama: Any, head: Eagle3Head, sizes: dict[str, int]
+) -> None:
+    """The level that turns out unlikely is drafted already, so it is verified; none below it is."""
+    ids, least = prompt(), 1e-4
+    _, whole = rounds_of(llama, ids, draft=head, depth=6, **sizes)
+    text, short = rounds_of(llama, ids, draft=head, depth=6, confidence_threshold=least, **sizes)
+    assert torch.equal(text, plain(llama, ids, **CALL))
+    assert sum(map(len, trees_of(short))) < sum(map(len, trees_of(whole)))
+    for tree in trees_of(short):
+        if len(tree) == 1:
+            continue
+        assert tree.scores is not None
+        depths, best = tree.depths(), dict[int, float]()
+        for depth, score in zip(depths, tree.scores, strict=True):
+            best[depth] = max(best.get(depth, -math.inf), score)
+        assert all(best[depth] >= math.log(least) for depth in range(1, max(depths)))
+
+
+def test_rows_that_have_ended_hold_no_draft_up(llama: Any, head: Eagle3Head) -> None:
+    """A row without a draft is not asked how likely its paths are."""
+    drafter = Eagle3(Eagle3DraftConfig(draft=head, top_k=1, confidence_threshold=0.5))
+    scores = torch.tensor([[0.0], [-9.0]])
+    assert not drafter._is_unlikely(scores, [True, True])
+    assert drafter._is_unlikely(scores, [False, True])
 
 
 def test_a_second_turn_on_a_kept_cache(llama: Any, head: Eagle3Head) -> None:
@@ -234,7 +254,8 @@ def test_another_models_head_is_refused(
 
 @pytest.mark.parametrize("options", [
     {}, {"draft": ""}, {"draft": 7}, {"draft": "./nowhere"}, {"depth": 0}, {"top_k": 0},
-    {"nodes": 0}, {"nodes": 10**6}, {"min_probability": 1.5}, {"min_probability": True},
+    {"nodes": 0}, {"nodes": 10**6}, {"confidence_threshold": 1.5},
+    {"confidence_threshold": True}, {"confidence_threshold": "0.1"}, {"confidence_threshold": -0.1},
 ])  # fmt: skip
 def test_wrong_options(llama: Any, head: Eagle3Head, options: dict[str, Any]) -> None:
     given = options if "draft" in options or not options else {"draft": head, **options}

@@ -33,7 +33,7 @@ from specdec_bench.tune.measured import Rounds
 from specdec_bench.tune.replayed import advance, emit, forced_state, roots
 
 STATE_READERS: dict[str, dict[str, int]] = {
-    "eagle3": {"depth": 8, "top_k": 10, "nodes": 10 + 7 * 100},
+    "eagle3": {"depth": 12, "top_k": 10, "nodes": 10 + 11 * 100},
     "draft_model": {"num_draft_tokens": 10, "top_k": 4},
 }
 """Methods that this serves, with the largest tree of their grids."""
@@ -122,21 +122,22 @@ class ForcedTrees:
             ends = [len(row) for row in rows]
             at = [1] * len(rows)
             while any(here < end for here, end in zip(at, ends, strict=True)):
-                size, depth = 1, 0
-                for row, end in enumerate(ends):
-                    if at[row] >= end:
-                        continue
-                    nodes, grown, accepted = self._round((unit, row, at[row]), candidate)
-                    accepted = min(accepted, end - at[row] - 1)
-                    size, depth = max(size, nodes + 1), max(depth, grown)
+                live = [row for row, end in enumerate(ends) if at[row] < end]
+                grown = {row: self._narrowed((unit, row, at[row]), candidate) for row in live}
+                depth = max(_levels(tree, candidate) for tree in grown.values())
+                size = 1
+                for row in live:
+                    nodes, accepted = _verified(grown[row], candidate, depth)
+                    accepted = min(accepted, ends[row] - at[row] - 1)
+                    size = max(size, nodes + 1)
                     found.tokens.append(accepted + 1)
                     at[row] += accepted + 1
                 found.sizes.append(size if self.on_cpu else bucket_size(size))
                 levels.append(depth)
         return found, sum(levels) / max(len(levels), 1)
 
-    def _round(self, place: tuple[int, int, int], candidate: Candidate) -> tuple[int, int, int]:
-        """(nodes, levels drafted, accepted nodes) of a round that starts there."""
+    def _narrowed(self, place: tuple[int, int, int], candidate: Candidate) -> _Grown:
+        """What the candidate would grow at [unit][row][tokens], were it as deep as can be."""
         options = candidate.mapping
         width = options["top_k"]
         beam = min(options.get("beam") or width, width)
@@ -144,27 +145,28 @@ class ForcedTrees:
         if key not in self._narrow:
             unit, row, at = place
             self._narrow[key] = self.grown[unit][row][at].narrowed(width, beam)
-        grown = self._narrow[key]
-        if self.method == "draft_model":
-            depth = options["num_draft_tokens"]
-            kept = grown.depths <= depth
-            accepted = int(grown.depths[kept & grown.on_text].max(initial=0))
-            return int(kept.sum()), min(depth, int(grown.depths.max(initial=0))), accepted
-        depth, least = options["depth"], options["min_probability"]
-        inside, levels = grown.depths <= depth, int(grown.depths.max(initial=0))
-        if width == 1:
-            inside &= grown.ranks == 0
-        if least:
-            likely = grown.scores >= math.log(least)
-            # One level more is grown than holds likely nodes: its scores have to be seen.
-            levels = min(levels, int(grown.depths[likely].max(initial=0)) + 1)
-            inside &= likely
-        places = inside.nonzero()[0]
-        order = np.argsort(-grown.scores[places], kind="stable")[: options["nodes"]]
-        kept_places = places[order]
-        on_text = grown.on_text[kept_places]
-        accepted = int(grown.depths[kept_places[on_text]].max(initial=0))
-        return len(kept_places), min(levels, depth), accepted
+        return self._narrow[key]
+
+
+def _levels(grown: _Grown, candidate: Candidate) -> int:
+    """Levels that the candidate drafts where this is the only row."""
+    options, deepest = candidate.mapping, int(grown.depths.max(initial=0))
+    if "depth" not in options:
+        return min(int(options["num_draft_tokens"]), deepest)
+    levels, least = min(int(options["depth"]), deepest), options["confidence_threshold"]
+    for level in range(1, levels if least else 1):
+        if grown.scores[grown.depths == level].max() < math.log(least):
+            return level
+    return levels
+
+
+def _verified(grown: _Grown, candidate: Candidate, depth: int) -> tuple[int, int]:
+    """(nodes, accepted nodes) of a round that drafts `depth` levels."""
+    places = (grown.depths <= depth).nonzero()[0]
+    most = candidate.mapping.get("nodes", len(places))
+    kept = places[np.argsort(-grown.scores[places], kind="stable")[:most]]
+    accepted = int(grown.depths[kept[grown.on_text[kept]]].max(initial=0))
+    return len(kept), accepted
 
 
 @torch.no_grad()

@@ -124,13 +124,13 @@ _GRIDS: Mapping[str, Grid] = {
         Grid(
             "eagle3",
             {
-                "depth": (1, 2, 3, 4, 5, 6, 7, 8),
+                "depth": (1, 2, 3, 4, 5, 6, 8, 10, 12),
                 "top_k": (1, 2, 3, 4, 6, 8, 10),
                 "beam": (1, 2, 10),
                 "nodes": (1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 63),
-                "min_probability": (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5),
+                "confidence_threshold": (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
             },
-            ((2, 0, 2, 10, 0), (3, 2, 0, 4, 0), (3, 2, 2, 4, 2), (4, 5, 2, 9, 0)),
+            ((6, 0, 2, 10, 3), (3, 2, 0, 4, 0), (3, 2, 2, 4, 2), (4, 5, 2, 9, 0)),
         ),
     )
 }
@@ -150,7 +150,7 @@ def grid_of(method: str, on_cpu: bool) -> Grid:
         raise ConfigError(f"nothing to tune in method {method!r}; tuned are {', '.join(_GRIDS)}")
     grid = _GRIDS[method]
     if method == "eagle3" and not on_cpu:
-        axes = {**grid.axes, "min_probability": (0.0,)}
+        axes = {**grid.axes, "confidence_threshold": (0.0,)}
         return Grid(method, axes, [(*start[:-1], 0) for start in grid.starts])
     return grid
 

@@ -141,7 +141,7 @@ class Search:
         if self.method == "eagle3":
             all_of_them = grid.axes["beam"][-1]
             sizes["beam"] = all_of_them if beam is None or top_k == 1 else beam
-            sizes |= {"depth": depth, "min_probability": 0.0, "nodes": 63 if top_k == 1 else 7}
+            sizes |= {"depth": depth, "confidence_threshold": 0.0, "nodes": 63 if top_k == 1 else 7}
         else:
             sizes["num_draft_tokens"] = depth
         probe = Candidate(self.method, tuple((name, sizes[name]) for name in grid.axes))
