@@ -25,7 +25,8 @@ train-demo: .venv/.train ## prepare, train and use an EAGLE-3 head for the bundl
 	$(TEST_ENV) $(BIN)/specdec train --data runs/demo-data/prepared --output runs/demo-head --minutes 9 \
 		--fc-norm --feed-post-norm --threads 1
 	$(TEST_ENV) $(BIN)/specdec generate --prompt "class Stack:" --max-new-tokens 64 --stats \
-		--method eagle3 --option draft=runs/demo-head/head --option depth=5 --option top_k=4 --option nodes=12
+		--method eagle3 --option draft=runs/demo-head/head --option depth=16 --option top_k=1 \
+		--option confidence_threshold=0.01
 
 bench-smoke: .venv/.base ## a small benchmark of the bundled model, with its report in runs/ (a minute)
 	$(TEST_ENV) $(BIN)/specdec bench run --tasks smoke --output runs/bench/smoke.jsonl --overwrite

@@ -25,7 +25,7 @@ from specdec.registry import methods
 
 _SMALL_LOOKAHEAD: Mapping[str, int] = {"window": 3, "ngram": 3, "guesses": 3}
 _PROBE_SECONDS = 0.5
-HEAD_SIZES: Mapping[str, Any] = {"depth": 6, "top_k": 1}
+HEAD_SIZES: Mapping[str, Any] = {"depth": 16, "top_k": 1, "confidence_threshold": 0.01}
 """Of `eagle3` with the bundled head: on a CPU in fp32 every node costs, so it drafts chains."""
 
 
