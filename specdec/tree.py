@@ -275,22 +275,6 @@ class TreeBatch:
         return replace(self, parents=chains.parents, max_depth=self.size - 1,
                        _derived=chains._derived)  # fmt: skip
 
-    def cut(self, size: int) -> TreeBatch:
-        """The same trees padded to `size` nodes only, which no row has more of."""
-        if size >= self.size:
-            return self
-        derived = [found[:, :size] for found in self._derived]
-        return TreeBatch(
-            tokens=self.tokens[:, :size],
-            parents=self.parents[:, :size],
-            sizes=self.sizes,
-            max_depth=min(self.max_depth, size - 1),
-            scores=None if self.scores is None else self.scores[:, :size],
-            sources=None if self.sources is None else self.sources[:, :size],
-            draft_law=None if self.draft_law is None else self.draft_law[:, :size],
-            _derived=[found[:, :, :size] if found.ndim == 3 else found for found in derived],
-        )
-
     def ancestor_mask(self) -> Tensor:
         """[B, T, T] bool; entry (i, j) says whether j is i or one of its ancestors.
 
