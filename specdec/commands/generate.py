@@ -18,13 +18,13 @@ from specdec.commands.loading import (
     load_model,
     load_tokenizer,
     method_options,
+    pick_device,
     sentence,
     with_tokenizer,
 )
 from specdec.commands.reading import chat_lines, check_input, prompt_text
 from specdec.config import SpecConfig
-from specdec.demo import head_path
-from specdec.demo.race import HEAD_SIZES
+from specdec.demo.race import bundled_head_options
 from specdec.errors import ConfigError, SpecdecError
 from specdec.options import GenerateOptions
 from specdec.stats import GenerationStats
@@ -42,7 +42,7 @@ def run_generate(options: GenerateOptions) -> int:
     text = None if options.chat else prompt_text(options)
     chosen = method_options(options.method, options.option)
     if options.method == "eagle3" and options.model is None:  # the toy has a head of its own
-        chosen = {"draft": str(head_path()), **HEAD_SIZES, **chosen}
+        chosen = bundled_head_options(pick_device(options.device), chosen)
     check_model(options.model)
     tokenizer = load_tokenizer(options.model)
     chosen = with_tokenizer(options.method, chosen, tokenizer)

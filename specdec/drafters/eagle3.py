@@ -9,11 +9,12 @@ once; nothing is read from it.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -74,6 +75,26 @@ class Eagle3DraftConfig:
             raise ConfigError(f"confidence_threshold must be in [0, 1), got {least!r:.60}")
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _in_its_own_dtype(method: _Method) -> _Method:
+    """The method, out of reach of an autocast around `generate`: that is the target's.
+
+    The head would compute other states than in training, and its cache meet two dtypes.
+    """
+
+    @functools.wraps(method)
+    def run(self: Eagle3, *args: Any) -> Any:
+        kind = self._head.fc.weight.device.type
+        if not torch.is_autocast_enabled(kind):
+            return method(self, *args)
+        with torch.autocast(kind, enabled=False):
+            return method(self, *args)
+
+    return cast(_Method, run)
+
+
 class Eagle3:
     """Implements `Drafter` with an `Eagle3Head` and its own KV cache."""
 
@@ -111,6 +132,7 @@ class Eagle3:
         self._state = self._head.begin(len(state.tokens), longest + room)
         self._prompt, self._fresh, self._next = [], [], None
 
+    @_in_its_own_dtype
     @torch.no_grad()
     def observe_prefill(
         self, rows: Sequence[int], token_ids: Tensor, features: Tensor | None, offset: int
@@ -119,6 +141,7 @@ class Eagle3:
         if features is not None:
             self._prompt.append((list(rows), token_ids, self._head.features(features)))
 
+    @_in_its_own_dtype
     @torch.no_grad()
     def propose(self, state: BatchState, budget: int) -> TreeBatch:
         """The likeliest nodes of a dynamic tree for every row."""
@@ -137,6 +160,7 @@ class Eagle3:
         levels = self._candidates(self._next, depth, drafting)
         return self._best(state, levels, nodes, drafting)
 
+    @_in_its_own_dtype
     @torch.no_grad()
     def observe(self, round_result: RoundResult) -> None:
         """Keeps the accepted path's features; the head reads them when it drafts again."""
@@ -210,7 +234,7 @@ class Eagle3:
             return False
         if not all(drafting):
             scores = scores[torch.tensor(drafting)]
-        return float(scores.max()) < math.log(least)
+        return not bool((scores >= math.log(least)).any())  # nor is what is not a number
 
     def _candidates(
         self, log_probs: Tensor, depth: int, drafting: Sequence[bool]

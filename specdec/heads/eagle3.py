@@ -26,7 +26,7 @@ from specdec.heads.config import Eagle3Config
 from specdec.heads.draft_ids import checked_target_ids
 from specdec.heads.draft_masks import ancestors_of_level, last_slots_see, level_sees
 from specdec.heads.layer import Eagle3Layer, RotaryTable
-from specdec.heads.norm import RmsNorm
+from specdec.heads.norm import RmsNorm, rms_norm
 from specdec.heads.stepped import SteppedLayer
 from specdec.heads.ttt_attention import Spans
 from specdec.heads.unrolled import UnrolledLayer
@@ -180,11 +180,9 @@ class Eagle3Head(nn.Module):
         if self.config.norm_before_fc:
             aux = self.input_norm(aux)
         if self.config.fc_norm:  # all layers at once
-            size = self.config.target_hidden_size
-            parts = aux.unflatten(-1, (-1, size))
+            parts = aux.unflatten(-1, (-1, self.config.target_hidden_size))
             weights: list[Tensor] = [cast(nn.RMSNorm, norm).weight for norm in self.fc_norm]
-            normed = functional.rms_norm(parts, (size,), eps=self.config.rms_norm_eps)
-            aux = (normed * torch.stack(weights)).flatten(-2)
+            aux = rms_norm(parts, torch.stack(weights), self.config.rms_norm_eps).flatten(-2)
         found: Tensor = self.fc(aux)
         return found
 

@@ -13,16 +13,17 @@ _WIDE = torch.float32, torch.float64
 
 def dots(one: Tensor, other: Tensor) -> Tensor:
     """[...] inner products of [..., n], in the dtype of both: autocast would narrow them."""
-    with torch.autocast(one.device.type, enabled=False):
+    if not torch.is_autocast_enabled(one.device.type):  # entering the context costs more
         found: Tensor = torch.linalg.vecdot(one, other)
-    return found
+        return found
+    with torch.autocast(one.device.type, enabled=False):
+        return dots(one, other)
 
 
 def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., n] to [..., n]; of vectors with weights of their own, where `weight` is [m, n]."""
     if states.device.type == "cpu" and states.dtype in _WIDE:  # where torch's is many operations
-        squares = torch.linalg.vecdot(states, states)
-        return states * _inverse(squares, states.shape[-1], eps) * weight
+        return states * _inverse(dots(states, states), states.shape[-1], eps) * weight
     if weight.ndim > 1:
         return functional.rms_norm(states, states.shape[-1:], None, eps) * weight
     return functional.rms_norm(states, states.shape[-1:], weight, eps)

@@ -219,6 +219,8 @@ def test_every_grid_is_made_of_candidates_that_exist() -> None:
         assert len(set(candidates)) == len(candidates) > 10
         for start in grid.starts:
             assert grid.at(tuple(start)) in set(candidates), (method, start)
+    heads = [candidate.mapping for candidate in grid_of("eagle3", True).candidates()]
+    assert not any(sizes["depth"] == 1 and sizes["confidence_threshold"] for sizes in heads)
     assert not any(c.mapping["confidence_threshold"] for c in grid_of("eagle3", False).candidates())
     with pytest.raises(ConfigError, match="nothing to tune in method 'none'"):
         grid_of("none", on_cpu=True)

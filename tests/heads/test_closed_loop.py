@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specdec.heads.config import Eagle3Config
 from specdec.heads.eagle3 import Eagle3Head
-from specdec.heads.norm import RmsNorm
+from specdec.heads.norm import RmsNorm, rms_norm
 from specdec.heads.ttt_attention import dense_ttt_attention, ttt_attention
 
 FLAGS = (
@@ -188,6 +188,11 @@ def test_autocast_narrows_no_norm_and_no_attention() -> None:
         found, found_attended = norm(states), ttt_attention(query, both[:3], both[3:])
     torch.testing.assert_close(found, norm(states), atol=1e-6, rtol=0)
     torch.testing.assert_close(found_attended, attended, atol=1e-5, rtol=0)
+    large, weights = 1e3 * states.detach(), torch.rand(5, 24, generator=generator)
+    for dtype in (torch.bfloat16, torch.float16):  # the latter does not hold these squares
+        with torch.autocast("cpu", dtype):
+            narrow = rms_norm(large, weights, 1e-5)
+        torch.testing.assert_close(narrow, rms_norm(large, weights, 1e-5), atol=1e-6, rtol=0)
     grads = [torch.autograd.grad(x.square().sum(), [query, *both])
              for x in (found_attended, attended)]  # fmt: skip
     torch.testing.assert_close(*grads, atol=1e-4, rtol=0)

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 import specdec
+from helpers.heads import head_for
 from helpers.hf import (
     STORIES,
     fallbacks,
@@ -253,6 +254,22 @@ def test_autocast() -> None:
     assert specdec.last_stats(model).mode == "tree"
     torch.testing.assert_close(got.logits[0], expected.logits[0], atol=0.2, rtol=0.05)
     torch.testing.assert_close(got.logits[1], expected.logits[1], atol=0.2, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [{"top_k": 1}, {"top_k": 3, "nodes": 10}], ids=str)
+def test_autocast_is_not_the_draft_heads(dtype: torch.dtype, sizes: dict[str, int]) -> None:
+    """Ragged rows, whose old and new keys would otherwise meet in two dtypes."""
+    model, made = tiny_llama(torch.float32), []
+    head = head_for(model, fc_norm=True)
+    begin = head.begin
+    head.begin = lambda *args: made.append(begin(*args)) or made[-1]  # type: ignore[method-assign]
+    with torch.autocast("cpu", dtype), specdec.augmented(model, "eagle3", draft=head, **sizes):
+        for inputs in ({"input_ids": prompt(20)}, left_padded((20, 9, 3))):
+            assert model.generate(**inputs, max_new_tokens=NEW).shape[1] == 20 + NEW
+    assert len(made) == 2
+    for state in made:
+        assert state.cache.layer(0).keys.dtype == state.hidden.dtype == torch.float32
 
 
 class FlashLike:

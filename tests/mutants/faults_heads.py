@@ -13,6 +13,7 @@ _CHAIN_STEPS = f"{_LOOP}::test_a_chain_steps_through_the_training_states"
 _TREE_STEPS = f"{_LOOP}::test_every_path_of_a_tree_is_a_chain"
 _MERGED = f"{_LOOP}::test_merged_attention_is_the_dense_one -k float64"
 _DRAFTS = "tests/unit/test_eagle3.py::test_trees_hold_the_likeliest_candidates"
+_SURE = "tests/unit/test_eagle3.py::test_rows_that_have_ended_hold_no_draft_up"
 _DEFINITION = (
     "tests/training/test_train_loss.py::test_loss_and_gradient_are_those_of_the_definition"
 )
@@ -105,6 +106,30 @@ HEADS = (
         "torch.autocast(one.device.type, enabled=False)",
         "torch.autocast(one.device.type, enabled=torch.is_autocast_enabled(one.device.type))",
         f"{_LOOP}::test_autocast_narrows_no_norm_and_no_attention",
+    ),
+    Fault(
+        "drafting_asks_an_accelerator_how_sure_it_is",
+        "host sync",
+        _DRAFTER,
+        'if not least or scores.device.type != "cpu":',
+        "if not least:",
+        _SURE,
+    ),
+    Fault(
+        "rows_that_have_ended_hold_drafts_up",
+        "ragged batches",
+        _DRAFTER,
+        "scores = scores[torch.tensor(drafting)]",
+        "scores = scores[:]",
+        _SURE,
+    ),
+    Fault(
+        "autocast_reaches_the_draft_head",
+        "trainer/inference skew",
+        _DRAFTER,
+        "if not torch.is_autocast_enabled(kind):",
+        "if True:",
+        "tests/hf/test_wrappers.py::test_autocast_is_not_the_draft_heads",
     ),
     Fault(
         "the_second_best_of_a_level_is_continued",

@@ -214,6 +214,9 @@ def test_rows_that_have_ended_hold_no_draft_up(llama: Any, head: Eagle3Head) -> 
     scores = torch.tensor([[0.0], [-9.0]])
     assert not drafter._is_unlikely(scores, [True, True])
     assert drafter._is_unlikely(scores, [False, True])
+    assert drafter._is_unlikely(torch.tensor([[math.nan], [-9.0]]), [True, True])
+    # Elsewhere than on a CPU nothing is asked: these scores have no numbers to tell.
+    assert not drafter._is_unlikely(scores.to("meta"), [True, True])
 
 
 def test_a_second_turn_on_a_kept_cache(llama: Any, head: Eagle3Head) -> None:

@@ -202,6 +202,8 @@ def _makes_sense(candidate: Candidate) -> bool:
     if candidate.method == "eagle3":
         depth, width, nodes = options["depth"], options["top_k"], options["nodes"]
         beam, axes = options["beam"], _GRIDS[candidate.method].axes
+        if depth == 1 and options["confidence_threshold"]:  # there is nothing deeper to leave out
+            return False
         # A chain has no other nodes than its levels: the largest value stands for "all of them".
         if width == 1:
             return bool(nodes == axes["nodes"][-1] and beam == axes["beam"][-1])
