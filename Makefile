@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+# Python compiles what it imports, and keeps it; pip would compile all of torch: half the install.
+PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -q -c constraints.txt
 
 # The models under test are small and two workers run side by side: one thread each.
 TEST_ENV := OMP_NUM_THREADS=1

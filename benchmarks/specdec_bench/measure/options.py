@@ -70,7 +70,7 @@ class RunOptions:
     """0 is greedy; else every arm samples with the same seed."""
     prompt_tokens: Annotated[tuple[int, ...], *_each("N", "whole prompts")] = ()
     """Longest prompt; longer ones keep their end."""
-    max_new_tokens: Annotated[int | None, _arg("N", "48 for smoke alone, else 160")] = None
+    max_new_tokens: Annotated[int | None, _arg("N", "24 for smoke alone, else 160")] = None
     """New tokens of a prompt, at most; less where plain's text ends or begins to loop."""
 
     pairs: Annotated[
@@ -127,7 +127,7 @@ class RunOptions:
     @property
     def new_tokens(self) -> int:
         """Limit of new tokens."""
-        return self.max_new_tokens or (48 if self.is_smoke else 160)
+        return self.max_new_tokens or (24 if self.is_smoke else 160)
 
     @property
     def most_pairs(self) -> int:
