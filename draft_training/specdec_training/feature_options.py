@@ -32,7 +32,11 @@ class DataFeaturesOptions:
     """Folder or hub id of the target; demo is the bundled toy."""
     output: Annotated[Path | None, _arg("FOLDER", "required")] = None
     """Folder to write; one that was left unfinished is continued."""
-    aux_layers: Annotated[tuple[int, ...], _arg("N", "a low, the middle and a high one")] = ()
+    aux_layers: Annotated[
+        tuple[int, ...],
+        tyro.conf.UseAppendAction,
+        _arg("N", "a low, the middle and a high one; repeatable"),
+    ] = ()
     """Target layers, from 0, whose output the head reads; -1 stands for the embeddings."""
     keep_as: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type that hidden states are kept in."""

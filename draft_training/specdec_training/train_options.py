@@ -57,7 +57,11 @@ class TrainOptions:
 
     intermediate_size: Annotated[int | None, _arg("N", "the target's")] = None
     """Width of the head's MLP."""
-    aux_layers: Annotated[tuple[int, ...], _arg("N", "a low, the middle and a high one")] = ()
+    aux_layers: Annotated[
+        tuple[int, ...],
+        tyro.conf.UseAppendAction,
+        _arg("N", "a low, the middle and a high one; repeatable"),
+    ] = ()
     """Target layers, from 0, whose output the head reads; -1 stands for the embeddings."""
     fc_norm: _Flag = False
     """Norm each of those layers before they are joined (EAGLE-3.1)."""

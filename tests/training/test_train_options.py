@@ -14,6 +14,7 @@ from train_helpers import make_head, make_options
 
 from specdec.errors import ConfigError
 from specdec_training.evaluate import Acceptance
+from specdec_training.feature_options import DataFeaturesOptions
 from specdec_training.optim import Guard, lr_factor, make_optimizer
 from specdec_training.progress import StepLog, summary
 from specdec_training.run_state import Clock
@@ -41,6 +42,15 @@ def test_every_option_has_a_help_text() -> None:
     source = Path(sys.modules[TrainOptions.__module__].__file__ or "").read_text()
     body = source.split("class TrainOptions")[1].split("def to_json")[0]
     assert body.count('    """') == len(fields(TrainOptions)) + 1
+
+
+@pytest.mark.parametrize("options", [TrainOptions, DataFeaturesOptions])
+def test_layers_are_named_one_by_one(options: type[TrainOptions | DataFeaturesOptions]) -> None:
+    """A list option that a second flag overwrites would train on other layers, and not say so."""
+    import tyro
+
+    given = ["--aux-layers", "-1", "--aux-layers", "2", "--aux-layers=4"]
+    assert tyro.cli(options, args=given).aux_layers == (-1, 2, 4)
 
 
 def test_options_import_nothing_heavy() -> None:
