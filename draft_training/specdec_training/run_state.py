@@ -56,17 +56,24 @@ class Clock:
         steps: Steps of the run, or None when `minutes` decide.
         minutes: Minutes of the run.
         spent: Seconds of earlier sessions.
+        begun: Seconds that had passed when the schedule began.
     """
 
-    def __init__(self, steps: int | None, minutes: float | None, spent: float = 0.0) -> None:
+    def __init__(
+        self, steps: int | None, minutes: float | None, spent: float = 0.0, begun: float = 0.0
+    ) -> None:
         self._steps, self._seconds = steps, None if minutes is None else 60 * minutes
         self._spent, self._start = spent, time.monotonic()
-        self.reserve = 0.0
+        self.reserve, self.begun = 0.0, begun
 
     @property
     def elapsed(self) -> float:
         """Seconds so far, earlier sessions included."""
         return self._spent + time.monotonic() - self._start
+
+    def begin(self) -> None:
+        """The schedule begins now: a warm-up by time must not be over before there are steps."""
+        self.begun = self.elapsed
 
     def share(self, step: int) -> float:
         """Share of the run that is over when `step` steps are done; 1 ends it.
@@ -74,7 +81,8 @@ class Clock:
         By time, `reserve` seconds are kept back for the last measurement.
         """
         if self._seconds is not None:
-            return min(self.elapsed / max(self._seconds - self.reserve, 1e-3), 1.0)
+            room = self._seconds - self.reserve - self.begun
+            return min((self.elapsed - self.begun) / room, 1.0) if room > 0 else 1.0
         return min(step / (self._steps or 1), 1.0)
 
 

@@ -195,6 +195,8 @@ class Trainer:
     def _one_step(self, signals: StopSignals) -> tuple[dict[str, Any], str]:
         """Does an optimiser step; returns its record, and why all processes stop, or nothing."""
         options, teaching = self.options, self._teaching
+        if self.step <= 1:  # after the first measurement, and what a first step compiles
+            self._clock.begin()
         rows = self._next_rows()
         early = self._leads and self._selection.is_over  # the others do not measure
         share = self._clock.share(self.step + 1) if self._leads else 0.0
@@ -316,6 +318,7 @@ class Trainer:
                 "processes": self._teaching.processes,
                 "sampler": self.parts.sampler.state(),
                 "seconds": self._clock.elapsed,
+                "begun": self._clock.begun,
                 "share": self._share,
                 "next_measurement": self._next_measurement,
                 "reserve": self._clock.reserve,
@@ -361,6 +364,7 @@ class Trainer:
         self._guard.skipped, self._guard.in_a_row = state["skipped"]
         self._selection.restore(state["history"])
         self._baselines = state["baselines"]
-        self._clock = Clock(self._steps, self.options.minutes, state["seconds"])
+        times = state["seconds"], state["begun"]
+        self._clock = Clock(self._steps, self.options.minutes, *times)
         self._clock.reserve = state["reserve"]
         return int(state["log_bytes"])

@@ -119,6 +119,15 @@ def test_clock_by_steps_and_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.share(0) == 0.75
     now[0] = 900.0
     assert clock.share(0) == 1.0
+    clock = Clock(None, 2.0, spent=20.0)  # of 120 seconds
+    now[0] = 910.0
+    clock.begin()
+    assert clock.share(0) == 0
+    now[0] = 955.0
+    assert clock.share(0) == 0.5
+    assert Clock(None, 2.0, spent=75.0, begun=clock.begun).share(0) == 0.5
+    clock.reserve = 100.0  # as long as all that is left
+    assert clock.share(0) == 1.0
 
 
 def test_only_matrices_are_decayed(tmp_path: Path) -> None:

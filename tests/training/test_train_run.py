@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -292,6 +293,26 @@ def test_minutes_follow_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rates = [line["lr"] for line in log_lines(tmp_path)]
     assert rates[-1] < 0.3 * max(rates)
     assert trainer._DEFAULT_STEPS == 1000
+
+
+def test_the_schedule_waits_for_the_first_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warm-up by the clock that was over before the first step held a run back to its end."""
+
+    def slow(meter: AcceptanceMeter, head: Any, step: int, brief: bool = False) -> Acceptance:
+        time.sleep(1.0)
+        return Acceptance(step, {"tree_t0": 1.0 + step}, True)
+
+    monkeypatch.setattr(AcceptanceMeter, "measure", slow)
+    monkeypatch.setattr(AcceptanceMeter, "prompt_lookup", lambda meter: 1.0)
+    monkeypatch.setattr(AcceptanceMeter, "looping_share", lambda meter: 0.0)
+    target = make_target()
+    meter = AcceptanceMeter(target, [[1, 2, 3]], 8, DraftShape())
+    parts = make_parts(tmp_path, meter=meter, target=target)
+    train(tmp_path, parts, steps=None, minutes=0.05, warmup=0.5, eval_every=None)
+    first, *later = [line["lr"] for line in log_lines(tmp_path)]
+    assert first < 0.3 * max(later)
 
 
 def overfitted(tmp_path: Path, **changes: Any) -> tuple[RunParts, list[list[int]]]:
