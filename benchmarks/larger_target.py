@@ -110,6 +110,7 @@ def measured(options: Options) -> dict[str, Counter[int]]:
             arms=options.arms,
             tasks=options.tasks,
             dtypes=(options.dtype,),
+            max_new_tokens=options.tokens,
             pairs=1,
             output=Path(folder) / "run.jsonl",
         )

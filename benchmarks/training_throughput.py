@@ -1,4 +1,4 @@
-"""Training throughput beside other trainers: the same target, batches, head shape and optimiser.
+"""Training throughput beside other trainers: the same target, batches and head shape.
 
 A Llama of 8.4 M parameters with random weights is the target; every arm reads the same batches,
 runs the target, unrolls the head and steps AdamW. A row is a prompt without a loss and an answer
@@ -6,7 +6,9 @@ with one, and nearly all of the target's likeliest tokens are in the draft vocab
 data. Segments of a few steps alternate within one process, so that a busy machine slows all arms
 alike. A peer is measured where its package can be imported: SpecForge (its Triton loss, which needs
 a GPU, replaced by the same formula in torch) and speculators. Their classes get what their own
-trainers give them. Run:
+trainers give them, and so their weights the optimiser of those: both leave AdamW as torch sets it
+up, and SpecForge's steps copies of the weights. `--same-optimiser` gives all of them the fused one
+of this library. Run:
 
     python benchmarks/training_throughput.py --segments 12
 """
@@ -70,6 +72,8 @@ class Options:
     """Training-time test steps."""
     bf16: bool = False
     """bf16 autocast around target and head of every arm."""
+    same_optimiser: bool = False
+    """Update the weights of the peers with this library's fused AdamW, too."""
 
 
 Step = Callable[[Tensor], None]
@@ -137,10 +141,18 @@ class Problem:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.options.bf16)
 
 
-def optimiser(module: torch.nn.Module) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+def adamw(module: torch.nn.Module, fused: bool) -> torch.optim.AdamW:
     """AdamW over what learns."""
     learning = [p for p in module.parameters() if p.requires_grad]
-    return learning, torch.optim.AdamW(learning, lr=1e-3, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(learning, lr=1e-3, betas=(0.9, 0.95), fused=fused or None)
+
+
+def clipped_step(module: torch.nn.Module, adam: torch.optim.AdamW, norm: float) -> None:
+    """Clips the gradients, steps, and forgets them."""
+    learning = [p for p in module.parameters() if p.requires_grad]
+    torch.nn.utils.clip_grad_norm_(learning, norm)
+    adam.step()
+    adam.zero_grad()
 
 
 def specdec_arm(problem: Problem, folder: str) -> Step:
@@ -154,7 +166,7 @@ def specdec_arm(problem: Problem, folder: str) -> Step:
     head.attach(problem.target.get_input_embeddings().weight)
     bf16 = problem.options.bf16
     source = OnlineFeatures(problem.target, _TAPS, low=torch.bfloat16 if bf16 else None)
-    _, adam = optimiser(head)
+    adam = adamw(head, fused=True)
     precision = "bf16" if bf16 else "no"
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     plan = LossPlan(problem.options.ttt, _KIND)
@@ -175,6 +187,7 @@ def specforge_arm(problem: Problem, folder: str) -> Step:
     """SpecForge's online EAGLE-3 model."""
     from specforge.algorithms.eagle3 import model as peer
     from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
+    from specforge.optimizer import BF16Optimizer
 
     class TorchLoss:
         """The masked mean of the cross-entropy, as its kernel computes it."""
@@ -192,7 +205,7 @@ def specforge_arm(problem: Problem, folder: str) -> Step:
     draft.t2d.copy_(problem.mask)
     draft.d2t.copy_(problem.offsets)
     net = peer.OnlineEagle3Model(draft, length=problem.options.ttt, attention_backend="sdpa")
-    learning, adam = optimiser(net)
+    own, adam = BF16Optimizer(net, lr=1e-3), adamw(net, fused=True)
 
     def step(tokens: Tensor) -> None:
         aux, last = problem.read(tokens)
@@ -209,9 +222,10 @@ def specforge_arm(problem: Problem, folder: str) -> Step:
                 hidden_states=aux,
             )[0]
         sum(0.8**i * loss for i, loss in enumerate(losses)).backward()
-        torch.nn.utils.clip_grad_norm_(learning, 0.5)
-        adam.step()
-        adam.zero_grad()
+        if problem.options.same_optimiser:
+            clipped_step(net, adam, 0.5)
+        else:
+            own.step()  # clips, and forgets the gradients
 
     return step
 
@@ -243,7 +257,7 @@ def speculators_arm(problem: Problem, folder: str) -> Step:
     net.load_vocab_mappings(problem.mask, problem.offsets)
     net.load_verifier_weights()
     net.lm_head.weight.requires_grad_(True)
-    learning, adam = optimiser(net)
+    adam = adamw(net, fused=options.same_optimiser)
     loss_config = resolve_loss_config("kl_div", "eager")
     before: dict[str, Tensor] = {}
     problem.target.model.norm.register_forward_pre_hook(
@@ -267,9 +281,7 @@ def speculators_arm(problem: Problem, folder: str) -> Step:
                 loss_config=loss_config,
             )[1]
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(learning, 0.5)
-        adam.step()
-        adam.zero_grad()
+        clipped_step(net, adam, 1.0)
 
     return step
 
@@ -298,7 +310,8 @@ def main() -> None:
     tokens = options.rows * options.length * options.steps * options.segments
     kind = "bf16 autocast" if options.bf16 else "fp32"
     sizes = f"{options.rows} x {options.length} tokens, {options.prompt} of a row without a loss"
-    print(f"\n{sizes}, TTT {options.ttt}, {kind}, one thread\n")
+    adam = "this library's" if options.same_optimiser else "each trainer's own"
+    print(f"\n{sizes}, TTT {options.ttt}, {kind}, {adam} optimiser, one thread\n")
     print("| trainer | tokens per CPU-second | specdec's speed over it (95 % interval) |")
     print("|---|---|---|")
     for name in names:

@@ -364,7 +364,7 @@ class Trainer:
         self._guard.skipped, self._guard.in_a_row = state["skipped"]
         self._selection.restore(state["history"])
         self._baselines = state["baselines"]
-        times = state["seconds"], state["begun"]
+        times = state["seconds"], state.get("begun", 0.0)
         self._clock = Clock(self._steps, self.options.minutes, *times)
         self._clock.reserve = state["reserve"]
         return int(state["log_bytes"])
