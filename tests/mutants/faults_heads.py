@@ -7,6 +7,7 @@ _STEPPED = "specdec/heads/stepped.py"
 _MASKS, _TTT = "specdec/heads/draft_masks.py", "specdec/heads/ttt_attention.py"
 _LOSS = "draft_training/specdec_training/losses.py"
 _STORE = "draft_training/specdec_training/checkpoints.py"
+_CLOCK = "draft_training/specdec_training/run_state.py"
 
 _LOOP = "tests/heads/test_closed_loop.py"
 _CHAIN_STEPS = f"{_LOOP}::test_a_chain_steps_through_the_training_states"
@@ -210,5 +211,13 @@ HEADS = (
         "if digest_of(folder / name) != wanted:",
         "if False:",
         "tests/training/test_checkpoints.py::test_every_damage_of_every_file_is_noticed",
+    ),
+    Fault(
+        "the_schedule_begins_before_the_first_step",
+        "warm-up by time is over before there are steps",
+        _CLOCK,
+        "self.begun = self.elapsed",
+        "self.begun = 0.0",
+        "tests/training/test_train_run.py::test_the_schedule_waits_for_the_first_measurement",
     ),
 )
