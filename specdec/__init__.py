@@ -1,12 +1,20 @@
-"""specdec: same text, fewer forwards. Speculative decoding inside Hugging Face `generate`."""
+"""specdec: same text, fewer forwards. Speculative decoding inside Hugging Face `generate`.
 
-from specdec.augment import augment, augmented, last_stats, restore
-from specdec.config import SpecConfig
-from specdec.drafters.base import Drafter, Needs, RowDrafter
-from specdec.errors import SpecdecError
-from specdec.registry import register_drafter
-from specdec.stats import GenerationStats
-from specdec.tree import TokenTree, TreeBatch
+Every name is imported when it is first used, so that the command line answers `--help`, a mistyped
+option or Ctrl-C without waiting seconds for torch and transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specdec.augmentation import augment, augmented, last_stats, restore
+    from specdec.config import SpecConfig
+    from specdec.drafters.base import Drafter, Needs, RowDrafter
+    from specdec.errors import SpecdecError
+    from specdec.registry import register_drafter
+    from specdec.stats import GenerationStats
+    from specdec.tree import TokenTree, TreeBatch
 
 __version__ = "0.1.0"
 
@@ -26,3 +34,27 @@ __all__ = [
     "register_drafter",
     "restore",
 ]
+
+_PLACES = {
+    "augmentation": ("augment", "augmented", "last_stats", "restore"),
+    "config": ("SpecConfig",),
+    "drafters.base": ("Drafter", "Needs", "RowDrafter"),
+    "errors": ("SpecdecError",),
+    "registry": ("register_drafter",),
+    "stats": ("GenerationStats",),
+    "tree": ("TokenTree", "TreeBatch"),
+}
+_MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """The public name, from its module (PEP 562)."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = found  # from now on without this function
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,8 @@
 """The `specdec` command: parses, dispatches, and turns every failure of input into one line.
 
 Knows nothing about models: each subcommand is imported when it runs, and its options stand in
-`specdec.options`. Even tyro is imported inside `main`, where Ctrl-C is caught.
+`specdec.options`. Even tyro is imported inside `main`, where Ctrl-C is caught, and the package
+itself imports nothing until a name is asked for.
 """
 
 from __future__ import annotations
@@ -71,6 +72,14 @@ _PLAIN_WORDS = (  # tyro's words -> ours
     (r"could not convert string to float: ", "expected FLOAT, got "),
     (r"\. Expected 1 values", ""),
 )
+_EXTRAS = {  # package -> the extra of ours that installs it
+    "accelerate": "train",
+    "datasets": "train",
+    "deepspeed": "deepspeed",
+    "triton": "kernels",
+    "matplotlib": "bench",
+    "rich": "bench",
+}
 _BUG, _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 _LINE_START, _LINE_END = 300, 100  # characters kept of an error message that quotes a novel
@@ -129,6 +138,11 @@ def _explain(problem: BaseException) -> int:
     if isinstance(problem, OSError) and problem.errno in _WRITE_ERRORS and not problem.filename:
         _silence(sys.stdout)
         return _fail(f"cannot write the output: {problem.strerror}")
+    package = (getattr(problem, "name", None) or "").partition(".")[0]
+    is_missing = isinstance(problem, ModuleNotFoundError) and package != ""
+    if is_missing and not package.startswith("specdec"):
+        wanted = f"'specdec-torch[{_EXTRAS[package]}]'" if package in _EXTRAS else package
+        return _fail(f"this needs the package {package}: pip install {wanted}")
     kind, first_line = type(problem).__name__, next(iter(str(problem).splitlines()), "")
     if kind in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
         return _fail(f"out of memory{first_line and ': '}{first_line}")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from specdec.augment import augmented
+from specdec.augmentation import augmented
 from specdec.commands.loading import TOY, load_model
 from specdec.errors import ConfigError
 from specdec_training.answers import AnswerFile, open_answers

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from specdec.augment import augment, last_stats
+from specdec.augmentation import augment, last_stats
 from specdec.commands.loading import (
     check_model,
     check_special_tokens,
@@ -20,7 +20,6 @@ from specdec.commands.loading import (
     method_options,
     pick_device,
     sentence,
-    with_tokenizer,
 )
 from specdec.commands.reading import chat_lines, check_input, prompt_text
 from specdec.config import SpecConfig
@@ -40,12 +39,11 @@ def run_generate(options: GenerateOptions) -> int:
     if options.chat:
         check_input("--chat")
     text = None if options.chat else prompt_text(options)
-    chosen = method_options(options.method, options.option)
-    if options.method == "eagle3" and options.model is None:  # the toy has a head of its own
-        chosen = bundled_head_options(pick_device(options.device), chosen)
     check_model(options.model)
     tokenizer = load_tokenizer(options.model)
-    chosen = with_tokenizer(options.method, chosen, tokenizer)
+    chosen = method_options(options.method, options.option, tokenizer)
+    if options.method == "eagle3" and options.model is None:  # the toy has a head of its own
+        chosen = bundled_head_options(pick_device(options.device), chosen)
     config = SpecConfig(method=options.method, options=chosen, budget=options.budget)
     if options.chat and not tokenizer.chat_template:
         raise ConfigError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specdec import tuning
-from specdec.augment import augment, last_stats
+from specdec.augmentation import augment, last_stats
 from specdec.config import SpecConfig
 from specdec.demo import head_path
 from specdec.errors import SpecdecError

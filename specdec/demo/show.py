@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from specdec import demo
-from specdec.augment import capability
+from specdec.augmentation import capability
 from specdec.demo.prompts import PROMPTS
 from specdec.demo.race import Arm, ArmResult, Race, choose_arms
 from specdec.errors import ConfigError, SpecdecError

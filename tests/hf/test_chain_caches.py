@@ -26,7 +26,7 @@ from helpers.hf import plain
 from helpers.laws import prompts
 from helpers.spies import layer_states, same_states
 from specdec import SpecConfig
-from specdec.augment import capability
+from specdec.augmentation import capability
 from specdec.errors import FallbackWarning
 
 pytestmark = [

@@ -21,7 +21,7 @@ from helpers.hf import (
     tiny_gpt2,
     tiny_llama,
 )
-from specdec.augment import capability
+from specdec.augmentation import capability
 
 NEW = 12
 MODELS = ("llama", "gemma3", "gpt2")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import specdec
 from helpers.families import CHAIN_FAMILIES, FAMILIES
 from helpers.hf import VOCAB, fallbacks, left_padded, plain, prompt, run_both, tiny_llama
-from specdec.augment import capability
+from specdec.augmentation import capability
 from specdec.errors import FallbackWarning
 from specdec.exactness import Audit, audit, replay_noise
 

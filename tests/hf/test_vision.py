@@ -15,7 +15,7 @@ import specdec
 from helpers.hf import fallbacks, ids_of, oracle, plain
 from helpers.vision import IMAGE_ID, ONE, TREES, TWO, VISION, batched, image_prompt, vision_model
 from specdec import RowDrafter, TokenTree, hf_fallback
-from specdec.augment import capability
+from specdec.augmentation import capability
 from specdec.drafters.base import Needs
 from specdec.hf_compat import dense_attention
 from specdec.prompt_target import PlainPrompt

@@ -2,7 +2,7 @@
 
 from mutants.fault import Fault
 
-_AUGMENT, _CALL = "specdec/augment.py", "specdec/hf_call.py"
+_AUGMENT, _CALL = "specdec/augmentation.py", "specdec/hf_call.py"
 _FALLBACK, _OUTPUTS = "specdec/hf_fallback.py", "specdec/hf_outputs.py"
 _COMPAT, _REGISTRY = "specdec/hf_compat.py", "specdec/registry.py"
 _GENERATE = "specdec/hf_generate.py"

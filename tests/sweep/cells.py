@@ -16,7 +16,7 @@ from helpers import families
 from helpers.drafters import THROW_AWAY, Truth
 from helpers.heads import head_for
 from specdec import SpecConfig, register_drafter
-from specdec.augment import capability
+from specdec.augmentation import capability
 from specdec.hf_compat import vocabulary_size
 from specdec.registry import methods
 from sweep import judge, tiny

@@ -4,7 +4,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import specdec
-from specdec.augment import capability
+from specdec.augmentation import capability
 from specdec.tuning import CostCurve, choose_lookahead, measure_cost
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from specdec.augment import last_stats
+from specdec.augmentation import last_stats
 from specdec.commands.loading import method_options, with_tokenizer
 from specdec.config import SpecConfig
 from specdec.errors import ConfigError, SpecdecError

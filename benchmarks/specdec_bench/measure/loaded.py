@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from specdec.augment import augment, restore
+from specdec.augmentation import augment, restore
 from specdec.commands.loading import TOY, load_model
 from specdec.demo import head_path
 from specdec_bench.checks.text import ReferenceModel

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specdec.augment import augment, capability
+from specdec.augmentation import augment, capability
 from specdec.commands.loading import TOY, check_model, load_config, load_tokenizer
 from specdec.errors import ConfigError
 from specdec.heads.checkpoint import locate_head

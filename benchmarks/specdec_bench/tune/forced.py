@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.augment import capability
+from specdec.augmentation import capability
 from specdec.capability import evaluating
 from specdec.drafters.base import Drafter, RoundResult, TargetOutput
 from specdec.hf_call import introduce

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from specdec.atomic_files import make_folder
-from specdec.augment import augment, capability
+from specdec.augmentation import augment, capability
 from specdec.commands.loading import TOY, check_model, load_model, load_tokenizer
 from specdec.demo import head_path
 from specdec.errors import ConfigError, SpecdecError
