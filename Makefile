@@ -24,8 +24,7 @@ train-demo: .venv/.train ## prepare, train and use an EAGLE-3 head for the bundl
 		--max-length 512 --held-out 24 --held-out-input demo-held-out --min-lines 4 --max-lines 12 \
 		--output runs/demo-data/prepared --overwrite
 	$(TEST_ENV) $(BIN)/specdec train --data runs/demo-data/prepared --output runs/demo-head --minutes 8 \
-		--aux-layers -1 --aux-layers 2 --aux-layers 4 --ttt-steps 3 \
-		--fc-norm --feed-post-norm --threads 1
+		--ttt-steps 3 --fc-norm --feed-post-norm --threads 1
 	$(TEST_ENV) $(BIN)/specdec generate --prompt "class Stack:" --max-new-tokens 64 --stats \
 		--method eagle3 --option draft=runs/demo-head/head --option depth=16 --option top_k=1 \
 		--option confidence_threshold=0.01

@@ -55,7 +55,7 @@ class ConvertOptions:
     """Where the new head goes: a new folder, or one that specdec wrote."""
     to: Literal["specforge", "safeailab", "speculators", "modelopt", "nemo"] = "specforge"
     """Dialect to write; specforge is what SGLang and vLLM both load."""
-    engine: Annotated[Literal["sglang", "vllm"] | None, _arg("NAME", "no promise")] = None
+    engine: Annotated[Literal["any", "sglang", "vllm"], _arg("sglang|vllm", "no promise")] = "any"
     """Engine that is to load it; refuses what that engine would compute in another way."""
     target: Annotated[str | None, _arg("NAME")] = None
     """Folder or hub id of the target, for what the head leaves unsaid; demo is the bundled toy."""

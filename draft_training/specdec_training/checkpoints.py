@@ -146,6 +146,15 @@ class CheckpointStore:
         self._rotate(step)
         return final
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing that could be a checkpoint, not even a damaged one.
+
+        Raises:
+            CheckpointError: The folder cannot be read.
+        """
+        return not self._found()
+
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint whose files are all whole, or None when there is none.
 

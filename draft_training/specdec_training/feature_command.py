@@ -12,17 +12,15 @@ from specdec import demo
 from specdec.atomic_files import size_text
 from specdec.commands.loading import TOY, load_model, sentence
 from specdec.errors import ConfigError, SpecdecError
-from specdec.heads.config import default_aux_layers
-from specdec.hf_states import recorded_layers
 from specdec.terminal import facts, say
 from specdec_training.data_target import open_target
 from specdec_training.feature_cache import FeatureError
 from specdec_training.feature_options import DataFeaturesOptions
 from specdec_training.feature_writer import estimate_bytes, free_bytes, write_features
+from specdec_training.layers import chosen_layers
 from specdec_training.prepared import PreparedData
 
 _MOST_UNASKED = 20 * 10**9
-_MOST_LAYERS = 16
 
 
 def run_features(options: DataFeaturesOptions) -> int:
@@ -50,7 +48,7 @@ def run_features(options: DataFeaturesOptions) -> int:
     different = target.fingerprint.differences(prepared.meta.target)
     if different:
         raise ConfigError(f"--data was prepared for another target: {'; '.join(different)}")
-    layers = _layers(options, target.config)
+    layers = chosen_layers(options.aux_layers, target.config)
     _check_size(options, prepared, target.config, layers, out)
     write_features(_load(options), prepared, layers, out, options.keep_as, options.shard_tokens)
     say(f"features: {out}, {size_text(_present(out))}")
@@ -73,19 +71,6 @@ def _load(options: DataFeaturesOptions) -> Any:
         )
     except Exception as problem:  # any failure to read foreign files means that they are wrong
         raise SpecdecError(f"cannot load {options.target!r}: {sentence(problem)}") from problem
-
-
-def _layers(options: DataFeaturesOptions, model_config: Any) -> tuple[int, ...]:
-    """The layers to record; the head's own rule where none are named."""
-    count = recorded_layers(model_config)
-    layers = options.aux_layers or default_aux_layers(count)
-    fits = all(-1 <= layer < count for layer in layers) and len(set(layers)) == len(layers)
-    if not fits or len(layers) > _MOST_LAYERS:
-        raise ConfigError(
-            f"--aux-layers takes up to {_MOST_LAYERS} different layers from -1 to {count - 1}, got "
-            f"{' '.join(map(str, layers))}"
-        )
-    return layers
 
 
 def _check_size(

@@ -121,8 +121,6 @@ def encoded_rows(inputs: Inputs, encoder: Encoder, options: DataPrepareOptions) 
             fingerprint=read,
             cache_dir=cache,
         )
-        if not len(rows):
-            raise ConfigError("the input has no rows; give a file with at least one")
         return rows.map(
             encoder.batch,
             batched=True,

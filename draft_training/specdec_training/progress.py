@@ -152,6 +152,15 @@ def write_metrics(path: Path, history: Sequence[Acceptance], baselines: Mapping[
     replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def last_measured_step(path: Path) -> int:
+    """Step of the last measurement in a `metrics.json`; 0 where there is no such file."""
+    try:
+        history = json.loads(path.read_bytes())["history"]
+        return max((int(found["step"]) for found in history), default=0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0  # none, or not ours
+
+
 def summary(history: Sequence[Acceptance], baselines: Mapping[str, Any], colour: bool) -> list[str]:
     """Lines of the table at the end of a run: acceptance length at the start, best, at the end."""
     if not history:

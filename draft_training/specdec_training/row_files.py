@@ -76,10 +76,15 @@ class Inputs:
         return digest.hexdigest()
 
     def rows(self) -> Iterator[ReadRow]:
-        """Every row, until the limit of rows is reached."""
+        """Every row, until the limit of rows is reached.
+
+        Raises:
+            ConfigError: There is none, or a file cannot be read.
+        """
         contents: set[str] = set()
-        for count, found in enumerate(self._all()):
-            if self._options.limit is not None and count >= self._options.limit:
+        count = 0
+        for count, found in enumerate(self._all(), 1):
+            if self._options.limit is not None and count > self._options.limit:
                 return
             if found.row is not None:
                 row = found.row.as_chat() if self._options.as_chat else found.row
@@ -88,6 +93,11 @@ class Inputs:
                     found = ReadRow(found.where, problem=BadRow("duplicate_content"))
                 contents.add(key)
             yield found
+        if not count:
+            raise ConfigError(
+                f"{', '.join(map(shown, self._options.input))} has no rows; give an input with "
+                "at least one"
+            )
 
     def _all(self) -> Iterator[ReadRow]:
         for source in self._sources:

@@ -13,19 +13,26 @@ import torch
 
 from specdec import demo
 from specdec.atomic_files import make_folder, replace_file, to_json
-from specdec.commands.loading import TOY, check_model, load_model, load_tokenizer, sentence
+from specdec.commands.loading import (
+    TOY,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    sentence,
+)
 from specdec.errors import ConfigError, SpecdecError
 from specdec.heads.checkpoint import load_head, save_head
-from specdec.heads.config import Eagle3Config, default_aux_layers
+from specdec.heads.config import Eagle3Config
 from specdec.heads.eagle3 import Eagle3Head
 from specdec.heads.ready import has_bf16_products
-from specdec.hf_states import recorded_layers
 from specdec.target_fingerprint import TargetFingerprint
 from specdec.terminal import colour_wanted, say
 from specdec_training.batches import RowSampler, Sizes
 from specdec_training.contracts import FeatureSource
 from specdec_training.evaluate import Acceptance, AcceptanceMeter, DraftShape
 from specdec_training.feature_cache import CachedFeatures
+from specdec_training.layers import chosen_layers
 from specdec_training.online import OnlineFeatures
 from specdec_training.prepared import PreparedData
 from specdec_training.progress import summary
@@ -58,11 +65,12 @@ def run_train(options: TrainOptions) -> int:
     folder = options.output.expanduser()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    check_model(options.target)
+    chosen_layers(options.aux_layers, load_config(options.target))
+    device = _device(options.device)
     if options.precision == "auto":
-        fast = _bf16_is_faster("cpu" if _on_cpu(options) else "cuda")
+        fast = _bf16_is_faster(device.type)
         options = replace(options, precision="bf16" if fast else "fp32")
-    accelerator = _accelerator(options)
+    accelerator = _accelerator(options, device)
     lock: Any = RunLock(folder) if accelerator.is_main_process else None
     try:
         make_folder(folder)
@@ -115,21 +123,24 @@ def _run(options: TrainOptions, accelerator: Any, folder: Path) -> RunResult:
     return Trainer(parts, options).run()
 
 
-def _accelerator(options: TrainOptions) -> Any:
-    try:
-        from accelerate import Accelerator, InitProcessGroupKwargs
-    except ImportError as problem:
-        raise ConfigError(
-            "training needs the package accelerate: pip install 'specdec-torch[train]'"
-        ) from problem
-    on_cpu = _on_cpu(options)
+def _device(name: str) -> torch.device:
+    """The device to train on, refused at once where it cannot be used; `auto` takes any."""
+    if name != "auto":
+        return pick_device(name)
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def _accelerator(options: TrainOptions, device: torch.device) -> Any:
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
     bf16 = options.precision == "bf16"
     try:
-        if options.device.startswith("cuda:"):
-            torch.cuda.set_device(options.device)
-        return Accelerator(
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        made = Accelerator(
             mixed_precision="bf16" if bf16 else "no",
-            cpu=on_cpu,
+            cpu=device.type == "cpu",
             deepspeed_plugin=deepspeed_plugin(options.deepspeed),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_WAIT)],
         )
@@ -140,18 +151,18 @@ def _accelerator(options: TrainOptions) -> Any:
             f"--device {options.device} with --precision {options.precision} cannot be used: "
             f"{sentence(problem)}"
         ) from problem
+    if options.device != "auto" and made.device.type != device.type:
+        raise ConfigError(
+            f"--device {options.device} cannot be used: accelerate trains on {made.device.type}"
+        )
+    return made
 
 
-def _on_cpu(options: TrainOptions) -> bool:
-    available = torch.accelerator.is_available()
-    return options.device == "cpu" or (options.device == "auto" and not available)
-
-
-def _bf16_is_faster(device: str) -> bool:
+def _bf16_is_faster(kind: str) -> bool:
     """Whether bf16 matrix products beat fp32: on a CPU it depends on the instruction set."""
-    if device != "cpu":
+    if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    return has_bf16_products()
+    return kind == "cpu" and has_bf16_products()
 
 
 def _load_target(options: TrainOptions, device: torch.device) -> tuple[Any, Any]:
@@ -199,7 +210,7 @@ def head_config(options: TrainOptions, model_config: Any, draft_vocab: int) -> E
         vocab_size=text.vocab_size,
         draft_vocab_size=draft_vocab,
         target_hidden_size=text.hidden_size,
-        aux_output_layers=options.aux_layers or default_aux_layers(recorded_layers(text)),
+        aux_output_layers=chosen_layers(options.aux_layers, text),
         rms_norm_eps=float(getattr(text, "rms_norm_eps", None) or 1e-6),
         rope=_rope(text),
         max_position_embeddings=getattr(text, "max_position_embeddings", None) or 2048,

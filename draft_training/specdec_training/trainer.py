@@ -23,7 +23,13 @@ from specdec_training.optim import (
     lr_factor,
     make_optimizer,
 )
-from specdec_training.progress import Progress, StepLog, memory_gb, write_metrics
+from specdec_training.progress import (
+    Progress,
+    StepLog,
+    last_measured_step,
+    memory_gb,
+    write_metrics,
+)
 from specdec_training.run_state import Clock, StopSignals, random_state, restore_random_state
 from specdec_training.teaching import StepNumbers, Teaching
 from specdec_training.train_options import TrainOptions, resolved
@@ -127,11 +133,12 @@ class Trainer:
         """Goes on from the newest checkpoint, or starts; ends with a checkpoint and a best head.
 
         Raises:
-            ConfigError: The folder holds a run with other options, data or target.
+            ConfigError: The folder holds a run with other options, data or target, or one that has
+                lost its checkpoints.
             SpecdecError: Too many steps in a row were not finite, or a file cannot be written.
         """
         found = self._store.latest()
-        size = 0 if found is None else self._resume(found)
+        size = self._refuse_lost() if found is None else self._resume(found)
         if self._leads:
             self._log = StepLog(self.parts.folder / "log.jsonl", size)
         events = self.parts.folder / "tensorboard" if self.options.tensorboard else None
@@ -147,6 +154,8 @@ class Trainer:
 
     def _loop(self, signals: StopSignals, progress: Progress) -> RunResult:
         reason = self._finished()
+        if self.step:
+            progress.note(f"going on from the checkpoint of step {self.step}")
         if self.step == 0 and self.options.max_steps == 0:
             self._dry_run()
             return self._result("everything was checked and nothing trained", None)
@@ -338,6 +347,16 @@ class Trainer:
             self._store.save(self.step, tensors, state)
         self._saved_at = self.step
         self._accelerator.wait_for_everyone()
+
+    def _refuse_lost(self) -> int:
+        """Nothing of the log is kept, unless that would overwrite what cannot be made again."""
+        folder = self.parts.folder
+        if last_measured_step(folder / "metrics.json") or not self._store.is_empty:
+            raise ConfigError(
+                f"{folder} holds a run, and no checkpoint of it can be used; restore one, choose "
+                "another --output, or delete the folder to start again"
+            )
+        return 0
 
     def _resume(self, found: Checkpoint) -> int:
         """Goes back to a checkpoint; the bytes of the log that belong to it."""

@@ -95,14 +95,14 @@ def run_convert(options: ConvertOptions) -> int:
         loaded.head,
         options.destination,
         dialect=options.to,
-        engine=options.engine,
+        engine=None if options.engine == "any" else options.engine,
         fingerprint=target or found.fingerprint,
         num_target_layers=found.num_target_layers,
         facts=made,
         dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
     )
     read_head_config(options.destination)  # what was written is what loads
-    engine = f" for {options.engine}" if options.engine else ""
+    engine = "" if options.engine == "any" else f" for {options.engine}"
     say(f"wrote {options.destination}: {options.to}{engine}, from {found.dialect}")
     return 0
 

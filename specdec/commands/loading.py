@@ -143,8 +143,19 @@ def context_length(model: Any) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def method_options(method: str | None, pairs: tuple[str, ...]) -> dict[str, Any]:
-    """`window=7` and the like, checked and converted to the types of the method's options."""
+def method_options(
+    method: str | None, pairs: tuple[str, ...], tokenizer: Any = None
+) -> dict[str, Any]:
+    """`window=7` and the like, checked and converted to the types of the method's options.
+
+    Args:
+        method: A registered method, or None.
+        pairs: As the user wrote them.
+        tokenizer: The model's, for the method that has a use for it.
+
+    Raises:
+        ConfigError: There is no such method or option, or a value is wrong.
+    """
     if method is None:
         if pairs:
             raise ConfigError(f"--option {pairs[0]} needs --method, for example lookahead")
@@ -161,11 +172,13 @@ def method_options(method: str | None, pairs: tuple[str, ...]) -> dict[str, Any]
         name, sign, text = pair.partition("=")
         name = name.strip().replace("-", "_")
         if not sign:
-            raise ConfigError(f"--option takes NAME=VALUE, for example window=7, got {pair!r}")
+            raise ConfigError(f"an option is NAME=VALUE, for example window=7, got {pair!r}")
         options[name] = _convert(name, text.strip(), types[name]) if name in known else text
     missing = required - set(options)
     if missing:
         raise ConfigError(f"method {method!r} needs --option {min(missing)}=...")
+    if tokenizer is not None:
+        options = with_tokenizer(method, options, tokenizer)
     methods.configure(method, options)
     return options
 
@@ -187,14 +200,14 @@ def _convert(name: str, text: str, wanted: Any) -> Any:
     words = {"true": True, "yes": True, "false": False, "no": False}
     if bool in choices:
         if text.lower() not in words:
-            raise ConfigError(f"--option {name} must be true or false, got {text!r}")
+            raise ConfigError(f"option {name} must be true or false, got {text!r}")
         return words[text.lower()]
     for kind, described in ((int, "a whole number"), (float, "a number")):
         if kind in choices:
             try:
                 return kind(text)
             except ValueError:
-                message = f"--option {name} must be {described}, got {text!r}"
+                message = f"option {name} must be {described}, got {text!r}"
                 raise ConfigError(message) from None
     return text
 
@@ -248,4 +261,8 @@ def _size(folder: Path) -> int:
 def sentence(problem: BaseException) -> str:
     """The beginning of a library's message, on one line."""
     text = " ".join(str(problem).split()) or type(problem).__name__
-    return text if len(text) <= _MESSAGE_CHARS else text[:_MESSAGE_CHARS].rsplit(" ", 1)[0] + " ..."
+    if len(text) <= _MESSAGE_CHARS:
+        return text
+    start = text[:_MESSAGE_CHARS]
+    whole, stop, _ = start.rpartition(". ")
+    return whole + stop.strip() if whole else start.rsplit(" ", 1)[0] + " ..."

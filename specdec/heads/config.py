@@ -135,14 +135,14 @@ def default_aux_layers(num_layers: int) -> tuple[int, ...]:
 
     From 7 layers on it is the choice of EAGLE-3 and of both serving engines: a low, the middle and
     a high layer. Below, up to three layers are spread over all but the last one, whose output
-    engines take before and Hugging Face after the final norm.
+    engines take before and Hugging Face after the final norm; the first of them is the lowest,
+    where the tokens themselves are still to be seen (docs/training.md compares).
     """
     if num_layers >= 7:
         return (1, num_layers // 2 - 1, num_layers - 4)
     if num_layers < 2:
         return (-1,)
     last, count = num_layers - 2, min(3, num_layers - 1)
-    first = 1 if last >= count else 0
     if count == 1:
         return (last,)
-    return tuple(first + (last - first) * i // (count - 1) for i in range(count))
+    return tuple(last * i // (count - 1) for i in range(count))

@@ -47,3 +47,11 @@ def test_a_draft_is_asked_for(model_folder: Path, run: Run) -> None:
     shown = generate(run, model_folder, "--method", "draft_model")
     assert shown.code == 2
     assert "draft_model needs draft=" in shown.err
+
+
+def test_a_store_of_texts_needs_no_more_than_its_folder(
+    model_folder: Path, tmp_path: Path, run: Run
+) -> None:
+    done = generate(run, model_folder, "--method", "suffix", "--option", f"store={tmp_path / 's'}")
+    assert done.code == 0, done.err
+    assert any((tmp_path / "s").rglob("*"))

@@ -220,4 +220,20 @@ HEADS = (
         "self.begun = 0.0",
         "tests/training/test_train_run.py::test_the_schedule_waits_for_the_first_measurement",
     ),
+    Fault(
+        "a_run_that_lost_its_checkpoints_is_overwritten",
+        "a finished head is lost without a word",
+        "draft_training/specdec_training/trainer.py",
+        'if last_measured_step(folder / "metrics.json") or not self._store.is_empty:',
+        "if False:",
+        "tests/training/test_train_command.py::test_a_run_without_its_checkpoints_is_not_overwritten",
+    ),
+    Fault(
+        "layers_are_looked_at_when_the_head_is_written",
+        "a run fails at its end for what was known at its start",
+        "draft_training/specdec_training/layers.py",
+        'check_layers(layers, count, "--aux-layers")',
+        "pass",
+        "tests/training/test_train_command.py::test_what_cannot_be_used_is_refused_before_anything_is_written",
+    ),
 )

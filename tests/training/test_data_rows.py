@@ -16,8 +16,9 @@ from specdec.errors import ConfigError
 from specdec_training import row_files
 from specdec_training.bad_rows import REASONS, BadRow, Tally
 from specdec_training.conversations import Row, parse_row
-from specdec_training.data_options import ReadOptions
+from specdec_training.data_options import DataPrepareOptions, ReadOptions
 from specdec_training.encoding import Encoder
+from specdec_training.prepare import prepare
 from specdec_training.row_files import Inputs
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -118,6 +119,20 @@ def test_too_many_bad_rows_stop_with_counts_and_first_examples() -> None:
 def test_an_input_without_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no rows"):
         Tally().check(1.0)
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "[]"], ids=repr)
+def test_files_without_rows_are_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"rows\.json has no rows"):
+        list(Inputs(DataPrepareOptions(input=(str(path),))).rows())
+    options = DataPrepareOptions(
+        input=(str(path),), output=tmp_path / "data", cache_dir=tmp_path / "cache"
+    )
+    for _ in range(2):  # what `datasets` caches of nothing must not change the answer
+        with pytest.raises(ConfigError, match=r"rows\.json has no rows"):
+            prepare(options)
 
 
 def test_formats_that_mean_the_same_are_the_same() -> None:

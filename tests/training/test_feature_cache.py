@@ -491,7 +491,7 @@ def test_the_command_records_the_bundled_toy(
     from specdec.commands.loading import load_model
 
     data, model = PreparedData.load(str(command.data)), load_model("demo", "auto", "cpu")
-    source = CachedFeatures(str(command.output), data.meta.data_hash, data.meta.target, (1, 2, 4))
+    source = CachedFeatures(str(command.output), data.meta.data_hash, data.meta.target, (0, 2, 4))
     online = OnlineFeatures(model, source.key.aux_layers)
     batch = collate([(0, 1), (5,)], data.examples, 64)
     assert away(source.features(batch).aux, online.features(batch).aux) < 1e-5
@@ -549,8 +549,8 @@ def test_the_command_names_a_wrong_option(command: DataFeaturesOptions) -> None:
         ({"data": None}, "--data is missing"),
         ({"output": None}, "--output is missing"),
         ({"shard_tokens": 0}, "--shard-tokens must be at least 1"),
-        ({"aux_layers": (6,)}, "different layers from -1 to 5, got 6"),
-        ({"aux_layers": (1, 1)}, "different layers"),
+        ({"aux_layers": (6,)}, "layers from -1, the embeddings, to 4 of .* 6 layers, got 6"),
+        ({"aux_layers": (1, 1)}, "--aux-layers must ascend"),
         ({"target_device_map": "disk"}, "must be auto, balanced or sequential, got 'disk'"),
         ({"data": Path("/nowhere")}, "there is no folder"),
     ):

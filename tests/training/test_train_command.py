@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def test_the_head_loads_and_is_in_bfloat16(trained: Path, data: Path) -> None:
     assert found.head.d2t is not None
     assert vocabulary.d2t is not None
     assert torch.equal(found.head.d2t, vocabulary.d2t)
-    assert found.head.config.aux_output_layers == (1, 2, 4)
+    assert found.head.config.aux_output_layers == (0, 2, 4)
 
 
 def test_a_finished_run_ends_at_once(trained: Path, data: Path) -> None:
@@ -117,7 +118,7 @@ def test_warm_start_on_other_data(trained: Path, data: Path, tmp_path: Path) -> 
 
 def test_recorded_features_train_like_the_target(data: Path, trained: Path, tmp_path: Path) -> None:
     write_features(
-        demo.load_target(), PreparedData.load(data), (1, 2, 4), tmp_path / "f", "float32"
+        demo.load_target(), PreparedData.load(data), (0, 2, 4), tmp_path / "f", "float32"
     )
     run = tmp_path / "run"
     assert run_train(options(data, run, features=tmp_path / "f", eval_every=0)) == 0
@@ -141,8 +142,47 @@ def test_refusals(data: Path, tmp_path: Path) -> None:
         run_train(options(data, tmp_path / "locked"))
     with pytest.raises(SpecdecError, match="no folder"):
         run_train(options(data, tmp_path / "run", target="./nowhere"))
-    with pytest.raises(ConfigError, match="aux_output_layers"):
-        run_train(options(data, tmp_path / "layers", aux_layers=(1, 1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"aux_layers": (1, 1, 2)}, "--aux-layers must ascend"),
+        ({"aux_layers": (4, 1)}, "--aux-layers must ascend"),
+        ({"aux_layers": (1, 5)}, "--aux-layers names the output of the last layer"),
+        ({"aux_layers": (99,)}, "--aux-layers takes .* to 4 of this target's 6 layers, got 99"),
+        ({"device": "nonsense"}, "--device nonsense cannot be used"),
+        ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
+        ({"device": "meta"}, "--device meta cannot be used"),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_written(
+    changes: dict[str, Any], named: str, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        run_train(options(data, tmp_path / "run", max_steps=0, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore::specdec_training.checkpoints.CheckpointWarning")
+@pytest.mark.parametrize("lost", ["damaged", "deleted"])
+def test_a_run_without_its_checkpoints_is_not_overwritten(
+    lost: str, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if lost == "damaged":
+            (checkpoint / "state.json").write_bytes(b"{}")
+        else:
+            shutil.rmtree(checkpoint)
+    before = {
+        p: p.read_bytes() for p in folder.rglob("*") if p.name in ("metrics.json", "log.jsonl")
+    }
+    with pytest.raises(ConfigError, match="no checkpoint of it can be used"):
+        run_train(options(data, folder))
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_a_head_has_the_shape_of_a_layer() -> None:

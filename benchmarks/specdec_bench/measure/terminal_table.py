@@ -169,8 +169,9 @@ def _notes(figures: SettingFigures, results: Results) -> list[tuple[str, str]]:
     if figures.noisy:
         clocks = " and ".join(figures.noisy)
         words = (
-            f"this machine is too noisy for small differences by {clocks} time: the same program "
-            "beside itself is off by the A/A row; measure more pairs, or on a quieter machine"
+            f"too noisy for small differences by {clocks} time: in the A/A row the same program "
+            "differs from itself by more than 2 %, or nobody can tell to within 5 %; measure "
+            "again with more --pairs or prompts, or on a quieter machine"
         )
         found.append((words, "warn"))
     for test in results.sampling:
