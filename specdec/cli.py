@@ -24,7 +24,10 @@ from typing import Annotated, Any, TextIO
 
 from specdec.errors import SpecdecError
 
-_DESCRIPTION = "Speculative decoding inside Hugging Face generate: same text, fewer forwards."
+_DESCRIPTION = (
+    "Speculative decoding inside Hugging Face generate: same text, fewer forwards. "
+    "`specdec --version` says which release this is."
+)
 _COMMANDS = {  # name -> its options, and what runs them
     "demo": ("specdec.options:DemoOptions", "specdec.demo.show:run_demo"),
     "generate": ("specdec.options:GenerateOptions", "specdec.commands.generate:run_generate"),

@@ -27,6 +27,7 @@ from specdec.heads.checkpoint import (
     read_head_config,
     save_head,
 )
+from specdec.heads.dialect_writing import unknown_flags
 from specdec.heads.head_tensors import EMBEDDINGS, LM_HEAD
 from specdec.heads.legacy import has_legacy_weights, legacy_tensors
 from specdec.heads.strict_files import LEGACY, StoredTensors, stored_tensors
@@ -104,6 +105,13 @@ def run_convert(options: ConvertOptions) -> int:
     read_head_config(options.destination)  # what was written is what loads
     engine = "" if options.engine == "any" else f" for {options.engine}"
     say(f"wrote {options.destination}: {options.to}{engine}, from {found.dialect}")
+    unknown = [] if engine else unknown_flags(loaded.head.config, options.to)
+    if unknown:
+        text = (
+            f"{', '.join(unknown)}: specdec reads this back, and --engine says whether an engine "
+            f"does; the trainer that {options.to} comes from does not, and would draft badly"
+        )
+        say(_paint(wrapped(text), _YELLOW, colour))
     return 0
 
 

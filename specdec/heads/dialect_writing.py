@@ -25,6 +25,14 @@ _LOADED_BY = {
     "vllm": ("specforge", "safeailab", "modelopt", "speculators"),
     "sglang": ("specforge", "modelopt"),
 }
+_UNKNOWN_TO = {  # what the trainers of a dialect do not read back, as docs/checkpoints.md lists it
+    "safeailab": ("norm_before_residual", "feed_post_norm", "sliding_window"),
+    "specforge": ("norm_before_residual", "feed_post_norm", "sliding_window"),
+    "modelopt": (
+        "norm_before_residual", "fc_norm", "norm_before_fc", "feed_post_norm", "sliding_window",
+    ),
+    "nemo": ("norm_before_residual", "norm_before_fc", "sliding_window"),
+}  # fmt: skip
 _SPECULATORS_VERSION = "0.9.0"
 _DEFAULT_DRAFT_TOKENS = 5  # a round, where an engine starts from the checkpoint alone
 
@@ -53,6 +61,11 @@ def checked_for(sidecar: Sidecar) -> None:
             f"{name} is {getattr(config, name)!r}, and {engine} {reason}: the head would draft "
             "badly without an error; export without an engine, or train without it"
         )
+
+
+def unknown_flags(config: Eagle3Config, dialect: str) -> list[str]:
+    """Flags of the head that a dialect's own trainer would not read, and so compute without."""
+    return [name for name in _UNKNOWN_TO.get(dialect, ()) if getattr(config, name)]
 
 
 def _vllm_lacks(sidecar: Sidecar) -> dict[str, str]:

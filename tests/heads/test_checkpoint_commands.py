@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,9 @@ def test_sglang_never_reads_other_embeddings(
     assert load_head(tmp_path / "b").head.owns_embeddings
 
 
-def test_a_corrected_flag_is_converted_with(tmp_path: Path) -> None:
+def test_a_corrected_flag_is_converted_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = foreign.foreign_head(tmp_path / "head", "modelopt", foreign.Variant(target=foreign.H))
     target = str(small_target(tmp_path / "target"))
     chosen = ("norm_before_residual=true", "aux_output_layers=[1,4,8]")
@@ -162,6 +165,10 @@ def test_a_corrected_flag_is_converted_with(tmp_path: Path) -> None:
     config = load_head(tmp_path / "out").head.config
     assert config.norm_before_residual
     assert config.aux_output_layers == (1, 4, 8)
+    warned = "norm_before_residual: specdec reads this back"
+    assert warned in capsys.readouterr().out
+    assert run_convert(replace(options, to="speculators", destination=tmp_path / "named")) == 0
+    assert warned not in capsys.readouterr().out  # that dialect has a field for it
 
 
 def test_a_legacy_head_is_converted_with_a_warning(
