@@ -13,7 +13,9 @@ import io
 import itertools
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
@@ -131,8 +133,8 @@ def _prepare_streams() -> None:
 
 def _explain(problem: BaseException) -> int:
     """Says what went wrong in one line, or nothing when the user stopped us; the exit code."""
-    if isinstance(problem, KeyboardInterrupt):
-        return _INTERRUPTED
+    if any(isinstance(found, KeyboardInterrupt) for found in _chain(problem)):
+        return _INTERRUPTED  # transformers makes an import error of one that ends an import
     if isinstance(problem, BrokenPipeError):
         _silence(sys.stdout)
         return _BROKEN_PIPE
@@ -153,6 +155,13 @@ def _explain(problem: BaseException) -> int:
     return _fail(text, _BUG)
 
 
+def _chain(problem: BaseException | None) -> Iterator[BaseException]:
+    """The exception and those that led to it."""
+    while problem is not None:
+        yield problem
+        problem = problem.__cause__ or problem.__context__
+
+
 def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         from specdec import __version__
@@ -169,8 +178,27 @@ def _run(arguments: list[str]) -> int:
         return code
     check_ranges(options)
     runs = {_load(kind): run for kind, run in known.values() if run}
-    run: Callable[[Any], int] = _load(runs[type(options)])
+    with _interrupts_end_the_process():
+        run: Callable[[Any], int] = _load(runs[type(options)])
     return run(options)
+
+
+@contextlib.contextmanager
+def _interrupts_end_the_process() -> Iterator[None]:
+    """Ctrl-C ends the process as the system would, without an exception.
+
+    For imports, which take seconds and have nothing to clean up: an exception from within is
+    swallowed by some libraries, and aborts others with a message of their own.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _load(place: str) -> Any:

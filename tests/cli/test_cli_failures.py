@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -268,6 +269,31 @@ def test_ctrl_c_during_imports(module: str, run: Run, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "meta_path", [Interrupt(), *sys.meta_path])
     stopped = run("doctor")
     assert (stopped.code, stopped.out, stopped.err) == (130, "", "")
+
+
+_SWALLOWING = """
+import os, signal, sys, time
+from specdec.cli import main
+
+class Swallow:
+    def find_spec(self, name, *_):
+        if name == "specdec.commands.doctor":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+            except KeyboardInterrupt:
+                raise ModuleNotFoundError("are your requirements defined correctly?") from None
+
+sys.meta_path.insert(0, Swallow())
+sys.exit(main(["doctor"]))
+"""
+
+
+def test_ctrl_c_that_a_library_swallows() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _SWALLOWING], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_ranges_hold_for_the_defaults() -> None:
