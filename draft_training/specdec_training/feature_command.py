@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from specdec import demo
 from specdec.atomic_files import size_text
-from specdec.commands.loading import TOY, load_model, sentence
+from specdec.commands.loading import TOY, load_model
 from specdec.errors import ConfigError, SpecdecError
 from specdec.terminal import facts, say
 from specdec_training.data_target import open_target
@@ -50,27 +49,10 @@ def run_features(options: DataFeaturesOptions) -> int:
         raise ConfigError(f"--data was prepared for another target: {'; '.join(different)}")
     layers = chosen_layers(options.aux_layers, target.config)
     _check_size(options, prepared, target.config, layers, out)
-    write_features(_load(options), prepared, layers, out, options.keep_as, options.shard_tokens)
+    model = load_model(options.target, options.dtype, options.device, options.target_device_map)
+    write_features(model, prepared, layers, out, options.keep_as, options.shard_tokens)
     say(f"features: {out}, {size_text(_present(out))}")
     return 0
-
-
-def _load(options: DataFeaturesOptions) -> Any:
-    """The target, on one device or spread over all."""
-    if options.target_device_map is None:
-        return load_model(options.target, options.dtype, options.device)
-    import transformers
-
-    source = str(demo.target_path()) if options.target == TOY else options.target
-    try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=options.dtype,
-            device_map=options.target_device_map,
-            trust_remote_code=False,
-        )
-    except Exception as problem:  # any failure to read foreign files means that they are wrong
-        raise SpecdecError(f"cannot load {options.target!r}: {sentence(problem)}") from problem
 
 
 def _check_size(

@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from specdec import demo
 from specdec.atomic_files import make_folder, replace_file, to_json
 from specdec.commands.loading import (
-    TOY,
     load_config,
     load_model,
     load_tokenizer,
@@ -93,7 +91,9 @@ def run_train(options: TrainOptions) -> int:
 
 def _run(options: TrainOptions, accelerator: Any, folder: Path) -> RunResult:
     data = PreparedData.load(options.data)  # type: ignore[arg-type]
-    target, tokenizer = _load_target(options, accelerator.device)
+    device = str(accelerator.device)
+    target = load_model(options.target, options.dtype, device, options.target_device_map)
+    tokenizer = load_tokenizer(options.target)
     fingerprint = TargetFingerprint.of(target.config, tokenizer)
     different = data.meta.target.differences(fingerprint)
     if different:
@@ -163,24 +163,6 @@ def _bf16_is_faster(kind: str) -> bool:
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     return kind == "cpu" and has_bf16_products()
-
-
-def _load_target(options: TrainOptions, device: torch.device) -> tuple[Any, Any]:
-    """(target, tokenizer)."""
-    tokenizer = load_tokenizer(options.target)
-    if options.target_device_map is None:
-        return load_model(options.target, options.dtype, str(device)), tokenizer
-    import transformers
-
-    source = demo.target_path() if options.target == TOY else options.target
-    try:
-        target = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=options.dtype, device_map=options.target_device_map,
-            trust_remote_code=False,
-        )  # fmt: skip
-    except Exception as problem:  # any failure to read foreign files means that they are wrong
-        raise SpecdecError(f"cannot load {options.target!r}: {sentence(problem)}") from problem
-    return target.eval(), tokenizer
 
 
 def _longest(options: TrainOptions, target: Any) -> int:

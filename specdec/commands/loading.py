@@ -47,21 +47,28 @@ def load_config(name: str | None) -> Any:
     return _read_config(*_locate(name))
 
 
-def load_model(name: str | None, dtype: str, device: str) -> Any:
+def load_model(name: str | None, dtype: str, device: str, device_map: str | None = None) -> Any:
     """The model in evaluation mode on its device; None or "demo" is the bundled toy.
+
+    Args:
+        name: Folder or hub id.
+        dtype: As torch names it, or "auto".
+        device: For the whole model.
+        device_map: How Accelerate is to spread it over all devices instead; None does not.
 
     Raises:
         SpecdecError: As `check_model`; or the device or the weights cannot be used.
     """
-    where, (source, local) = pick_device(device), _locate(name)
+    source, local = _locate(name)
     config = _read_config(source, local)
     if name in (None, TOY) and dtype == "auto":
         dtype = "float32"  # where identical text is a promise; the file holds bfloat16
+    where = pick_device(device) if device_map is None else None
     with _loading(source, local) as how:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, **how
+            source, config=config, dtype=dtype, device_map=device_map, **how
         )
-        return model.eval().to(where)
+        return model.eval() if where is None else model.eval().to(where)
 
 
 def load_tokenizer(name: str | None) -> Any:

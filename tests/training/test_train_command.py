@@ -129,6 +129,16 @@ def test_recorded_features_train_like_the_target(data: Path, trained: Path, tmp_
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+def test_a_target_that_accelerate_spreads_trains_alike(data: Path, tmp_path: Path) -> None:
+    losses = []
+    for device_map in (None, "auto"):
+        folder = tmp_path / str(device_map)
+        run = options(data, folder, steps=2, eval_every=0, target_device_map=device_map)
+        assert run_train(run) == 0
+        losses.append([json.loads(x)["loss"] for x in (folder / "log.jsonl").open()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_dry_run_writes_no_head(data: Path, tmp_path: Path) -> None:
     assert run_train(options(data, tmp_path, max_steps=0)) == 0
     assert not (tmp_path / "head").exists()
