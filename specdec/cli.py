@@ -156,8 +156,10 @@ def _explain(problem: BaseException) -> int:
 
 
 def _chain(problem: BaseException | None) -> Iterator[BaseException]:
-    """The exception and those that led to it."""
-    while problem is not None:
+    """The exception and those that led to it; `raise ... from` can close the chain to a ring."""
+    seen: set[int] = set()
+    while problem is not None and id(problem) not in seen:
+        seen.add(id(problem))
         yield problem
         problem = problem.__cause__ or problem.__context__
 

@@ -33,8 +33,10 @@ def run_features(options: DataFeaturesOptions) -> int:
         raise ConfigError(
             f"--{'data' if options.data is None else 'output'} is missing; give a folder"
         )
-    if options.shard_tokens < 1:
-        raise ConfigError(f"--shard-tokens must be at least 1, got {options.shard_tokens}")
+    for name in ("shard_tokens", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if options.target_device_map not in (None, "auto", "balanced", "sequential"):
         raise ConfigError(
             "--target-device-map must be auto, balanced or sequential, got "

@@ -113,6 +113,7 @@ def encoded_rows(inputs: Inputs, encoder: Encoder, options: DataPrepareOptions) 
     read = _hash("rows", inputs.hash(), options.as_chat)
     cache = None if options.cache_dir is None else str(options.cache_dir.expanduser())
     text = datasets.Value("string")
+    next(inputs.rows())  # refuses an input without rows, on which `datasets` fails
     try:
         rows = datasets.Dataset.from_generator(
             _columns,
@@ -145,6 +146,11 @@ def encoded_rows(inputs: Inputs, encoder: Encoder, options: DataPrepareOptions) 
         if isinstance(cause, SpecdecError):
             raise cause from None
         raise
+    except OSError as problem:
+        raise ConfigError(
+            f"cannot use the folder for cached rows, {str(cache or 'the default')!r}: {problem}; "
+            "name another with --cache-dir"
+        ) from problem
 
 
 def count_rows(table: Any) -> Tally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -31,10 +32,16 @@ class StepLog:
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
-        self._stream = path.open("ab")
-        if self._stream.tell() > size:
-            self._stream.truncate(size)
-            self._stream.seek(size)
+        self._stream = path.open("a+b")
+        if self._stream.tell() < size:  # it has lost its end, perhaps in the middle of a line
+            self._stream.seek(0)
+            size = self._stream.read().rfind(b"\n") + 1
+            warnings.warn(
+                f"{path} is shorter than when the checkpoint was written; steps are missing in it",
+                stacklevel=2,
+            )
+        self._stream.truncate(size)
+        self._stream.seek(size)
 
     @property
     def size(self) -> int:
@@ -65,11 +72,11 @@ class Progress:
     """
 
     def __init__(self, total: int | None, done: int, leads: bool, events: Path | None) -> None:
+        self._writer = _writer(events) if events is not None and leads else None
         self._bar = tqdm(
             total=total, initial=done, disable=not leads, desc="training", unit="step",
             dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10.0,
         )  # fmt: skip
-        self._writer = _writer(events) if events is not None and leads else None
 
     def __enter__(self) -> Progress:
         return self
@@ -150,15 +157,6 @@ def write_metrics(path: Path, history: Sequence[Acceptance], baselines: Mapping[
         ],
     }
     replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def last_measured_step(path: Path) -> int:
-    """Step of the last measurement in a `metrics.json`; 0 where there is no such file."""
-    try:
-        history = json.loads(path.read_bytes())["history"]
-        return max((int(found["step"]) for found in history), default=0)
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0  # none, or not ours
 
 
 def summary(history: Sequence[Acceptance], baselines: Mapping[str, Any], colour: bool) -> list[str]:

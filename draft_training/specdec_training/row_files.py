@@ -227,7 +227,10 @@ def _in_folder(path: Path) -> list[Any]:
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
         import datasets
 
-        return [_Table(path.name, datasets.load_from_disk(str(path)))]
+        try:
+            return [_Table(path.name, datasets.load_from_disk(str(path)))]
+        except Exception as problem:  # any failure to read foreign files means that they are wrong
+            raise ConfigError(f"cannot load --input {str(path)!r}: {shown(problem)}") from problem
     files = sorted(
         found
         for found in path.rglob("*")

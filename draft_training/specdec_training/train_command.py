@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from specdec.atomic_files import make_folder, replace_file, to_json
+from specdec.atomic_files import make_folder
 from specdec.commands.loading import (
     load_config,
     load_model,
@@ -35,6 +35,7 @@ from specdec_training.online import OnlineFeatures
 from specdec_training.prepared import PreparedData
 from specdec_training.progress import summary
 from specdec_training.provenance import provenance
+from specdec_training.run_folder import check_run_folder
 from specdec_training.run_lock import RunLock
 from specdec_training.stepping import deepspeed_plugin
 from specdec_training.target_output import weights_hash
@@ -61,6 +62,7 @@ def run_train(options: TrainOptions) -> int:
     if options.output is None or options.data is None:
         raise ConfigError("--data and --output are missing")
     folder = options.output.expanduser()
+    check_run_folder(folder)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     chosen_layers(options.aux_layers, load_config(options.target))
@@ -78,8 +80,8 @@ def run_train(options: TrainOptions) -> int:
     except BrokenPipeError:
         raise
     except OSError as problem:
-        reason = problem.strerror or problem
-        raise SpecdecError(f"cannot write in {str(folder)!r}: {reason}") from problem
+        reason, place = problem.strerror or problem, problem.filename or folder
+        raise SpecdecError(f"cannot write {str(place)!r}: {reason}") from problem
     finally:
         if lock is not None:
             lock.__exit__(None, None, None)
@@ -105,9 +107,6 @@ def _run(options: TrainOptions, accelerator: Any, folder: Path) -> RunResult:
     sampler = RowSampler(Sizes.of(data.examples, longest), longest, options.seed)
     facts = {"data": data.meta.data_hash, "vocabulary": data.meta.vocab_hash,
              "target": fingerprint.to_dict()}  # fmt: skip
-    if accelerator.is_main_process:
-        found = provenance(options, data.meta.data_hash, fingerprint)
-        replace_file(folder / "provenance.json", to_json(found, "provenance") + b"\n")
     parts = RunParts(
         head=head,
         source=_source(options, target, head, data, fingerprint),
@@ -119,6 +118,7 @@ def _run(options: TrainOptions, accelerator: Any, folder: Path) -> RunResult:
         folder=folder,
         save_head=_saver(head, folder / "head", target, fingerprint),
         facts=facts,
+        provenance=provenance(options, data.meta.data_hash, fingerprint),
     )
     return Trainer(parts, options).run()
 

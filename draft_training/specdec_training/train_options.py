@@ -19,9 +19,19 @@ _N = tyro.conf.arg(metavar="N")
 _X = tyro.conf.arg(metavar="X")
 
 FREE_ON_RESUME = frozenset(
-    {"output", "keep", "log_every", "tensorboard", "no_colour", "threads", "max_bad_steps"}
+    {
+        "output",
+        "keep",
+        "log_every",
+        "tensorboard",
+        "no_colour",
+        "threads",
+        "max_bad_steps",
+        "max_steps",
+        "patience",
+    }
 )
-"""Options that a resumed run may change: they do not touch what is computed."""
+"""Options that a resumed run may change: they do not touch what a step computes."""
 
 
 _TOY_WIDTH, _WIDE = 1024, 2048  # hidden sizes
@@ -192,6 +202,11 @@ _LEAST = {
 }  # fmt: skip
 _SHARES = ("warmup", "final_lr", "step_decay")
 _POSITIVE = ("lr", "clip", "minutes")
+_MOST = {"depth": 4095, "top_k": 4095, "nodes": 4095, "ttt_steps": 64}
+_MOST_NOISE = 100.0
+_SHAPE = (
+    "intermediate_size", "aux_layers", "fc_norm", "feed_post_norm", "norm_before_residual",
+)  # fmt: skip
 
 
 def check_train_options(options: TrainOptions) -> None:
@@ -209,6 +224,11 @@ def check_train_options(options: TrainOptions) -> None:
         value = getattr(options, field.name)
         if value is not None:
             _check_value(field.name, "--" + field.name.replace("_", "-"), value)
+    named = [name for name in _SHAPE if getattr(options, name)]
+    if options.init_from is not None and named:
+        raise ConfigError(
+            f"--init-from brings the shape of the head; leave out --{named[0].replace('_', '-')}"
+        )
     if any(not 0 <= beta < 1 for beta in options.betas):
         raise ConfigError(f"--betas must be two numbers from 0 to below 1, got {options.betas}")
     if options.target_device_map not in (None, "auto", "balanced", "sequential"):
@@ -220,11 +240,14 @@ def check_train_options(options: TrainOptions) -> None:
 
 def _check_value(name: str, flag: str, value: Any) -> None:
     least = _LEAST.get(name)
-    if least is not None and not least <= value < 2**31:
-        raise ConfigError(f"{flag} must be from {least} to {2**31 - 1}, got {value}")
+    most = _MOST.get(name, 2**31 - 1)
+    if least is not None and not least <= value <= most:
+        raise ConfigError(f"{flag} must be from {least} to {most}, got {value}")
     if name in _SHARES and not 0 <= value <= 1:
         raise ConfigError(f"{flag} must be from 0 to 1, got {value}")
     if name in _POSITIVE and not 0 < value < float("inf"):
-        raise ConfigError(f"{flag} must be above 0, got {value}")
-    if name in ("noise", "weight_decay") and not 0 <= value < float("inf"):
-        raise ConfigError(f"{flag} must be at least 0, got {value}")
+        raise ConfigError(f"{flag} must be above 0 and finite, got {value}")
+    if name == "noise" and not 0 <= value <= _MOST_NOISE:
+        raise ConfigError(f"{flag} must be from 0 to {_MOST_NOISE:.0f}, got {value}")
+    if name == "weight_decay" and not 0 <= value < float("inf"):
+        raise ConfigError(f"{flag} must be at least 0 and finite, got {value}")

@@ -7,29 +7,22 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specdec.atomic_files import replace_file, to_json
 from specdec.errors import ConfigError
 from specdec.heads.eagle3 import Eagle3Head
 from specdec_training.batches import AnyExample, RowSampler, collate, own_batches
 from specdec_training.checkpoints import Checkpoint, CheckpointStore
 from specdec_training.contracts import FeatureSource, TokenBatch
 from specdec_training.evaluate import Acceptance, AcceptanceMeter, Selection
-from specdec_training.optim import (
-    Guard,
-    lr_factor,
-    make_optimizer,
-)
-from specdec_training.progress import (
-    Progress,
-    StepLog,
-    last_measured_step,
-    memory_gb,
-    write_metrics,
-)
+from specdec_training.optim import Guard, lr_factor, make_optimizer
+from specdec_training.progress import Progress, StepLog, memory_gb, write_metrics
+from specdec_training.run_folder import refuse_lost_run
 from specdec_training.run_state import Clock, StopSignals, random_state, restore_random_state
 from specdec_training.teaching import StepNumbers, Teaching
 from specdec_training.train_options import TrainOptions, resolved
@@ -56,6 +49,7 @@ class RunParts:
         folder: Of the run.
         save_head: Writes the head to its folder; called when it is the best so far.
         facts: Of data and target; a checkpoint of others is refused.
+        provenance: What is written down of where the head comes from.
     """
 
     head: Eagle3Head
@@ -68,6 +62,7 @@ class RunParts:
     folder: Path
     save_head: Callable[[Acceptance | None], None]
     facts: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,11 +132,16 @@ class Trainer:
                 lost its checkpoints.
             SpecdecError: Too many steps in a row were not finite, or a file cannot be written.
         """
-        found = self._store.latest()
-        size = self._refuse_lost() if found is None else self._resume(found)
+        folder, found = self.parts.folder, self._store.latest()
+        if found is None:
+            refuse_lost_run(folder, damaged=not self._store.is_empty)
+        size = 0 if found is None else self._resume(found)
         if self._leads:
-            self._log = StepLog(self.parts.folder / "log.jsonl", size)
-        events = self.parts.folder / "tensorboard" if self.options.tensorboard else None
+            content = to_json(self.parts.provenance, "provenance")
+            replace_file(folder / "provenance.json", content + b"\n")
+            self._log = StepLog(folder / "log.jsonl", size)
+            self._replace_lost_head()
+        events = folder / "tensorboard" if self.options.tensorboard else None
         try:
             with (
                 StopSignals() as signals,
@@ -153,7 +153,7 @@ class Trainer:
                 self._log.close()
 
     def _loop(self, signals: StopSignals, progress: Progress) -> RunResult:
-        reason = self._finished()
+        reason = self._finished() or ("early" if self.step and self._selection.is_over else "")
         if self.step:
             progress.note(f"going on from the checkpoint of step {self.step}")
         if self.step == 0 and self.options.max_steps == 0:
@@ -348,19 +348,28 @@ class Trainer:
         self._saved_at = self.step
         self._accelerator.wait_for_everyone()
 
-    def _refuse_lost(self) -> int:
-        """Nothing of the log is kept, unless that would overwrite what cannot be made again."""
-        folder = self.parts.folder
-        if last_measured_step(folder / "metrics.json") or not self._store.is_empty:
-            raise ConfigError(
-                f"{folder} holds a run, and no checkpoint of it can be used; restore one, choose "
-                "another --output, or delete the folder to start again"
+    def _replace_lost_head(self) -> None:
+        """A measured head that is gone was better than what is here, and cannot be made again."""
+        best, folder = self._selection.best, self.parts.folder / "head"
+        if best is not None and not folder.is_dir():
+            warnings.warn(
+                f"{folder}, the head of step {best.step}, is gone; it is now that of step "
+                f"{self.step}",
+                stacklevel=2,
             )
-        return 0
+            self.parts.save_head(best if best.step == self.step else None)
 
     def _resume(self, found: Checkpoint) -> int:
         """Goes back to a checkpoint; the bytes of the log that belong to it."""
-        state = found.state
+        try:
+            return self._take_up(found, found.state)
+        except (KeyError, TypeError, AttributeError) as problem:
+            raise ConfigError(
+                f"{found.folder} does not hold what this release saves: {type(problem).__name__} "
+                f"{problem}; choose another --output"
+            ) from problem
+
+    def _take_up(self, found: Checkpoint, state: dict[str, Any]) -> int:
         differing = self.options.differences(state["options"])
         for name, value in {**self.parts.facts, "processes": self._teaching.processes}.items():
             before = state["processes"] if name == "processes" else state["facts"].get(name)

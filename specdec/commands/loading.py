@@ -115,9 +115,14 @@ def pick_device(name: str) -> torch.device:
     """The device to run on; `auto` takes CUDA where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    built = torch.accelerator.current_accelerator()
+    known = ["cpu"] if built is None else ["cpu", built.type]
     try:
-        torch.zeros(1, device=name)
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type not in known:
+            raise RuntimeError(f"this torch computes on {' and '.join(known)}")
+        torch.zeros(1, device=device)
+        return device
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as problem:
         raise ConfigError(f"--device {name} cannot be used: {sentence(problem)}") from problem
 
@@ -224,22 +229,22 @@ def _locate(name: str | None) -> tuple[str, bool]:
     if name is None or name == TOY:
         return str(demo.target_path()), True
     if not name:
-        raise SpecdecError("--model is empty; it takes a folder or a hub id")
+        raise SpecdecError("the model's name is empty; give a folder or a hub id")
     try:
         path = Path(name).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
         holds_model = is_folder and (path / "config.json").is_file()
     except (OSError, RuntimeError, ValueError) as problem:  # RuntimeError: no such user after ~
         reason = getattr(problem, "strerror", None) or problem
-        raise SpecdecError(f"cannot look for --model {name!r}: {reason}") from problem
+        raise SpecdecError(f"cannot look for the model {name!r}: {reason}") from problem
     if is_folder:
         if not holds_model:
             raise SpecdecError(f"{name!r} holds no model: there is no config.json in it")
         return str(path), True
     if exists:
-        raise SpecdecError(f"{name!r} is a file; --model takes the model's folder or a hub id")
+        raise SpecdecError(f"{name!r} is a file; give the model's folder or a hub id")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-        raise SpecdecError(f"there is no folder {name!r}; --model takes a folder or a hub id")
+        raise SpecdecError(f"there is no folder {name!r}; give the model's folder or a hub id")
     return name, False
 
 

@@ -150,6 +150,7 @@ def test_every_public_name_is_there() -> None:
         assert getattr(specdec, name) is not None
         assert name in dir(specdec)
     assert specdec.augment is augment
+    assert specdec.errors.ConfigError is ConfigError  # its modules, too, without an import
     with pytest.raises(AttributeError, match="no attribute 'augmant'"):
         _ = specdec.augmant
 
@@ -375,7 +376,7 @@ BAD_INPUT = [
     ((*PROMPT, "--device", "nonsense"), "--device nonsense cannot be used"),
     (("generate", "--model", "MODEL", "--prompt", "a" * 192), "the prompt is too long: it has 192"),
     (("generate", "--prompt", "x", "--model", "/no/such/folder"), "there is no folder '/no/such"),
-    (("generate", "--prompt", "x", "--model", ""), "--model is empty"),
+    (("generate", "--prompt", "x", "--model", ""), "the model's name is empty"),
     (("generate", "--prompt", "x", "--model", __file__), "is a file"),
     (("generate", "--prompt", "x", "--model", "EMPTY"), "there is no config.json in it"),
     (("generate", "--prompt", "x", "--model", "BERT"), "is not a causal language model (Bert"),

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from specdec.errors import ConfigError
 from specdec.options import DemoOptions, DoctorOptions, GenerateOptions, check_ranges
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,7 @@ def assert_one_line(failed: SimpleNamespace, message: str) -> None:
         (("generate", "--file", LONG), "File name too long"),
         (("generate", "--prompt", "x", "--model", LONG), "File name too long"),
         (("doctor", "--model", "/" + LONG), "File name too long"),
-        (("doctor", "--model", "~nosuchuser/x"), "cannot look for --model '~nosuchuser/x'"),
+        (("doctor", "--model", "~nosuchuser/x"), "cannot look for the model '~nosuchuser/x'"),
         (("doctor", "--model", "a\udcff"), "cannot load"),
         ((LONG,), "choose one of demo"),
         (("demo", "--seed", "9" * 20), "--seed must be at most 18446744073709551615"),
@@ -294,6 +295,21 @@ def test_ctrl_c_that_a_library_swallows() -> None:
         [sys.executable, "-c", _SWALLOWING], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_an_error_that_leads_to_itself(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a library wraps our error in its own, and we take ours out again."""
+
+    def fail(_: object) -> int:
+        ours = ConfigError("no rows")
+        try:
+            raise ValueError("theirs") from ours
+        except ValueError:
+            raise ours from None
+
+    monkeypatch.setattr("specdec.commands.doctor.run_doctor", fail)
+    failed = run("doctor")
+    assert (failed.code, failed.err) == (2, "specdec: error: no rows\n")
 
 
 def test_ranges_hold_for_the_defaults() -> None:

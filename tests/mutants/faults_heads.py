@@ -224,8 +224,8 @@ HEADS = (
         "a_run_that_lost_its_checkpoints_is_overwritten",
         "a finished head is lost without a word",
         "draft_training/specdec_training/trainer.py",
-        'if last_measured_step(folder / "metrics.json") or not self._store.is_empty:',
-        "if False:",
+        "refuse_lost_run(folder, damaged=not self._store.is_empty)",
+        "pass",
         "tests/training/test_train_command.py::test_a_run_without_its_checkpoints_is_not_overwritten",
     ),
     Fault(

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from specdec import demo
 from specdec.errors import ConfigError, SpecdecError
 from specdec.heads.checkpoint import load_head
+from specdec_training.checkpoints import CheckpointStore
 from specdec_training.data_options import DataPrepareOptions
 from specdec_training.feature_writer import write_features
 from specdec_training.prepare import prepare
@@ -176,7 +177,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(
 
 
 @pytest.mark.filterwarnings("ignore::specdec_training.checkpoints.CheckpointWarning")
-@pytest.mark.parametrize("lost", ["damaged", "deleted"])
+@pytest.mark.parametrize("lost", ["damaged", "deleted", "and no metrics", "and bad metrics"])
 def test_a_run_without_its_checkpoints_is_not_overwritten(
     lost: str, data: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -187,12 +188,74 @@ def test_a_run_without_its_checkpoints_is_not_overwritten(
             (checkpoint / "state.json").write_bytes(b"{}")
         else:
             shutil.rmtree(checkpoint)
-    before = {
-        p: p.read_bytes() for p in folder.rglob("*") if p.name in ("metrics.json", "log.jsonl")
-    }
+    if lost == "and no metrics":
+        (folder / "metrics.json").unlink()
+    elif lost == "and bad metrics":
+        (folder / "metrics.json").write_text('{"history": [{"step": 1e999}]}')
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match="no checkpoint of it can be used"):
         run_train(options(data, folder))
+    del before[folder / "run.lock"]
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_run_without_measurements_is_not_overwritten_either(data: Path, tmp_path: Path) -> None:
+    assert run_train(options(data, tmp_path / "run", steps=2, eval_every=0)) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(ConfigError, match="no checkpoint of it can be used"):
+        run_train(options(data, tmp_path / "run", steps=2, eval_every=0))
+
+
+def test_a_run_that_was_killed_at_once_may_start_again(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text('{"step": 1, "losses": [9.2]}\n{"ste')
+    assert run_train(options(data, folder, steps=2, eval_every=0)) == 0
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_refused_call_leaves_the_provenance(data: Path, trained: Path) -> None:
+    before = (trained / "provenance.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"--lr: .* before, 1e-05 now"):
+        run_train(options(data, trained, lr=1e-5))
+    assert (trained / "provenance.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["file", "data", "notes", "here"])
+def test_an_output_that_holds_something_else_is_refused(
+    kind: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / kind
+    if kind == "file":
+        output.write_text("x")
+    elif kind == "data":
+        shutil.copytree(data, output)
+    else:
+        output.mkdir()
+        (output / "log.jsonl").write_text("my own notes")
+    if kind == "here":
+        monkeypatch.chdir(output)
+        output = Path()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"--output|not the log of a run"):
+        run_train(options(data, output))
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_lost_head_is_replaced_with_a_word(data: Path, trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    shutil.rmtree(folder / "head")
+    with pytest.warns(UserWarning, match="the head of step .* is gone"):
+        assert run_train(options(data, folder)) == 0
+    assert load_head(folder / "head").head is not None
+
+
+def test_a_checkpoint_of_another_release_is_named(data: Path, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    store.save(3, {"head": {"w": torch.zeros(1)}}, {"options": {}})
+    with pytest.raises(ConfigError, match="does not hold what this release saves"):
+        run_train(options(data, tmp_path / "run"))
 
 
 def test_a_head_has_the_shape_of_a_layer() -> None:

@@ -70,7 +70,7 @@ def test_options_import_nothing_heavy() -> None:
         ({"lr": 0.0}, "--lr must be above 0"),
         ({"lr": float("nan")}, "--lr must be above 0"),
         ({"warmup": 1.5}, "--warmup must be from 0 to 1"),
-        ({"noise": -1.0}, "--noise must be at least 0"),
+        ({"noise": -1.0}, "--noise must be from 0 to 100"),
         ({"betas": (0.9, 1.0)}, "--betas"),
         ({"batch_rows": 0}, "--batch-rows"),
         ({"target_device_map": "cuda:7"}, "--target-device-map"),
@@ -163,6 +163,12 @@ def test_log_is_cut_where_the_checkpoint_stood(tmp_path: Path) -> None:
     with path.open("ab") as stream:
         stream.write(b'{"half')
     log = StepLog(path, size)
+    log.write({"step": 3})
+    log.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+    path.write_bytes(b'{"step": 1}\n{"st')  # the disk was full
+    with pytest.warns(UserWarning, match="shorter than when the checkpoint was written"):
+        log = StepLog(path, 24)
     log.write({"step": 3})
     log.close()
     assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
