@@ -153,13 +153,14 @@ class Trainer:
                 self._log.close()
 
     def _loop(self, signals: StopSignals, progress: Progress) -> RunResult:
-        reason = self._finished() or ("early" if self.step and self._selection.is_over else "")
+        reason, over = self._finished(), self.step > 0 and self._selection.is_over
         if self.step:
             progress.note(f"going on from the checkpoint of step {self.step}")
         if self.step == 0 and self.options.max_steps == 0:
             self._dry_run()
             return self._result("everything was checked and nothing trained", None)
         self._measure_if_due(progress, at_end=bool(reason))  # a signal may have come before it
+        reason = reason or ("early" if over else "")  # an earlier session ended so
         while not reason:
             begin = time.perf_counter()
             record, reason = self._one_step(signals)

@@ -74,6 +74,9 @@ def test_options_import_nothing_heavy() -> None:
         ({"betas": (0.9, 1.0)}, "--betas"),
         ({"batch_rows": 0}, "--batch-rows"),
         ({"target_device_map": "cuda:7"}, "--target-device-map"),
+        ({"depth": 100_000}, "--depth must be from 1 to 4095"),
+        ({"lr": float("inf")}, "--lr must be above 0 and finite"),
+        ({"init_from": "head", "aux_layers": (1, 2)}, "leave out --aux-layers"),
     ],
 )
 def test_impossible_values_are_refused_by_name(changes: dict[str, Any], named: str) -> None:

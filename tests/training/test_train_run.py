@@ -274,6 +274,13 @@ def test_the_best_head_is_kept_and_patience_ends_the_run(tmp_path: Path) -> None
     assert metrics["acceptance_length"]["tree_t0"] == 1.4
     assert metrics["step"] == 3
     assert len(metrics["history"]) == 4
+    (tmp_path / "head").mkdir()  # which `Saved` only counts
+    again = train(tmp_path, make_parts(tmp_path, meter=meter), eval_every=3, patience=2)
+    assert (again.steps, again.reason) == (found.steps, found.reason)
+    more = train(
+        tmp_path, make_parts(tmp_path, meter=meter), eval_every=3, patience=3, max_steps=12
+    )
+    assert (more.steps, more.reason) == (12, "--max-steps 12")
 
 
 def test_selection_survives_its_state() -> None:
