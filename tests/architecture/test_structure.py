@@ -24,7 +24,7 @@ LAYERS = (
     | {"prompt_target", "prompt_check"},
     {"loop"},
     {"drafters", "heads", "tuning", "tuned_file"},
-    {"augment", "hf_generate", "hf_call", "hf_fallback", "hf_outputs"},
+    {"augmentation", "hf_generate", "hf_call", "hf_fallback", "hf_outputs"},
     {"demo", "commands"},
     {"cli"},
 )
