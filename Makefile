@@ -57,21 +57,33 @@ docs: .venv/.docs ## build the documentation into site/
 demo-target: .venv/.base ## train the bundled model again from scratch
 	$(BIN)/python -m specdec.demo.build_target
 
-demo-head: .venv/.train ## train the bundled head again, longer than train-demo does, in two parts
+demo-head: .venv/.train ## train the bundled head again, longer than train-demo does, in three parts
+	$(TEST_ENV) $(BIN)/specdec data regenerate --input demo --limit 2800 --min-lines 2 --max-lines 10 \
+		--max-new-tokens 256 --drop-loops --batch-size 48 --output runs/bundled-data/answers.jsonl
+	$(TEST_ENV) $(BIN)/specdec data prepare --input runs/bundled-data/answers.jsonl --draft-vocab 1920 \
+		--max-length 512 --held-out 24 --held-out-input demo-held-out --min-lines 4 --max-lines 12 \
+		--output runs/bundled-data/prepared --overwrite
+	$(TEST_ENV) $(BIN)/specdec train --data runs/bundled-data/prepared --output runs/bundled-head \
+		--aux-layers 1 --aux-layers 2 --aux-layers 4 --steps 6000 --eval-every 1000 --eval-prompts 12 \
+		--patience 0 --fc-norm --feed-post-norm --threads 1
 	$(TEST_ENV) $(BIN)/specdec data regenerate --input demo --limit 4600 --min-lines 1 --max-lines 12 \
-		--max-new-tokens 256 --drop-loops --batch-size 48 --output runs/bundled-data/sampled.jsonl
+		--max-new-tokens 256 --drop-loops --batch-size 48 --output runs/bundled-data/more.jsonl
+	$(TEST_ENV) $(BIN)/specdec data prepare --input runs/bundled-data/more.jsonl \
+		--draft-vocab-of runs/bundled-head/head --max-length 512 \
+		--held-out 24 --held-out-input demo-held-out --min-lines 4 --max-lines 12 \
+		--output runs/bundled-data/prepared-more --overwrite
+	$(TEST_ENV) $(BIN)/specdec train --data runs/bundled-data/prepared-more --output runs/bundled-head-more \
+		--init-from runs/bundled-head/head --steps 5600 --lr 0.0018 --eval-prompts 24 --patience 0 --threads 1
 	$(TEST_ENV) $(BIN)/specdec data regenerate --input demo --limit 2800 --seed 1 --min-lines 1 --max-lines 16 \
 		--max-new-tokens 224 --temperature 0 --drop-loops --batch-size 48 --output runs/bundled-data/greedy.jsonl
-	$(TEST_ENV) $(BIN)/specdec data prepare --input runs/bundled-data/sampled.jsonl \
-		--input runs/bundled-data/greedy.jsonl --draft-vocab 1920 --max-length 512 \
+	$(TEST_ENV) $(BIN)/specdec data prepare --input runs/bundled-data/more.jsonl \
+		--input runs/bundled-data/greedy.jsonl --draft-vocab-of runs/bundled-head/head --max-length 512 \
 		--held-out 24 --held-out-input demo-held-out --min-lines 4 --max-lines 12 \
-		--output runs/bundled-data/prepared --overwrite
-	$(TEST_ENV) $(BIN)/specdec train --data runs/bundled-data/prepared --output runs/bundled-head-first \
-		--minutes 20 --ttt-steps 3 --eval-prompts 24 --patience 0 --fc-norm --feed-post-norm --threads 1
-	$(TEST_ENV) $(BIN)/specdec train --data runs/bundled-data/prepared --output runs/bundled-head \
-		--init-from runs/bundled-head-first/head --minutes 38 --ttt-steps 5 --lr 0.0018 \
-		--eval-prompts 24 --patience 0 --threads 1
-	$(BIN)/specdec convert runs/bundled-head/head specdec/demo/head --dtype bfloat16 --target demo
+		--output runs/bundled-data/prepared-both --overwrite
+	$(TEST_ENV) $(BIN)/specdec train --data runs/bundled-data/prepared-both --output runs/bundled-head-both \
+		--init-from runs/bundled-head-more/head --steps 15200 --lr 0.0014 --eval-prompts 24 --eval-every 1500 \
+		--patience 0 --threads 1
+	$(BIN)/specdec convert runs/bundled-head-both/head specdec/demo/head --dtype bfloat16 --target demo
 
 clean: ## remove build products and caches (keeps .venv)
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
