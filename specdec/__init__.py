@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
         globals()[name] = found  # from now on without this function
         return found
     place = f"{__name__}.{name}"
-    if not name.startswith("_") and find_spec(place) is not None:
+    if name.isidentifier() and not name.startswith("_") and find_spec(place) is not None:
         return import_module(place)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

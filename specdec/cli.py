@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0, 1 when the demo's texts differ or specdec has a bug, 2 for bad input, 130
-        after Ctrl-C, 141 when the reader of the output has gone.
+        after Ctrl-C (while a command is imported, the signal ends the process), 141 when the
+        reader of the output has gone.
     """
     try:
         _prepare_streams()

@@ -117,7 +117,7 @@ class _File:
     path: Path
 
     def hash(self) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(_kind(self.path).encode())  # which says how the bytes are read
         try:
             with self.path.open("rb") as stream:
                 while chunk := stream.read(_CHUNK):

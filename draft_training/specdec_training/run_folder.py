@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from specdec.atomic_files import replace_file, to_json
 from specdec.errors import ConfigError
+from specdec_training.evaluate import Acceptance, Selection
+from specdec_training.progress import write_metrics
 
+_SAVED = "saved.json"
 OWN_FILES = frozenset(
     {
         "run.lock", "provenance.json", "log.jsonl", "metrics.json", "bad_batches.jsonl", "head",
-        "checkpoints", "tensorboard",
+        "checkpoints", "tensorboard", _SAVED,
     }
 )  # fmt: skip
 """Names that a run gives."""
@@ -22,40 +28,51 @@ def check_run_folder(folder: Path) -> None:
     """Refuses a folder that holds something else.
 
     Raises:
-        ConfigError: It is the current one, no folder, or not that of a run.
+        ConfigError: It is no folder, not that of a run, or the current one.
     """
-    if folder in (Path(), Path.cwd()):
-        raise ConfigError("--output is the current folder; give the run a folder of its own")
     try:
         if not folder.is_dir():
             if folder.exists() or folder.is_symlink():
                 raise ConfigError(f"--output {str(folder)!r} is no folder; name a new one")
             return
         names = {path.name for path in folder.iterdir()}
+        is_here = folder.resolve() == Path.cwd()
     except OSError as problem:
         raise ConfigError(f"cannot look into --output {str(folder)!r}: {problem}") from problem
+    if "provenance.json" in names:
+        return
+    if is_here:
+        raise ConfigError("--output is the current folder; give the run a folder of its own")
     others = sorted(name for name in names - OWN_FILES if not name.startswith("."))
-    if others and "provenance.json" not in names:
+    if others:
         raise ConfigError(
             f"--output {str(folder)!r} holds other things ({others[0]!r:.80}); name a new folder"
         )
 
 
-def refuse_lost_run(folder: Path, damaged: bool) -> None:
-    """For a folder without a usable checkpoint: refuses to write over a run that had got further.
+def note_saved(folder: Path, step: int) -> None:
+    """Writes down, outside of the checkpoints, that there is one.
 
-    A run that was killed before its first checkpoint has measured nothing but its beginning, and
-    may start again.
+    Args:
+        folder: Of the run.
+        step: Of the newest checkpoint.
+    """
+    replace_file(folder / _SAVED, to_json({"step": step}, _SAVED) + b"\n")
+
+
+def refuse_lost_run(folder: Path, damaged: bool) -> None:
+    """For a folder without a usable checkpoint: refuses to write over a run that had one.
+
+    A run that was killed before its first checkpoint may start again.
 
     Args:
         folder: Of the run.
         damaged: Whether there are checkpoints that cannot be used.
 
     Raises:
-        ConfigError: The measurements, the head or the log are of a later step, or not of a run.
+        ConfigError: There were checkpoints, or the log is not that of a run.
     """
-    metrics, head = folder / "metrics.json", folder / "head"
-    if damaged or _last_measured(metrics) != 0 or _head_step(head) != 0:
+    if damaged or (folder / _SAVED).exists():
         raise ConfigError(
             f"{folder} holds a run, and no checkpoint of it can be used; restore one, or {_AGAIN}"
         )
@@ -64,26 +81,36 @@ def refuse_lost_run(folder: Path, damaged: bool) -> None:
         raise ConfigError(f"{log} is not the log of a run; {_AGAIN}")
 
 
-def _last_measured(path: Path) -> int | None:
-    """Step of the last measurement; 0 where there is none, None when the file is not as written."""
-    if not path.exists():
-        return 0
-    try:
-        steps = [found["step"] for found in json.loads(path.read_bytes())["history"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return max(steps, default=0) if all(type(step) is int for step in steps) else None
+def restore_results(
+    folder: Path,
+    step: int,
+    selection: Selection,
+    baselines: Mapping[str, Any],
+    save_head: Callable[[Acceptance | None], None],
+) -> None:
+    """Makes the results of a resumed run again when they were deleted, as far as that can be done.
 
-
-def _head_step(folder: Path) -> int | None:
-    """Step at which the head was kept; 0 where there is none, None when it does not say."""
-    if not folder.exists():
-        return 0
-    try:
-        step = json.loads((folder / "specdec_config.json").read_bytes())["facts"]["step"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return step if type(step) is int else None
+    Args:
+        folder: Of the run.
+        step: At which it goes on.
+        selection: Its measurements.
+        baselines: What they are compared with.
+        save_head: Writes the head that is being trained.
+    """
+    best, head = selection.best, folder / "head"
+    if best is None:
+        return
+    if not (folder / "metrics.json").exists():
+        write_metrics(folder / "metrics.json", selection.history, baselines)
+    for aside in sorted(folder.glob(".head.*.old")):  # killed between two names
+        if not head.exists():
+            aside.rename(head)
+    if not head.is_dir():
+        save_head(best if best.step == step else None)
+        warnings.warn(
+            f"{head}, the head of step {best.step}, was gone; it is now that of step {step}",
+            stacklevel=2,
+        )
 
 
 def _is_log(path: Path) -> bool:

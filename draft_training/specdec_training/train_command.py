@@ -105,8 +105,12 @@ def _run(options: TrainOptions, accelerator: Any, folder: Path) -> RunResult:
     head = make_head(options, target, data, accelerator.device)
     longest = _longest(options, target)
     sampler = RowSampler(Sizes.of(data.examples, longest), longest, options.seed)
-    facts = {"data": data.meta.data_hash, "vocabulary": data.meta.vocab_hash,
-             "target": fingerprint.to_dict()}  # fmt: skip
+    facts = {
+        "data": data.meta.data_hash,
+        "vocabulary": data.meta.vocab_hash,
+        "target": fingerprint.to_dict(),
+        "layers": list(head.config.aux_output_layers),
+    }
     parts = RunParts(
         head=head,
         source=_source(options, target, head, data, fingerprint),

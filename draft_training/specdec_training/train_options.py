@@ -20,18 +20,12 @@ _X = tyro.conf.arg(metavar="X")
 
 FREE_ON_RESUME = frozenset(
     {
-        "output",
-        "keep",
-        "log_every",
-        "tensorboard",
-        "no_colour",
-        "threads",
-        "max_bad_steps",
-        "max_steps",
-        "patience",
+        "output", "data", "keep", "log_every", "tensorboard", "no_colour", "threads",
+        "max_bad_steps", "max_steps", "patience",
     }
-)
-"""Options that a resumed run may change: they do not touch what a step computes."""
+)  # fmt: skip
+"""Options that a resumed run may change: they do not touch what a step computes. The data are known
+by their hash, wherever they lie."""
 
 
 _TOY_WIDTH, _WIDE = 1024, 2048  # hidden sizes

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from specdec_training.contracts import FeatureSource, TokenBatch
 from specdec_training.evaluate import Acceptance, AcceptanceMeter, Selection
 from specdec_training.optim import Guard, lr_factor, make_optimizer
 from specdec_training.progress import Progress, StepLog, memory_gb, write_metrics
-from specdec_training.run_folder import refuse_lost_run
+from specdec_training.run_folder import note_saved, refuse_lost_run, restore_results
 from specdec_training.run_state import Clock, StopSignals, random_state, restore_random_state
 from specdec_training.teaching import StepNumbers, Teaching
 from specdec_training.train_options import TrainOptions, resolved
@@ -136,11 +135,11 @@ class Trainer:
         if found is None:
             refuse_lost_run(folder, damaged=not self._store.is_empty)
         size = 0 if found is None else self._resume(found)
+        self._accelerator.wait_for_everyone()  # all have looked, before anything is written
         if self._leads:
             content = to_json(self.parts.provenance, "provenance")
             replace_file(folder / "provenance.json", content + b"\n")
             self._log = StepLog(folder / "log.jsonl", size)
-            self._replace_lost_head()
         events = folder / "tensorboard" if self.options.tensorboard else None
         try:
             with (
@@ -156,6 +155,9 @@ class Trainer:
         reason, over = self._finished(), self.step > 0 and self._selection.is_over
         if self.step:
             progress.note(f"going on from the checkpoint of step {self.step}")
+            if self._leads:
+                chosen, save = self._selection, self.parts.save_head
+                restore_results(self.parts.folder, self.step, chosen, self._baselines, save)
         if self.step == 0 and self.options.max_steps == 0:
             self._dry_run()
             return self._result("everything was checked and nothing trained", None)
@@ -175,7 +177,8 @@ class Trainer:
             return self._result("stopped; run the same command again to go on", signals.received)
         if reason == "early":
             self._save()
-            reason = f"no gain in {self.options.patience} measurements"
+            count = self.options.patience
+            reason = f"no gain in {count} measurement{'' if count == 1 else 's'}"
         if self.parts.meter is None and self._leads:
             self.parts.save_head(None)
         self._accelerator.wait_for_everyone()
@@ -346,19 +349,9 @@ class Trainer:
                 "random": {**generators, "acceptance": self._teaching.acceptance},
             }
             self._store.save(self.step, tensors, state)
+            note_saved(self.parts.folder, self.step)
         self._saved_at = self.step
         self._accelerator.wait_for_everyone()
-
-    def _replace_lost_head(self) -> None:
-        """A measured head that is gone was better than what is here, and cannot be made again."""
-        best, folder = self._selection.best, self.parts.folder / "head"
-        if best is not None and not folder.is_dir():
-            warnings.warn(
-                f"{folder}, the head of step {best.step}, is gone; it is now that of step "
-                f"{self.step}",
-                stacklevel=2,
-            )
-            self.parts.save_head(best if best.step == self.step else None)
 
     def _resume(self, found: Checkpoint) -> int:
         """Goes back to a checkpoint; the bytes of the log that belong to it."""

@@ -23,6 +23,7 @@ from specdec.commands.loading import (
 )
 from specdec.commands.reading import chat_lines, check_input, prompt_text
 from specdec.config import SpecConfig
+from specdec.demo import head_path
 from specdec.demo.race import bundled_head_options
 from specdec.errors import ConfigError, SpecdecError
 from specdec.options import GenerateOptions
@@ -41,8 +42,11 @@ def run_generate(options: GenerateOptions) -> int:
     text = None if options.chat else prompt_text(options)
     check_model(options.model)
     tokenizer = load_tokenizer(options.model)
-    chosen = method_options(options.method, options.option, tokenizer)
-    if options.method == "eagle3" and options.model is None:  # the toy has a head of its own
+    pairs, own_head = options.option, options.method == "eagle3" and options.model is None
+    if own_head and not any(pair.partition("=")[0].strip() == "draft" for pair in pairs):
+        pairs = (f"draft={head_path()}", *pairs)  # the toy has a head of its own
+    chosen = method_options(options.method, pairs, tokenizer)
+    if own_head:
         chosen = bundled_head_options(pick_device(options.device), chosen)
     config = SpecConfig(method=options.method, options=chosen, budget=options.budget)
     if options.chat and not tokenizer.chat_template:

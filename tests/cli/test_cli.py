@@ -153,6 +153,7 @@ def test_every_public_name_is_there() -> None:
     assert specdec.errors.ConfigError is ConfigError  # its modules, too, without an import
     with pytest.raises(AttributeError, match="no attribute 'augmant'"):
         _ = specdec.augmant
+    assert not hasattr(specdec, "errors.x")
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,13 @@ def test_generate_defaults_to_the_bundled_target(run: Run) -> None:
 
 
 @needs_toy
+def test_generate_takes_the_toys_own_head(run: Run) -> None:
+    given = ("generate", "--prompt", "class Stack:", "--max-new-tokens", 12, "--stats")
+    plain, drafted = run(*given), run(*given, "--method", "eagle3", "--option", "depth=3")
+    assert (drafted.code, drafted.out) == (0, plain.out), drafted.err
+    assert "draft" in drafted.err
+
+
 def test_choose_arms_covers_all_methods() -> None:
     arms, left_out = choose_arms(demo.load_target())
     assert {arm.name for arm in arms} | set(left_out) == {"plain generate", *methods.names()}

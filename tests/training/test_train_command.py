@@ -206,9 +206,14 @@ def test_a_run_without_measurements_is_not_overwritten_either(data: Path, tmp_pa
         run_train(options(data, tmp_path / "run", steps=2, eval_every=0))
 
 
-def test_a_run_that_was_killed_at_once_may_start_again(data: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_before_its_first_checkpoint_may_start_again(
+    data: Path, trained: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
-    folder.mkdir()
+    shutil.copytree(trained, folder)  # with a head and metrics of a later step
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints" / ".tmp-12-1").mkdir(parents=True)
+    (folder / "saved.json").unlink()
     (folder / "log.jsonl").write_text('{"step": 1, "losses": [9.2]}\n{"ste')
     assert run_train(options(data, folder, steps=2, eval_every=0)) == 0
     assert len((folder / "log.jsonl").read_text().splitlines()) == 2
@@ -246,9 +251,30 @@ def test_a_lost_head_is_replaced_with_a_word(data: Path, trained: Path, tmp_path
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     shutil.rmtree(folder / "head")
-    with pytest.warns(UserWarning, match="the head of step .* is gone"):
+    (folder / "metrics.json").unlink()
+    with pytest.warns(UserWarning, match="the head of step .* was gone"):
         assert run_train(options(data, folder)) == 0
     assert load_head(folder / "head").head is not None
+    assert (folder / "metrics.json").read_bytes() == (trained / "metrics.json").read_bytes()
+    (folder / "head").rename(folder / ".head.99999.old")  # killed between two names
+    assert run_train(options(data, folder)) == 0
+    assert load_head(folder / "head").head is not None
+
+
+def test_a_run_with_other_layers_is_not_gone_on_with(data: Path, tmp_path: Path) -> None:
+    """Also where the layers of nobody's choice are others than they were."""
+    run = options(data, tmp_path / "run", steps=4, max_steps=2, eval_every=0)
+    assert run_train(run) == 0
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    found = store.latest()
+    assert found is not None
+    assert found.state["facts"]["layers"] == [0, 2, 4]
+    parts = {name: found.tensors(name) for name in found.parts}
+    for before in ({"layers": [1, 2, 4]}, {}):
+        facts = {**found.state["facts"], "layers": None, **before}
+        store.save(found.step, parts, {**found.state, "facts": facts})
+        with pytest.raises(ConfigError, match=r"layers: .* before, \[0, 2, 4\] now"):
+            run_train(replace(run, max_steps=None))
 
 
 def test_a_checkpoint_of_another_release_is_named(data: Path, tmp_path: Path) -> None:
