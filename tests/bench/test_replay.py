@@ -438,7 +438,7 @@ def test_options_that_are_refused(options: ReplayOptions, message: str) -> None:
 def test_tokenizers_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no chat template"):
         existing("demo", with_template=True)
-    with pytest.raises(SpecdecError, match=r"absent.*--tokenizer takes"):
+    with pytest.raises(SpecdecError, match=r"--tokenizer: there is no folder .*absent"):
         existing(str(tmp_path / "absent"), with_template=False)
     with pytest.raises(ConfigError, match="cannot read --tokenizer-text"):
         list(training_texts([str(tmp_path / "absent.txt")], 10))

@@ -59,7 +59,7 @@ def existing(name: str, with_template: bool) -> Encoder:
     try:
         tokenizer = load_tokenizer(name)
     except SpecdecError as problem:
-        raise ConfigError(str(problem).replace("--model", "--tokenizer")) from problem
+        raise ConfigError(f"--tokenizer: {problem}") from problem
     if with_template and not getattr(tokenizer, "chat_template", None):
         raise ConfigError(f"the tokenizer {name!r} has no chat template; leave out --chat-template")
 
