@@ -285,6 +285,7 @@ class Swallow:
             except KeyboardInterrupt:
                 raise ModuleNotFoundError("are your requirements defined correctly?") from None
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
 sys.meta_path.insert(0, Swallow())
 sys.exit(main(["doctor"]))
 """
