@@ -26,8 +26,10 @@ _LOADED_BY = {
     "sglang": ("specforge", "modelopt"),
 }
 _UNKNOWN_TO = {  # what the trainers of a dialect do not read back, as docs/checkpoints.md lists it
-    "safeailab": ("norm_before_residual", "feed_post_norm", "sliding_window"),
-    "specforge": ("norm_before_residual", "feed_post_norm", "sliding_window"),
+    "safeailab": (
+        "norm_before_residual", "fc_norm", "norm_before_fc", "feed_post_norm", "sliding_window",
+    ),
+    "specforge": ("norm_before_residual", "norm_before_fc", "feed_post_norm", "sliding_window"),
     "modelopt": (
         "norm_before_residual", "fc_norm", "norm_before_fc", "feed_post_norm", "sliding_window",
     ),

@@ -219,7 +219,7 @@ def _last_words(results: Results, summary: Summary) -> list[tuple[str, str]]:
     why = "" if end is None else f", {end.seconds:.0f} s, stopped by {end.stopped_by}"
     words = (
         f"speed-up: time of {summary.header.baseline} (our loop without speculation) over the "
-        f"arm's for the same text, 95 % interval over prompts; "
+        "arm's for the same text, 95 % interval over prompts; "
         f"{pairs} pair{'' if pairs == 1 else 's'}{why}; {where}"
     )
     found = [(words, "dim")]
