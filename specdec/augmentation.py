@@ -22,7 +22,7 @@ from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.hf_call import introduce
 from specdec.hf_fallback import option, warn_plain, why_call_is_plain
 from specdec.hf_generate import SpeculativeDecode
-from specdec.hf_steps import cache_argument
+from specdec.hf_names import users_cache, warn_when_untested
 from specdec.registry import methods
 from specdec.stats import GenerationStats
 from specdec.tuned_file import read_tuned
@@ -105,6 +105,7 @@ def augment(
             broken or of another target.
     """
     _check_model(model)
+    warn_when_untested()
     if config is not None and (method is not None or options):
         raise ConfigError("give either config= or a method with options, not both")
     if config is not None and not isinstance(config, SpecConfig):
@@ -218,7 +219,7 @@ def generate(self: Any, *args: Any, specdec: SpecConfig | bool | None = None, **
         handle.memory,
         handle.capability,
         streamer=kwargs.get("streamer"),
-        keeps_cache=cache_argument(kwargs)[1] is not None,
+        keeps_cache=users_cache(kwargs) is not None,
     )
     _own_stop_strings(self, kwargs)
     kwargs["custom_generate"] = decode

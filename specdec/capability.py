@@ -23,6 +23,7 @@ from specdec.chain_target import ChainCall, ChainTarget
 from specdec.drafters.base import BatchState, RowDrafter
 from specdec.errors import UnsupportedModelError
 from specdec.hf_compat import accepts_position_ids, has_experts, input_device
+from specdec.hf_names import CACHE, cache_of
 from specdec.hf_steps import keeps_state, plain_logits, prepared_call
 from specdec.target import HFTarget, Prompt
 from specdec.tree import TokenTree, TreeBatch
@@ -307,7 +308,7 @@ def _cached_logits(model: Any, prompt: list[int], continuation: list[int]) -> Te
         output = model(
             input_ids=torch.tensor([[token]], device=device),
             position_ids=torch.tensor([[position]], device=device),
-            past_key_values=output.past_key_values,
+            **{CACHE: cache_of(output)},
             use_cache=True,
         )
         rows.append(output.logits[0, -1])

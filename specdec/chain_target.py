@@ -24,8 +24,9 @@ from specdec.hf_compat import (
     input_device,
     max_positions,
 )
+from specdec.hf_names import cache_argument
 from specdec.hf_states import tapped_states
-from specdec.hf_steps import cache_argument, max_slots, prefill_as_plain, step_inputs
+from specdec.hf_steps import max_slots, prefill_as_plain, step_inputs
 from specdec.state_cache import check_layers, revocable
 from specdec.tree import TreeBatch
 

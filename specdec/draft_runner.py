@@ -17,7 +17,8 @@ from torch import Tensor
 
 from specdec.capability import NoDrafter
 from specdec.hf_compat import input_device, max_positions
-from specdec.hf_steps import cache_argument, prefill_as_plain, prepared_call, step_inputs
+from specdec.hf_names import cache_argument
+from specdec.hf_steps import prefill_as_plain, prepared_call, step_inputs
 from specdec.state_cache import StateCache
 from specdec.target import HFTarget, Prompt
 from specdec.tree import TreeBatch

@@ -25,5 +25,9 @@ class FallbackWarning(UserWarning):
     """This call ran as plain `generate`; the message says why."""
 
 
+class UntestedVersionWarning(UserWarning):
+    """The installed transformers is newer than any that this version was tested with."""
+
+
 class DraftWarning(UserWarning):
     """A drafter proposes nothing for some row from here on; the message says why."""

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.hf_names import CACHE, cache_of
+
 NOISE_FACTOR = 2.0
 
 
@@ -120,9 +122,8 @@ def _plain_logits(model: Any, sequence: Tensor, prompt_length: int) -> Tensor:
     output = model(input_ids=sequence[None, :prompt_length], use_cache=True)
     rows = [output.logits[0, -1].double()]
     for token in sequence[prompt_length:-1]:
-        output = model(
-            input_ids=token[None, None], past_key_values=output.past_key_values, use_cache=True
-        )
+        held = {CACHE: cache_of(output)}
+        output = model(input_ids=token[None, None], **held, use_cache=True)
         rows.append(output.logits[0, -1].double())
     return torch.stack(rows)
 

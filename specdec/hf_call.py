@@ -19,8 +19,9 @@ from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaL
 from specdec import hf_cache, hf_compat
 from specdec.chain_target import ChainCall, ChainTarget
 from specdec.drafters.base import BatchState, Drafter, TargetFacts
+from specdec.hf_names import CACHE, cache_argument
 from specdec.hf_outputs import PromptLayout, Recorder, WantedOutputs
-from specdec.hf_steps import MULTIMODAL, cache_argument, cached_length
+from specdec.hf_steps import MULTIMODAL, cached_length
 from specdec.prompt_target import PlainPrompt, PromptTarget
 from specdec.sampling import NoiseTape, PrefixIds, TokenPicker
 from specdec.target import HFTarget, Prompt
@@ -292,6 +293,5 @@ class Prepared:
         sequences = torch.cat([self.input_ids, tails], dim=1)
         if not self.generation_config.return_dict_in_generate:
             return sequences
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences, past_key_values=self.cache, **recorder.outputs(tails.shape[1])
-        )
+        fields = {CACHE: self.cache, **recorder.outputs(tails.shape[1])}
+        return GenerateDecoderOnlyOutput(sequences=sequences, **fields)

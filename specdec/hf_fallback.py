@@ -13,11 +13,12 @@ from specdec.capability import Capability
 from specdec.drafters.base import Shape
 from specdec.errors import FallbackWarning
 from specdec.hf_call import Prepared
+from specdec.hf_names import CACHE_INPUTS, cache_argument, counts_slots
 from specdec.prompt_check import why_not_trees
 
 _KNOWN_MODEL_KWARGS = frozenset({
-    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
-    "inputs_embeds", "output_hidden_states", "output_attentions", "return_dict",
+    "attention_mask", "position_ids", "use_cache", "logits_to_keep", "inputs_embeds",
+    "output_hidden_states", "output_attentions", "return_dict", *CACHE_INPUTS,
 })  # fmt: skip
 _CACHES = ("dynamic", "static", "hybrid", "hybrid_chunked", "sliding_window")
 _OTHER_DECODERS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "penalty_alpha",
@@ -145,7 +146,7 @@ def _why_no_chains(call: Prepared, found: Capability, shape: Shape) -> str | Non
         return "the method proposes token trees and the model takes single paths only"
     if call.batch > 1 and not found.batched:
         return "the model verifies one row at a time"
-    known = (*_KNOWN_MODEL_KWARGS, *hf_steps.MULTIMODAL, "cache_params")
+    known = (*_KNOWN_MODEL_KWARGS, *hf_steps.MULTIMODAL)
     unknown = [name for name in call.inputs_given() if name not in known]
     if unknown:
         return f"the model input {unknown[0]!r} is not known"
@@ -153,8 +154,8 @@ def _why_no_chains(call: Prepared, found: Capability, shape: Shape) -> str | Non
         return "output_hidden_states was asked for and the model takes single paths only"
     if call.mask is not None and _has_holes(call.mask):
         return "its attention mask has holes and the model takes single paths only"
-    if call.kwargs.get("cache_params") is not None and call.keeps_cache:
-        return "the user gave cache_params"
+    if call.keeps_cache and not counts_slots(*cache_argument(call.kwargs)):
+        return "the user's cache holds states alone, and generate does not ask how long its text is"
     padding = [int(row[0]) for row in call.slots()]
     return state_cache.why_not_revocable(call.cache, padding)
 

@@ -16,6 +16,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig
 from transformers.generation import utils as generation_utils
 
+from specdec.hf_names import cache_argument, counts_slots
+
 MULTIMODAL = (
     *getattr(generation_utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ()),
     "image_grid_thw",
@@ -27,18 +29,10 @@ MULTIMODAL = (
 """Model inputs that only the prompt needs, or that generated text extends in a known way."""
 
 
-def cache_argument(kwargs: Mapping[str, Any]) -> tuple[str, Any]:
-    """(name, cache) of the prepared call; Mamba models have a name of their own for it."""
-    for name in generation_utils.ALL_CACHE_NAMES:
-        if kwargs.get(name) is not None:
-            return name, kwargs[name]
-    return "past_key_values", None
-
-
 def cached_length(kwargs: Mapping[str, Any]) -> int:
     """Slots that the cache of a prepared call holds already, as `generate` counts them."""
-    cache = kwargs.get("past_key_values")
-    return 0 if cache is None else int(cache.get_seq_length())
+    name, cache = cache_argument(kwargs)
+    return int(cache.get_seq_length()) if cache is not None and counts_slots(name, cache) else 0
 
 
 def keeps_state(model: Any) -> bool:

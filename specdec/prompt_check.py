@@ -16,6 +16,7 @@ from torch import Tensor
 from specdec.capability import evaluating
 from specdec.hf_cache import own_copy
 from specdec.hf_compat import input_device, placeholder_ids, vocabulary_size
+from specdec.hf_names import CACHE, cache_of
 from specdec.hf_steps import logits_after
 from specdec.prompt_target import PlainPrompt, PromptTarget
 from specdec.tree import TokenTree, TreeBatch
@@ -50,8 +51,8 @@ def why_not_trees(model: Any, prompt: PlainPrompt, noise: float) -> str | None:
 def _measure(model: Any, prompt: PlainPrompt) -> tuple[float, float]:
     """(tree error, rounding noise) against plain steps, both relative to the largest logit."""
     rows = len(prompt.slots)
-    output = prompt.run(model, own_copy(prompt.kwargs["past_key_values"]))
-    filled = output.past_key_values
+    output = prompt.run(model, own_copy(prompt.kwargs[CACHE]))
+    filled = cache_of(output)
     device = input_device(model)
     target = PromptTarget(model, prompt, TreeCache(rows, device, prompt.total + _ROOM))
     target.adopt(filled)
@@ -64,7 +65,7 @@ def _measure(model: Any, prompt: PlainPrompt) -> tuple[float, float]:
     after = target.forward_tree(TreeBatch.roots(drafts[:, 5])).logits
     errors, noises, scale = [], [], 1e-6
     for nodes in ([*_BRANCHES[0]], [*_BRANCHES[1], 5]):
-        output.past_key_values = own_copy(filled)
+        output[CACHE] = own_copy(filled)
         wanted = logits_after(model, prompt.input_ids, output, prompt.kwargs, drafts[:, nodes])
         errors.append(_difference(torch.cat([logits, after], dim=1)[:, nodes], wanted))
         path = prompt.continued(model, own_copy(filled), drafts[:, nodes])

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from specdec.drafters.base import Drafter, TargetOutput
 from specdec.hf_cache import adopt_cache, own_copy
+from specdec.hf_names import CACHE
 from specdec.hf_steps import prefill_as_plain, step_inputs
 from specdec.target import HFTarget, Prompt
 from specdec.tree_cache import TreeCache
 
-_ADDED_ANEW = ("past_key_values", "use_cache", "return_dict")
+_ADDED_ANEW = (CACHE, "use_cache", "return_dict")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class PlainPrompt:
 
     def run(self, model: Any, cache: Any, **more: Any) -> Any:
         """The output of plain's forward over the prompt, in `cache`."""
-        kwargs = {**self.kwargs, "past_key_values": cache, **more}
+        kwargs = {**self.kwargs, CACHE: cache, **more}
         return prefill_as_plain(model, self.input_ids, self.generation_config, kwargs)
 
     def continued(self, model: Any, cache: Any, tokens: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class PlainPrompt:
             mask = torch.cat([mask, mask.new_ones(len(mask), width)], dim=1)
         kwargs = {
             **self.kwargs,
-            "past_key_values": cache,
+            CACHE: cache,
             "attention_mask": mask,
             "position_ids": positions[..., -1:] + ahead,
         }
@@ -122,7 +123,7 @@ class PromptTarget(HFTarget):
 
     def prefill(self, drafter: Drafter) -> TargetOutput:
         """Runs the prompt as plain `generate` runs it; logits [B, 1, V] of the last tokens."""
-        own = own_copy(self._plain.kwargs["past_key_values"])
+        own = own_copy(self._plain.kwargs[CACHE])
         with self._collected_features() as features:
             output = self._plain.run(self.model, own, **self._wanted_states())
         self.prefill_forwards = self._plain.forwards
@@ -189,7 +190,7 @@ class PromptTarget(HFTarget):
     ) -> TargetOutput:
         kwargs = {
             **self._plain.kwargs,
-            "past_key_values": self.cache,
+            CACHE: self.cache,
             "attention_mask": masks,
             "position_ids": self._offsets[..., None] + positions,
         }

@@ -23,6 +23,7 @@ from specdec.hf_compat import (
     max_positions,
     supports_logits_to_keep,
 )
+from specdec.hf_names import CACHE
 from specdec.hf_states import tapped_states
 from specdec.tree import TreeBatch
 from specdec.tree_cache import TreeCache
@@ -180,9 +181,7 @@ class HFTarget:
         inputs |= self._wanted_states()
         masked = inputs.get("attention_mask") is not None
         with dense_attention(self.model) if masked else nullcontext():
-            output = self.model(
-                **inputs, past_key_values=self.cache, use_cache=True, return_dict=True
-            )
+            output = self.model(**inputs, **{CACHE: self.cache}, use_cache=True, return_dict=True)
         hidden = tuple(output.hidden_states) if self._all_hidden else None
         return TargetOutput(output.logits, self._features(output), hidden)
 

@@ -17,7 +17,8 @@ LAYERS = (
     {"errors", "tree", "config", "stats", "sources", "verify", "options", "terminal", "tokenizers"}
     | {"rejection", "atomic_files", "target_fingerprint", "head_options", "loops"}
     | {"source_revision"},
-    {"sampling", "tree_cache", "state_cache", "hf_compat", "hf_states", "hf_cache", "hf_steps"},
+    {"sampling", "tree_cache", "state_cache", "hf_compat", "hf_states", "hf_cache", "hf_steps"}
+    | {"hf_names"},
     {"target", "chain_target", "capability", "exactness", "drafters.base", "registry"}
     | {"stop_rules"}
     | {"draft_loading", "draft_runner"}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec.exactness import NOISE_FACTOR
+from specdec.hf_names import CACHE, cache_of
 
 LARGEST_RATIO = 1e9
 """Cap of a ratio, so that it stays a number in JSON where the noise is zero."""
@@ -175,10 +176,10 @@ class _TeacherForced:
             arguments["logits_to_keep"] = keep
         output = self.model(
             input_ids=ids.to(self._where),
-            past_key_values=self._cache,
+            **{CACHE: self._cache},
             use_cache=True,
             **arguments,
         )
-        self._cache = output.past_key_values
+        self._cache = cache_of(output)
         logits: Tensor = output.logits.double()
         return logits
