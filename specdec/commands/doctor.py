@@ -15,6 +15,7 @@ import specdec
 from specdec import tuning
 from specdec.capability import probe
 from specdec.commands.loading import check_model, context_length, load_model, pick_device
+from specdec.hf_names import CACHE, tested_range
 from specdec.options import DoctorOptions
 from specdec.registry import methods
 from specdec.terminal import columns, facts, say
@@ -47,6 +48,9 @@ def _versions() -> list[tuple[str, str]]:
     system = f"{platform.system()} {platform.machine()}"
     lines = [("python", f"{platform.python_version()}, {system}")]
     lines += [(name, _version(name) or "not installed") for name in _PACKAGES]
+    lines.append(
+        ("tested with", f"transformers {tested_range()}; the KV cache is called {CACHE!r}")
+    )
     for name, purpose in _EXTRAS:
         lines.append((name, _version(name) or f"not installed (optional: {purpose})"))
     return lines

@@ -15,6 +15,7 @@ import specdec
 from helpers.drafters import THROW_AWAY, Truth
 from helpers.families import FAMILIES, VOCAB, draft_of, model_of
 from helpers.heads import head_for
+from helpers.names import CACHE, cache_of
 from specdec import GenerationStats, SpecConfig
 
 NEW_TOKENS = 40
@@ -223,8 +224,8 @@ def plain_scores(case: Case, prefix: Tensor, row: int, whole: bool) -> Tensor:
         cut = ids.shape[1] - (len(prefix) - width)
         output = case.model(input_ids=ids[:, :cut], use_cache=True)
         for token in ids[0, cut:]:
-            cache = output.past_key_values
-            output = case.model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
+            cache = cache_of(output)
+            output = case.model(input_ids=token.view(1, 1), **{CACHE: cache}, use_cache=True)
         logits = output.logits[:, -1]
     found: list[Any] = []
 

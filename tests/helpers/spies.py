@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from helpers.laws import Case
+from helpers.names import CACHE, cache_of
 from specdec import hf_generate, loop
 from specdec.chain_target import ChainTarget
 from specdec.drafters.base import Drafter, RoundResult
@@ -64,7 +65,7 @@ def cache_error(model: Any, cache: TreeCache, texts: Sequence[Sequence[int]]) ->
     worst = 0.0
     for row, text in enumerate(texts):
         fresh = DynamicCache()  # without a config no layer forgets what left its window
-        model(input_ids=torch.tensor([text[:-1]]), past_key_values=fresh, use_cache=True)
+        model(input_ids=torch.tensor([text[:-1]]), **{CACHE: fresh}, use_cache=True)
         assert len(fresh.layers) == len(cache.layers)
         for ours, theirs in zip(cache.layers, fresh.layers, strict=True):
             for name in ("keys", "values"):
@@ -114,11 +115,6 @@ def layer_states(cache: Any) -> list[LayerState]:
         }
         found.append(LayerState(slots, folded))
     return found
-
-
-def cache_of(output: Any) -> Any:
-    """The cache that a forward or a call returned, under either of its names."""
-    return getattr(output, "past_key_values", None) or output.cache_params
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import transformers
 
 import specdec
 from helpers.hf import ids_of, plain, prompt, tiny_llama
+from helpers.names import cache_of
 from specdec import RowDrafter, SpecConfig, TokenTree
 from specdec.capability import probe
 from specdec.drafters.base import RowRound
@@ -59,7 +60,7 @@ def test_the_self_test_refuses_nan(where: str, mode: str) -> None:
         masked = attention_mask is not None and attention_mask.ndim == 4
         here = masked and (where != "after trees" or _tokens(kwargs) == 1)
         if where == "filled cache":
-            filled = output.past_key_values.get_seq_length() > 7
+            filled = cache_of(output).get_seq_length() > 7
             here = masked or (filled and _tokens(kwargs) > 1)
         if here:
             output.logits = output.logits * float("nan")

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 import specdec
 from helpers.hf import ids_of, left_padded, oracle, plain, prompt, run_both, tiny_gpt2
+from helpers.names import CACHE, cache_of
 
 NEW = 10
 TURNS = 3
@@ -50,7 +51,7 @@ def converse(
         if mask is not None:
             call["attention_mask"] = mask
         pair = iter(caches)
-        both = run_both(model, lambda pair=pair: {"past_key_values": next(pair)}, **call)
+        both = run_both(model, lambda pair=pair: {CACHE: next(pair)}, **call)
         said = ids_of(both.ours)
         theirs, ours = caches
         assert ours.get_seq_length() == said.shape[1] - 1
@@ -93,7 +94,7 @@ def test_padding_that_the_next_turn_does_not_hide(llama: Any) -> None:
         cache = DynamicCache()
         one = plain(llama, **first, max_new_tokens=NEW, eos_token_id=ends)
         settings = oracle(one, 9) if speculates else False
-        call = {"past_key_values": cache, "max_new_tokens": NEW, "specdec": settings}
+        call = {CACHE: cache, "max_new_tokens": NEW, "specdec": settings}
         one = llama.generate(**first, **call, eos_token_id=ends)
         assert (one == 0).any(), "no row ended early: the test shows nothing"
         ids = torch.cat([one, prompt(4, 4, seed=5)], dim=1)
@@ -122,13 +123,13 @@ def test_learned_positions_over_turns() -> None:
 def test_only_the_new_ids(llama: Any) -> None:
     """`generate` also takes the new ids alone, with a mask over everything."""
     caches = DynamicCache(), DynamicCache()
-    said = plain(llama, prompt(), max_new_tokens=NEW, past_key_values=caches[0])
-    llama.generate(prompt(), max_new_tokens=NEW, past_key_values=caches[1])
+    said = plain(llama, prompt(), max_new_tokens=NEW, **{CACHE: caches[0]})
+    llama.generate(prompt(), max_new_tokens=NEW, **{CACHE: caches[1]})
     new = torch.cat([said[:, -1:], prompt(4, seed=2)], dim=1)
     mask = torch.ones(1, said.shape[1] + 4, dtype=torch.long)
     pair = iter(caches)
     run_both(
-        llama, lambda: {"past_key_values": next(pair)}, input_ids=new, attention_mask=mask,
+        llama, lambda: {CACHE: next(pair)}, input_ids=new, attention_mask=mask,
         max_new_tokens=NEW,
     )  # fmt: skip
     same_cache(caches[1], caches[0])
@@ -137,9 +138,9 @@ def test_only_the_new_ids(llama: Any) -> None:
 def test_turns_of_plain_and_speculative_calls_mix(llama: Any) -> None:
     cache, reference, ids = DynamicCache(), DynamicCache(), prompt()
     for turn in range(4):
-        expected = plain(llama, ids, max_new_tokens=NEW, past_key_values=reference)
+        expected = plain(llama, ids, max_new_tokens=NEW, **{CACHE: reference})
         got = llama.generate(
-            ids, max_new_tokens=NEW, past_key_values=cache,
+            ids, max_new_tokens=NEW, **{CACHE: cache},
             specdec=False if turn % 2 else oracle(expected, ids.shape[1]),
         )  # fmt: skip
         assert torch.equal(got, expected)
@@ -153,7 +154,7 @@ def test_cache_after_an_eos(llama: Any) -> None:
         caches = DynamicCache(), DynamicCache()
         pair = iter(caches)
         run_both(
-            llama, lambda pair=pair: {"past_key_values": next(pair)}, input_ids=prompt(),
+            llama, lambda pair=pair: {CACHE: next(pair)}, input_ids=prompt(),
             max_new_tokens=NEW, eos_token_id=end,
         )  # fmt: skip
         same_cache(caches[1], caches[0])
@@ -166,10 +167,10 @@ def test_user_cache_with_outputs(llama: Any) -> None:
     for turn in range(2):
         pair = iter(caches)
         both = run_both(
-            llama, lambda pair=pair: {"past_key_values": next(pair)}, input_ids=ids,
+            llama, lambda pair=pair: {CACHE: next(pair)}, input_ids=ids,
             max_new_tokens=NEW, **wanted,
         )  # fmt: skip
-        assert both.ours.past_key_values is caches[1]
+        assert cache_of(both.ours) is caches[1]
         for mine, other in zip(both.ours.hidden_states, both.plain.hidden_states, strict=True):
             for layer, reference in zip(mine, other, strict=True):
                 torch.testing.assert_close(layer, reference, atol=1e-10, rtol=0)
@@ -178,7 +179,7 @@ def test_user_cache_with_outputs(llama: Any) -> None:
 
 def test_exception_leaves_the_users_cache_alone(llama: Any) -> None:
     cache = DynamicCache()
-    said = llama.generate(prompt(), max_new_tokens=NEW, past_key_values=cache)
+    said = llama.generate(prompt(), max_new_tokens=NEW, **{CACHE: cache})
     before = [layer.keys.clone() for layer in cache.layers]
 
     def broken(batch: int, ids: Tensor) -> list[int]:
@@ -188,9 +189,7 @@ def test_exception_leaves_the_users_cache_alone(llama: Any) -> None:
 
     ids = torch.cat([said, prompt(3)], dim=1)
     with pytest.raises(RuntimeError, match="the user's function"):
-        llama.generate(
-            ids, max_new_tokens=NEW, past_key_values=cache, prefix_allowed_tokens_fn=broken
-        )
+        llama.generate(ids, max_new_tokens=NEW, **{CACHE: cache}, prefix_allowed_tokens_fn=broken)
     assert cache.get_seq_length() == said.shape[1] - 1
     assert all(torch.equal(a, b.keys) for a, b in zip(before, cache.layers, strict=True))
 
@@ -209,10 +208,10 @@ def chunks_start_after_the_cache(model: Any) -> bool:
     texts = []
     for chunk in (None, 3):
         cache = DynamicCache()
-        first = plain(model, prompt(), past_key_values=cache, max_new_tokens=NEW)
+        first = plain(model, prompt(), **{CACHE: cache}, max_new_tokens=NEW)
         texts.append(
             plain(
-                model, ids_of(first), past_key_values=cache, max_new_tokens=NEW,
+                model, ids_of(first), **{CACHE: cache}, max_new_tokens=NEW,
                 prefill_chunk_size=chunk,
             )
         )  # fmt: skip
@@ -259,4 +258,4 @@ def test_embeddings_with_outputs(llama: Any) -> None:
     for mine, other in zip(both.ours.hidden_states, both.plain.hidden_states, strict=True):
         for layer, reference in zip(mine, other, strict=True):
             torch.testing.assert_close(layer, reference, atol=1e-10, rtol=0)
-    same_cache(both.ours.past_key_values, both.plain.past_key_values)
+    same_cache(cache_of(both.ours), cache_of(both.plain))

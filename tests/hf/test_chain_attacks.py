@@ -18,6 +18,7 @@ from helpers.chains import BATCHES, FEW, NEW, run_both, slowly, truth_of
 from helpers.families import FAMILIES, TREE_FAMILIES, WINDOW, model_of
 from helpers.hf import plain
 from helpers.laws import prompts
+from helpers.names import cache_of
 from helpers.spies import same_states
 from specdec import SpecConfig
 from specdec.capability import Capability
@@ -286,7 +287,7 @@ def test_tree_families_as_chains(family: str) -> None:
             both = run_both(
                 model, **inputs, method=method, max_new_tokens=NEW, return_dict_in_generate=True
             )
-            error = same_states(both.ours.past_key_values, both.plain.past_key_values)
+            error = same_states(cache_of(both.ours), cache_of(both.plain))
             assert error <= 1e-5
     run_both(model, **prompts(4), do_sample=True, top_k=0, max_new_tokens=NEW)
 

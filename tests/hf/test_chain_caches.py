@@ -24,6 +24,7 @@ from helpers.chains import (
 from helpers.families import VOCAB, WINDOW, Family, model_of
 from helpers.hf import plain
 from helpers.laws import prompts
+from helpers.names import CACHE, RENAMED, cache_of
 from helpers.spies import layer_states, same_states
 from specdec import SpecConfig
 from specdec.augmentation import capability
@@ -64,7 +65,7 @@ def test_the_returned_cache_is_plains(family: str, inputs: dict[str, Tensor]) ->
         both = run_both(model, **call, eos_token_id=end)
         pad = (both.ours.sequences[:, inputs["input_ids"].shape[1] :] == 0).any()
         assert end is None or pad, "no row ended early: the test shows nothing"
-        error = same_states(both.ours.past_key_values, both.plain.past_key_values)
+        error = same_states(cache_of(both.ours), cache_of(both.plain))
         assert error <= tolerance(model)
         assert both.ours.keys() == both.plain.keys()
 
@@ -75,7 +76,7 @@ def test_short_calls(family: str, limit: int) -> None:
     model = model_of(family)
     for inputs in BATCHES.values():
         both = run_both(model, **inputs, max_new_tokens=limit, return_dict_in_generate=True)
-        error = same_states(both.ours.past_key_values, both.plain.past_key_values)
+        error = same_states(cache_of(both.ours), cache_of(both.plain))
         assert error <= tolerance(model)
 
 
@@ -89,7 +90,7 @@ def test_every_end_leaves_plains_cache(family: str) -> None:
         both = run_both(
             model, **inputs, max_new_tokens=NEW, eos_token_id=ends, return_dict_in_generate=True
         )
-        error = same_states(both.ours.past_key_values, both.plain.past_key_values)
+        error = same_states(cache_of(both.ours), cache_of(both.plain))
         assert error <= tolerance(model), f"depth {depth}"
 
 
@@ -109,10 +110,10 @@ def converse(
         pair = iter(caches)
         call = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": NEW, **kwargs}
         both = run_both(
-            model, lambda pair=pair: {"past_key_values": next(pair)}, **call,
+            model, lambda pair=pair: {CACHE: next(pair)}, **call,
             eos_token_id=end, return_dict_in_generate=True,
         )  # fmt: skip
-        assert both.ours.past_key_values is caches[1]
+        assert cache_of(both.ours) is caches[1]
         assert same_states(caches[1], caches[0]) <= tolerance(model), f"turn {turn}"
         said = both.ours.sequences
         generator = torch.Generator().manual_seed(turn)
@@ -145,12 +146,12 @@ def test_only_the_new_ids(family: str) -> None:
     model, first = model_of(family), prompts(4)
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     for cache in caches:
-        said = plain(model, **first, max_new_tokens=NEW, past_key_values=cache)
+        said = plain(model, **first, max_new_tokens=NEW, **{CACHE: cache})
     new = torch.cat([said[:, -1:], prompts(4)["input_ids"][:, -3:].clamp(min=15)], 1)
     ones = torch.ones(4, NEW + 3, dtype=torch.long)
     pair = iter(caches)
     run_both(
-        model, lambda: {"past_key_values": next(pair)}, input_ids=new, max_new_tokens=NEW,
+        model, lambda: {CACHE: next(pair)}, input_ids=new, max_new_tokens=NEW,
         attention_mask=torch.cat([first["attention_mask"], ones], 1),
     )  # fmt: skip
     assert same_states(caches[1], caches[0]) <= tolerance(model)
@@ -160,7 +161,7 @@ def test_only_the_new_ids(family: str) -> None:
 def test_a_failure_leaves_the_users_cache_alone(family: str) -> None:
     model, call = model_of(family), {**prompts(1), "max_new_tokens": NEW}
     cache = DynamicCache(config=model.config)
-    said = model.generate(**call, past_key_values=cache, specdec=False)
+    said = model.generate(**call, **{CACHE: cache}, specdec=False)
     layers, before = list(cache.layers), layer_states(cache)
 
     def broken(batch: int, ids: Tensor) -> list[int]:
@@ -172,7 +173,7 @@ def test_a_failure_leaves_the_users_cache_alone(family: str) -> None:
     config = SpecConfig("oracle", {"truth": truth_of(more, {"input_ids": more})})
     with pytest.raises(RuntimeError, match="the user's function"):
         model.generate(
-            more, max_new_tokens=NEW, past_key_values=cache, prefix_allowed_tokens_fn=broken,
+            more, max_new_tokens=NEW, **{CACHE: cache}, prefix_allowed_tokens_fn=broken,
             specdec=config,
         )  # fmt: skip
     assert all(a is b for a, b in zip(cache.layers, layers, strict=True))
@@ -180,12 +181,13 @@ def test_a_failure_leaves_the_users_cache_alone(family: str) -> None:
         for name, tensor in {**old.slots, **old.folded}.items():
             assert torch.equal(tensor, {**new.slots, **new.folded}[name])
     both = run_both(model, input_ids=more, max_new_tokens=NEW)
-    got = model.generate(more, max_new_tokens=NEW, past_key_values=cache)
+    got = model.generate(more, max_new_tokens=NEW, **{CACHE: cache})
     assert torch.equal(got, both.plain)
 
 
-def test_mamba_has_its_own_name_for_a_cache() -> None:
-    """Plain `generate` goes on from `cache_params`; so does a call that was given one."""
+@pytest.mark.parametrize("name", ["cache_params", CACHE] if RENAMED else ["cache_params"])
+def test_a_cache_of_states_alone_is_left_to_plain(name: str) -> None:
+    """Plain `generate` goes on from it with the ids as given; so does a call that was given one."""
     model = model_of("mamba2")
     said, caches = [], []
     for speculates in (False, True):
@@ -193,12 +195,12 @@ def test_mamba_has_its_own_name_for_a_cache() -> None:
             **prompts(1), max_new_tokens=NEW, return_dict_in_generate=True,
             specdec=SpecConfig("prompt_lookup") if speculates else False,
         )  # fmt: skip
-        assert type(first.past_key_values) is DynamicCache
-        caches.append(first.past_key_values)
+        assert type(cache_of(first)) is DynamicCache
+        caches.append(cache_of(first))
         last = first.sequences[:, -1:]
-        call = {"cache_params": first.past_key_values, "max_new_tokens": NEW}
+        call = {name: cache_of(first), "max_new_tokens": NEW}
         if speculates:
-            with pytest.warns(FallbackWarning, match="cache_params"):
+            with pytest.warns(FallbackWarning, match="holds states alone"):
                 said.append(model.generate(last, **call))
         else:
             said.append(model.generate(last, **call, specdec=False))
@@ -211,16 +213,16 @@ def test_padding_inside_a_row_is_left_to_plain() -> None:
     model, inputs = model_of("qwen3_5"), prompts(4)
     run = {"max_new_tokens": NEW, "eos_token_id": unequal_end(model, inputs)}
     caches = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    expected = plain(model, **inputs, **run, past_key_values=caches[0])
-    said = model.generate(**inputs, **run, past_key_values=caches[1])
+    expected = plain(model, **inputs, **run, **{CACHE: caches[0]})
+    said = model.generate(**inputs, **run, **{CACHE: caches[1]})
     assert torch.equal(said, expected)
     ids = torch.cat([said, inputs["input_ids"][:, -3:].clamp(min=15)], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(4, NEW + 3, dtype=torch.long)], 1)
     mask[:, inputs["input_ids"].shape[1] :][ids[:, inputs["input_ids"].shape[1] :] == 0] = 0
     call = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": NEW}
-    expected = plain(model, **call, past_key_values=caches[0])
+    expected = plain(model, **call, **{CACHE: caches[0]})
     with pytest.warns(FallbackWarning, match="mask has holes"):
-        assert torch.equal(model.generate(**call, past_key_values=caches[1]), expected)
+        assert torch.equal(model.generate(**call, **{CACHE: caches[1]}), expected)
     assert same_states(caches[1], caches[0]) <= tolerance(model)
 
 
@@ -236,14 +238,14 @@ def test_a_cache_of_an_unknown_kind_is_put_back_as_a_whole() -> None:
     for turn in range(TURNS):
         pair = iter(caches)
         both = run_both(
-            model, lambda pair=pair: {"past_key_values": next(pair)}, input_ids=ids,
+            model, lambda pair=pair: {CACHE: next(pair)}, input_ids=ids,
             attention_mask=torch.ones_like(ids), max_new_tokens=NEW,
         )  # fmt: skip
         assert same_states(caches[1], caches[0]) <= tolerance(model), f"turn {turn}"
         ids = torch.cat([both.ours, both.ours[:, 4:7]], 1)
     call = {**prompts(4), "max_new_tokens": NEW}
     with pytest.warns(FallbackWarning, match="of a Own cannot be told apart"):
-        got = model.generate(**call, past_key_values=Own(config=model.config))
+        got = model.generate(**call, **{CACHE: Own(config=model.config)})
     assert torch.equal(got, plain(model, **call))
 
 
@@ -281,13 +283,13 @@ def test_a_window_beside_states(lfm3: Any, length: int) -> None:
             both = run_both(
                 lfm3, **call, **more, max_new_tokens=2 * WINDOW, return_dict_in_generate=True
             )
-            error = same_states(both.ours.past_key_values, both.plain.past_key_values)
+            error = same_states(cache_of(both.ours), cache_of(both.plain))
             assert error <= tolerance(lfm3)
 
 
 def test_a_cache_that_has_forgotten_slots_is_left_to_plain(lfm3: Any) -> None:
     cache = DynamicCache(config=lfm3.config)
-    run = {"max_new_tokens": NEW, "past_key_values": cache}
+    run = {"max_new_tokens": NEW, CACHE: cache}
     said = lfm3.generate(**prompts(1), **run)
     assert specdec.last_stats(lfm3).mode == "chain"
     more = torch.cat([said, said[:, 5:8]], 1)

@@ -26,6 +26,7 @@ from helpers.drafters import THROW_AWAY
 from helpers.families import CHAIN_FAMILIES, model_of
 from helpers.hf import plain
 from helpers.laws import prompts
+from helpers.names import CACHE
 from specdec.drafters.base import BatchState, Needs, RoundResult
 from specdec.registry import methods
 
@@ -240,12 +241,12 @@ def test_the_second_turn_shows_what_is_new(family: str, tapping: type[Tapping]) 
     model, inputs = model_of(family), prompts(4)
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     for cache in caches:
-        said = plain(model, **inputs, max_new_tokens=NEW, past_key_values=cache)
+        said = plain(model, **inputs, max_new_tokens=NEW, **{CACHE: cache})
     ids = torch.cat([said, said[:, :3].clamp(min=15)], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(4, NEW + 3, dtype=torch.long)], 1)
     pair = iter(caches)
     run_both(
-        model, lambda: {"past_key_values": next(pair)}, method="tapping", input_ids=ids,
+        model, lambda: {CACHE: next(pair)}, method="tapping", input_ids=ids,
         attention_mask=mask, max_new_tokens=NEW,
     )  # fmt: skip
     for row, text in enumerate(ids.tolist()):

@@ -29,6 +29,7 @@ from helpers.hf import (
     tiny_gpt2,
     tiny_llama,
 )
+from helpers.names import CACHE
 
 NEW = 10
 
@@ -171,7 +172,7 @@ def test_quantized_cache(llama: Any) -> None:
 
 def test_cache_class_of_the_users_own(llama: Any) -> None:
     check(
-        llama, "the call uses a OddCache", lambda: {"past_key_values": OddCache()},
+        llama, "the call uses a OddCache", lambda: {CACHE: OddCache()},
         input_ids=prompt(), max_new_tokens=NEW,
     )  # fmt: skip
 
@@ -225,7 +226,7 @@ def test_holes_that_a_cache_of_the_users_own_would_keep(llama: Any) -> None:
     mask = torch.ones(1, 12, dtype=torch.long)
     mask[0, 4:6] = 0
     check(
-        llama, "has holes", lambda: {"past_key_values": DynamicCache()}, input_ids=prompt(12),
+        llama, "has holes", lambda: {CACHE: DynamicCache()}, input_ids=prompt(12),
         attention_mask=mask, max_new_tokens=NEW,
     )  # fmt: skip
 
@@ -269,7 +270,7 @@ def test_streamer_reaches_a_call_that_fell_through(llama: Any) -> None:
         def end(self) -> None:
             self.ended += 1
 
-    for call in ({"use_cache": False}, {"past_key_values": OddCache()}):
+    for call in ({"use_cache": False}, {CACHE: OddCache()}):
         streamer = Chunks()
         with pytest.warns(specdec.errors.FallbackWarning):
             got = llama.generate(prompt(), max_new_tokens=NEW, streamer=streamer, **call)

@@ -18,6 +18,7 @@ from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 
 import specdec
 from helpers.hf import Oracle, ids_of, left_padded, oracle, plain, prompt, tiny_llama
+from helpers.names import CACHE
 from helpers.spies import Seen, cache_error, watch_calls
 from specdec import SpecConfig
 from specdec.stats import RoundRecord
@@ -192,7 +193,7 @@ def test_a_users_cache_is_left_at_the_last_turn(
 ) -> None:
     """The turn that failed can be made again."""
     cache = DynamicCache()
-    said = llama.generate(prompt(), max_new_tokens=NEW, past_key_values=cache)
+    said = llama.generate(prompt(), max_new_tokens=NEW, **{CACHE: cache})
     held = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     ids = torch.cat([ids_of(said), prompt(3, seed=3)], 1)
     wanted = plain(llama, ids, max_new_tokens=NEW)
@@ -202,14 +203,14 @@ def test_a_users_cache_is_left_at_the_last_turn(
         more = plant(where, fuse, llama, stack, patch)
         stack.enter_context(pytest.raises(Stop))
         llama.generate(
-            ids, max_new_tokens=NEW, past_key_values=cache, **more,
+            ids, max_new_tokens=NEW, **{CACHE: cache}, **more,
             specdec=SpecConfig("lookahead", on_round=on_round),
         )  # fmt: skip
     assert cache.get_seq_length() == ids_of(said).shape[1] - 1
     for layer, (keys, values) in zip(cache.layers, held, strict=True):
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.values, values)
-    assert torch.equal(llama.generate(ids, max_new_tokens=NEW, past_key_values=cache), wanted)
+    assert torch.equal(llama.generate(ids, max_new_tokens=NEW, **{CACHE: cache}), wanted)
 
 
 @pytest.mark.fault

@@ -17,6 +17,7 @@ from torch import Tensor
 import specdec
 from helpers.heads import head_for
 from helpers.hf import prompt, tiny_llama
+from helpers.names import CACHE, cache_of
 from specdec import SpecConfig
 from specdec.errors import ConfigError
 from specdec.registry import methods
@@ -66,8 +67,8 @@ def greedy_choices(model: Any, ids: Tensor) -> Tensor:
     cache, best = None, []
     for start in range(0, ids.shape[1], 500):
         chunk = ids[:, start : start + 500]
-        output = model(input_ids=chunk, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=chunk, **{CACHE: cache}, use_cache=True)
+        cache = cache_of(output)
         best.append(output.logits[0].argmax(-1))
     return torch.cat(best)
 

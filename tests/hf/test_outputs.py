@@ -11,6 +11,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 import specdec
 from helpers.hf import Both, left_padded, oracle, plain, prompt, run_both, tiny_llama
+from helpers.names import CACHE, cache_of
 from specdec import hf_outputs, sampling
 
 NEW = 16
@@ -129,7 +130,7 @@ def test_hidden_states_of_a_chunked_prefill(llama: Any, chunk: int) -> None:
 def test_returned_cache_is_reusable(llama: Any) -> None:
     """The cache equals plain's, and a second turn that reuses it says what plain says."""
     both = run_both(llama, input_ids=prompt(), max_new_tokens=NEW, return_dict_in_generate=True)
-    ours, theirs = both.ours.past_key_values, both.plain.past_key_values
+    ours, theirs = cache_of(both.ours), cache_of(both.plain)
     assert type(ours) is type(theirs)
     assert ours.get_seq_length() == theirs.get_seq_length() == 9 + NEW - 1
     for layer, reference in zip(ours.layers, theirs.layers, strict=True):
@@ -137,7 +138,7 @@ def test_returned_cache_is_reusable(llama: Any) -> None:
         torch.testing.assert_close(layer.values, reference.values, atol=1e-10, rtol=0)
     ids = torch.cat([both.plain.sequences, prompt(5, seed=3)], dim=1)
     caches = iter([theirs, ours])
-    run_both(llama, lambda: {"past_key_values": next(caches)}, input_ids=ids, max_new_tokens=NEW)
+    run_both(llama, lambda: {CACHE: next(caches)}, input_ids=ids, max_new_tokens=NEW)
 
 
 def test_recorder_does_not_keep_whole_trees_alive(
@@ -185,7 +186,7 @@ def test_long_generation_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> No
     assert got.sequences.shape == expected.shape == (1, 2009)
     assert torch.equal(got.sequences[:, :200], expected[:, :200])  # float32: later, ties may differ
     assert max(held) <= 16
-    for layer in got.past_key_values.layers:
+    for layer in cache_of(got).layers:
         for tensor in (layer.keys, layer.values):
             assert tensor.shape[2] == 2008
             assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

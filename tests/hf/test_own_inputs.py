@@ -21,6 +21,7 @@ from helpers.hf import (
     tiny_gpt2,
     tiny_llama,
 )
+from helpers.names import CACHE
 from specdec.augmentation import capability
 
 NEW = 12
@@ -106,7 +107,7 @@ def test_turns_with_positions(llama: Any) -> None:
     for turn in range(3):
         pair = iter(caches)
         both = run_both(
-            llama, lambda pair=pair: {"past_key_values": next(pair)}, input_ids=ids,
+            llama, lambda pair=pair: {CACHE: next(pair)}, input_ids=ids,
             position_ids=positions, max_new_tokens=NEW,
         )  # fmt: skip
         for mine, other in zip(caches[1].layers, caches[0].layers, strict=True):

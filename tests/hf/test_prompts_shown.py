@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from helpers.hf import ids_of, left_padded, plain, prompt
+from helpers.names import CACHE
 from specdec import RowDrafter, SpecConfig, TokenTree
 from specdec.registry import methods
 
@@ -76,14 +77,14 @@ def test_the_second_turn_shows_what_is_new(llama: Any, padded: bool) -> None:
     inputs = left_padded((9, 4, 6)) if padded else {"input_ids": prompt(9, 2)}
     rows = unpadded(inputs)
     cache = DynamicCache()
-    _, text = shown(llama, len(rows), **inputs, past_key_values=cache)
+    _, text = shown(llama, len(rows), **inputs, **{CACHE: cache})
     assert cache.get_seq_length() == 9 + NEW - 1
     new = torch.cat([text, prompt(3, len(rows), seed=4)], 1)
     second = {"input_ids": new}
     if padded:
         ones = torch.ones(len(rows), NEW + 3, dtype=torch.long)
         second["attention_mask"] = torch.cat([inputs["attention_mask"], ones], 1)
-    found, _ = shown(llama, len(rows), **second, past_key_values=cache)
+    found, _ = shown(llama, len(rows), **second, **{CACHE: cache})
     for row, before, whole in zip(found, rows, unpadded(second), strict=True):
         held = len(before) + NEW - 1
         assert row == {at: whole[at] for at in range(held, len(whole))}

@@ -12,6 +12,7 @@ from transformers import StaticCache
 import specdec
 from helpers.families import CHAIN_FAMILIES
 from helpers.hf import fallbacks, ids_of, left_padded, oracle, plain, prompt, run_both, tiny_gpt2
+from helpers.names import CACHE, cache_of
 from specdec import hf_call
 from specdec.tree_cache import TreeLayer
 
@@ -120,11 +121,11 @@ def test_returned_cache(model: Any, chunk: int | None) -> None:
     wanted = {"return_dict_in_generate": True, "prefill_chunk_size": chunk, **STATIC}
     for length in (1, 4, 7, 8, 9, 20):
         both = run_both(model, input_ids=prompt(length), **wanted)
-        same_static(both.ours.past_key_values, both.plain.past_key_values)
+        same_static(cache_of(both.ours), cache_of(both.plain))
     padded = left_padded()
     both = run_both(model, **padded, **wanted)
     alive = torch.cat([padded["attention_mask"].bool(), torch.ones(4, NEW).bool()], dim=1)
-    same_static(both.ours.past_key_values, both.plain.past_key_values, alive)
+    same_static(cache_of(both.ours), cache_of(both.plain), alive)
 
 
 @every_model
@@ -134,7 +135,7 @@ def test_returned_cache_after_an_eos(model: Any) -> None:
     ends = next(t for row in free for t in row[:-3] if not all(t in other for other in free))
     both = run_both(model, **batch, **STATIC, eos_token_id=ends, return_dict_in_generate=True)
     assert (both.ours.sequences == 0).any(), "no row ended early: the test shows nothing"
-    same_static(both.ours.past_key_values, both.plain.past_key_values)
+    same_static(cache_of(both.ours), cache_of(both.plain))
 
 
 def converse(model: Any, first: dict[str, Tensor], room: int = ROOM, **kwargs: Any) -> None:
@@ -147,7 +148,7 @@ def converse(model: Any, first: dict[str, Tensor], room: int = ROOM, **kwargs: A
         if mask is not None:
             call["attention_mask"] = mask
         pair = iter((theirs, ours))
-        both = run_both(model, lambda pair=pair: {"past_key_values": next(pair)}, **call)
+        both = run_both(model, lambda pair=pair: {CACHE: next(pair)}, **call)
         said = ids_of(both.ours)
         assert int(ours.get_seq_length()) == said.shape[1] - 1
         grown = torch.ones_like(said)
@@ -177,9 +178,9 @@ def test_turns_of_a_left_padded_batch(model: Any) -> None:
 def test_turns_of_plain_and_speculative_calls_mix(gemma3: Any) -> None:
     cache, reference, ids = static_cache(gemma3, 96), static_cache(gemma3, 96), prompt(4)
     for turn in range(5):
-        expected = plain(gemma3, ids, max_new_tokens=NEW, past_key_values=reference)
+        expected = plain(gemma3, ids, max_new_tokens=NEW, **{CACHE: reference})
         got = gemma3.generate(
-            ids, max_new_tokens=NEW, past_key_values=cache,
+            ids, max_new_tokens=NEW, **{CACHE: cache},
             specdec=False if turn % 2 else oracle(expected, ids.shape[1]),
         )  # fmt: skip
         assert torch.equal(got, expected)
@@ -195,7 +196,7 @@ def test_a_cache_that_is_reset_and_used_again(model: Any) -> None:
             cache.reset()
         pair = iter(caches)
         run_both(
-            model, lambda pair=pair: {"past_key_values": next(pair)},
+            model, lambda pair=pair: {CACHE: next(pair)},
             input_ids=prompt(9 + seed, seed=seed), max_new_tokens=NEW,
         )  # fmt: skip
         same_static(caches[1], caches[0])
@@ -210,9 +211,9 @@ def test_a_cache_that_is_too_small(llama: Any) -> None:
     free = plain(llama, prompt(), max_new_tokens=NEW)[0, 9:].tolist()
     last = next(token for token in free if free.count(token) == 1)
     call = {"max_new_tokens": NEW, "eos_token_id": last}
-    expected = plain(llama, prompt(), **call, past_key_values=static_cache(llama, 9 + NEW - 2))
+    expected = plain(llama, prompt(), **call, **{CACHE: static_cache(llama, 9 + NEW - 2)})
     with fallbacks() as texts:
-        got = llama.generate(prompt(), **call, past_key_values=static_cache(llama, 9 + NEW - 2))
+        got = llama.generate(prompt(), **call, **{CACHE: static_cache(llama, 9 + NEW - 2)})
     assert torch.equal(got, expected)
     assert "the static cache has 17 slots and the call may need 18" in texts[0]
 
@@ -220,9 +221,9 @@ def test_a_cache_that_is_too_small(llama: Any) -> None:
 def test_a_cache_smaller_than_the_window(gemma3: Any) -> None:
     """A static sliding layer keeps `max_cache_len` slots at most: a narrower window than told."""
     with fallbacks() as texts:
-        gemma3.generate(prompt(2), max_new_tokens=3, past_key_values=static_cache(gemma3, 6))
+        gemma3.generate(prompt(2), max_new_tokens=3, **{CACHE: static_cache(gemma3, 6)})
         with pytest.raises((IndexError, RuntimeError)):
-            gemma3.generate(prompt(), max_new_tokens=NEW, past_key_values=static_cache(gemma3, 6))
+            gemma3.generate(prompt(), max_new_tokens=NEW, **{CACHE: static_cache(gemma3, 6)})
     assert len(texts) == 1
     assert "the static cache has 6 slots" in texts[0]
 
@@ -246,7 +247,7 @@ def test_chain_models_run_plain() -> None:
 
 def test_exception_leaves_the_users_cache_alone(gemma3: Any) -> None:
     cache = static_cache(gemma3)
-    said = gemma3.generate(prompt(), max_new_tokens=NEW, past_key_values=cache)
+    said = gemma3.generate(prompt(), max_new_tokens=NEW, **{CACHE: cache})
     before = [(layer.keys.clone(), int(layer.cumulative_length)) for layer in cache.layers]
 
     def broken(batch: int, ids: Tensor) -> list[int]:
@@ -256,9 +257,7 @@ def test_exception_leaves_the_users_cache_alone(gemma3: Any) -> None:
 
     ids = torch.cat([said, prompt(3)], dim=1)
     with pytest.raises(RuntimeError, match="the user's function"):
-        gemma3.generate(
-            ids, max_new_tokens=NEW, past_key_values=cache, prefix_allowed_tokens_fn=broken
-        )
+        gemma3.generate(ids, max_new_tokens=NEW, **{CACHE: cache}, prefix_allowed_tokens_fn=broken)
     assert cache.get_seq_length() == said.shape[1] - 1
     for (keys, count), layer in zip(before, cache.layers, strict=True):
         assert torch.equal(keys, layer.keys)
@@ -269,7 +268,7 @@ def test_embeddings_and_outputs(llama: Any) -> None:
     embeds = llama.get_input_embeddings()(prompt()) * 1.1
     wanted = {"return_dict_in_generate": True, "output_hidden_states": True, "output_scores": True}
     both = run_both(llama, inputs_embeds=embeds, **STATIC, **wanted)
-    same_static(both.ours.past_key_values, both.plain.past_key_values)
+    same_static(cache_of(both.ours), cache_of(both.plain))
     for mine, other in zip(both.ours.hidden_states, both.plain.hidden_states, strict=True):
         for layer, reference in zip(mine, other, strict=True):
             torch.testing.assert_close(layer, reference, atol=1e-10, rtol=0)

@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 import specdec
 from helpers.hf import fallbacks, ids_of, oracle, plain
+from helpers.names import CACHE, cache_of
 from helpers.vision import IMAGE_ID, ONE, TREES, TWO, VISION, batched, image_prompt, vision_model
 from specdec import RowDrafter, TokenTree, hf_fallback
 from specdec.augmentation import capability
@@ -163,7 +164,7 @@ def test_return_sequences_and_outputs(name: str) -> None:
     for step, reference in zip(got.hidden_states, expected.hidden_states, strict=True):
         for mine, other in zip(step, reference, strict=True):
             torch.testing.assert_close(mine, other, atol=1e-9, rtol=0)
-    same_cache(got.past_key_values, expected.past_key_values)
+    same_cache(cache_of(got), cache_of(expected))
 
 
 def same_cache(ours: Any, theirs: Any) -> None:
@@ -209,10 +210,10 @@ def test_turns_with_one_cache(name: str, kind: str) -> None:
     inputs = image_prompt(name)
     for sizes in ((), ONE, ()):
         call = {**inputs, "max_new_tokens": 8, "do_sample": False}
-        expected = plain_or_skip(model, **call, past_key_values=theirs)
+        expected = plain_or_skip(model, **call, **{CACHE: theirs})
         settings = oracle(expected, inputs["input_ids"].shape[1])
         with fallbacks() as texts:
-            got = model.generate(**call, past_key_values=ours, specdec=settings)
+            got = model.generate(**call, **{CACHE: ours}, specdec=settings)
         assert not texts
         assert torch.equal(got, expected)
         same_cache(ours, theirs)
@@ -226,11 +227,11 @@ def test_exception_leaves_the_users_cache_alone(name: str, kind: str) -> None:
     cache: Any = DynamicCache(config=model.config)
     if kind == "static":
         cache = StaticCache(config=model.config, max_cache_len=256)
-    plain_or_skip(model, **inputs, max_new_tokens=6, past_key_values=copy.deepcopy(cache))
-    said = model.generate(**inputs, max_new_tokens=6, past_key_values=cache)
+    plain_or_skip(model, **inputs, max_new_tokens=6, **{CACHE: copy.deepcopy(cache)})
+    said = model.generate(**inputs, max_new_tokens=6, **{CACHE: cache})
     before = [(layer.keys.clone(), int(layer.get_seq_length())) for layer in cache.layers]
     inputs = next_turn(name, said, ONE)
-    plain_or_skip(model, **inputs, **GREEDY, past_key_values=copy.deepcopy(cache))
+    plain_or_skip(model, **inputs, **GREEDY, **{CACHE: copy.deepcopy(cache)})
 
     def broken(batch: int, ids: Tensor) -> list[int]:
         if len(ids) > inputs["input_ids"].shape[1] + 3:
@@ -238,7 +239,7 @@ def test_exception_leaves_the_users_cache_alone(name: str, kind: str) -> None:
         return list(range(3, 80))
 
     with pytest.raises(RuntimeError, match="the user's function"):
-        model.generate(**inputs, **GREEDY, past_key_values=cache, prefix_allowed_tokens_fn=broken)
+        model.generate(**inputs, **GREEDY, **{CACHE: cache}, prefix_allowed_tokens_fn=broken)
     for (keys, count), layer in zip(before, cache.layers, strict=True):
         assert torch.equal(keys, layer.keys)
         assert layer.get_seq_length() == count
@@ -373,12 +374,12 @@ def test_the_self_test_leaves_no_trace() -> None:
     inputs = image_prompt("qwen2_vl")
     cache, reference = DynamicCache(), DynamicCache()
     torch.manual_seed(5)
-    expected = plain(model, **inputs, **SAMPLED, past_key_values=reference)
+    expected = plain(model, **inputs, **SAMPLED, **{CACHE: reference})
     state = torch.get_rng_state()
     specdec.augment(model, "prompt_lookup")
     assert not capability(model).prompts
     torch.manual_seed(5)
-    got = model.generate(**inputs, **SAMPLED, past_key_values=cache)
+    got = model.generate(**inputs, **SAMPLED, **{CACHE: cache})
     assert list(capability(model).prompts.values()) == [None]
     assert torch.equal(got, expected)
     assert torch.equal(torch.get_rng_state(), state)

@@ -29,6 +29,7 @@ from helpers.hf import (
     tiny_gemma3,
     tiny_llama,
 )
+from helpers.names import CACHE, cache_of
 
 NEW = 16
 
@@ -236,7 +237,7 @@ def test_low_precision_runs(build: Any, dtype: torch.dtype) -> None:
         assert got.sequences.shape[1] == 20 + NEW
         assert got.scores[0].dtype == torch.float32
         assert got.hidden_states[1][0].dtype == dtype
-        assert got.past_key_values.layers[0].keys.dtype == dtype
+        assert cache_of(got).layers[0].keys.dtype == dtype
         assert specdec.last_stats(model).mode == "tree"
 
 
@@ -341,9 +342,9 @@ def test_ragged_prefill_never_gives_flash_attention_a_mask(flash: FlashLike) -> 
     inputs = left_padded()
     for turn in range(2):
         call = {**inputs, "max_new_tokens": 6}
-        expected = plain(reference, **call, past_key_values=caches[0])
+        expected = plain(reference, **call, **{CACHE: caches[0]})
         got = model.generate(
-            **call, past_key_values=caches[1], specdec=oracle(expected, expected.shape[1] - 6)
+            **call, **{CACHE: caches[1]}, specdec=oracle(expected, expected.shape[1] - 6)
         )
         assert torch.equal(got, expected)
         more = prompt(3, 4, seed=turn)

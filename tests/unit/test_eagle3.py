@@ -16,6 +16,7 @@ from helpers.families import model_of
 from helpers.heads import head_for
 from helpers.hf import plain, prompt, tiny_llama
 from helpers.laws import GREEDY, SAMPLED, Case, reference
+from helpers.names import CACHE, cache_of
 from helpers.spies import Reads
 from specdec import SpecConfig
 from specdec.drafters.base import TargetFacts
@@ -227,7 +228,7 @@ def test_a_second_turn_on_a_kept_cache(llama: Any, head: Eagle3Head) -> None:
         with specdec.augmented(llama, config=SpecConfig(method, options)):
             first = llama.generate(ids, return_dict_in_generate=True, **CALL)
             more = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], 1)
-            second = llama.generate(more, past_key_values=first.past_key_values, **CALL)
+            second = llama.generate(more, **{CACHE: cache_of(first)}, **CALL)
         if method == "none":
             wanted = second
     assert torch.equal(second, wanted)
