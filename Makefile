@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -q 
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-demo bench-smoke test check laws mutants models docs demo-target demo-head clean
+.PHONY: help demo train-demo bench-smoke test compat check laws mutants models docs demo-target demo-head clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,17 @@ mutants: .venv/.dev ## plants known faults; a test must catch each (ARGS="--only
 
 models: .venv/.dev ## every causal LM class of transformers, built tiny: writes docs/models.md (slow)
 	$(TEST_ENV) $(BIN)/python tests/sweep/run.py --write docs/models.md $(ARGS)
+
+# Oldest, what vLLM pins, the last one with the cache's old names, and the newest.
+RELEASES := 5.16.0 5.19.0 5.23.0 5.24.0
+
+compat: $(RELEASES:%=compat-%) ## seam tests and fast laws on each tested transformers, in venvs of their own
+
+compat-%: .compat/%/.done
+	$(TEST_ENV) .compat/$*/bin/python -m pytest -n 2 -m "not slow" -p no:cacheprovider tests/laws \
+		tests/hf/test_seam.py tests/hf/test_hf_names.py tests/hf/test_caches.py \
+		tests/hf/test_static_cache.py tests/hf/test_chain_calls.py tests/hf/test_chain_caches.py \
+		tests/hf/test_outputs.py tests/hf/test_fallthrough.py tests/unit/test_eagle3.py
 
 check: .venv/.dev ## lint, format, types, import direction and size limits
 	$(BIN)/ruff check .
@@ -101,6 +112,14 @@ clean: ## remove build products and caches (keeps .venv)
 
 .venv/.train: .venv/.base
 	$(PIP) -e ".[train]"
+	@touch $@
+
+# The tested set but for transformers and what a release of it requires.
+.compat/%/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .compat/$*
+	grep -vE '^(transformers|tokenizers|huggingface_hub|hf-xet)==' constraints.txt > .compat/$*/constraints.txt
+	.compat/$*/bin/python -m pip install --no-compile --disable-pip-version-check -q \
+		-c .compat/$*/constraints.txt -e . "transformers==$*" pytest pytest-xdist pytest-timeout hypothesis peft
 	@touch $@
 
 .venv/.docs: .venv/.base
