@@ -31,7 +31,7 @@ class TreeLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates both buffers; zeros, because masked slots must not hold NaN."""
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.device = key_states.device
         room = self._cache.capacity
         self.keys = key_states.new_zeros(*key_states.shape[:2], room, key_states.shape[-1])
         self.values = value_states.new_zeros(*value_states.shape[:2], room, value_states.shape[-1])
