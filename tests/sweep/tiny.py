@@ -156,6 +156,15 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": _HEAD,
     "hunyuan_v1_moe": _HEAD,
+    "inkling2_loop_text": {
+        "num_hidden_layers": 3,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+        "loop_num_passes": 2,
+        "unpadded_vocab_size": VOCAB,
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+    },
     "inkling_text": {"log_scaling_n_floor": WINDOW},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {
