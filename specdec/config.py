@@ -21,7 +21,8 @@ class SpecConfig:
         options: Options of the method, by name.
         budget: Nodes beyond the root that a round may verify; None for the method's own size.
         on_round: Called with a `RoundRecord` after every round.
-        trace: File that gets one JSON line per round.
+        trace: File to which one JSON line per round is appended; where it cannot be written, a
+            warning says so and the call goes on.
     """
 
     method: str | None = None
@@ -42,4 +43,6 @@ class SpecConfig:
         if self.method is not None and not (isinstance(self.method, str) and self.method):
             raise ConfigError(f"method must be a name, got {self.method!r}")
         if self.trace is not None:
+            if not isinstance(self.trace, str | Path) or not str(self.trace):
+                raise ConfigError(f"trace must be the path of a file, got {self.trace!r:.100}")
             object.__setattr__(self, "trace", Path(self.trace))

@@ -7,7 +7,6 @@ them here, and what cannot be done goes back to the plain loop.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,13 +18,14 @@ from specdec.config import SpecConfig
 from specdec.drafters.base import Drafter, FixedBudget
 from specdec.hf_call import Prepared, introduce
 from specdec.hf_fallback import warn_plain, why_prepared_is_plain
-from specdec.hf_outputs import Recorder, StreamObserver, TraceObserver
+from specdec.hf_outputs import Recorder, StreamObserver
 from specdec.loop import Call, Observer, speculative_generate
 from specdec.registry import methods
 from specdec.sampling import PrefixIds
 from specdec.stats import GenerationStats
 from specdec.stop_rules import HostStopRules
 from specdec.target import HFTarget
+from specdec.trace_file import traced
 
 
 @dataclass
@@ -115,18 +115,17 @@ class SpeculativeDecode:
         if self.settings.on_round is not None:
             on_round = self.settings.on_round
             observers.append(lambda _, record: on_round(record))
-        if self.settings.trace is not None:
-            observers.append(TraceObserver(Path(self.settings.trace)))
-        call = Call(
-            state=state,
-            picker=picker,
-            stops=stops,
-            budget=FixedBudget(budget),
-            stats=self.stats,
-            observers=observers,
-            show_trees=self.settings.on_round is not None or self.settings.trace is not None,
-        )
-        speculative_generate(target, drafter, call)
+        with traced(self.settings.trace, self.memory) as trace:
+            call = Call(
+                state=state,
+                picker=picker,
+                stops=stops,
+                budget=FixedBudget(budget),
+                stats=self.stats,
+                observers=[*observers, *trace],
+                show_trees=self.settings.on_round is not None or bool(trace),
+            )
+            speculative_generate(target, drafter, call)
         if self.streamer is not None:
             self.streamer.end()
         returns_cache = self.keeps_cache or bool(prepared.generation_config.return_dict_in_generate)

@@ -1,10 +1,8 @@
-"""What a call gives back besides ids: scores, logits, hidden states, streamed tokens, traces."""
+"""What a call gives back besides ids: scores, logits, hidden states, streamed tokens."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,15 +140,3 @@ class StreamObserver:
         if step >= self._state.emitted(row):
             return self._pad_id
         return self._state.tokens[row][self._state.prompt_lengths[row] + step]
-
-
-class TraceObserver:
-    """Appends one JSON line per round to a file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __call__(self, result: RoundResult, record: RoundRecord) -> None:
-        """Writes the record."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record.to_json()) + "\n")

@@ -25,7 +25,7 @@ LAYERS = (
     | {"prompt_target", "prompt_check"},
     {"loop"},
     {"drafters", "heads", "tuning", "tuned_file"},
-    {"augmentation", "hf_generate", "hf_call", "hf_fallback", "hf_outputs"},
+    {"augmentation", "hf_generate", "hf_call", "hf_fallback", "hf_outputs", "trace_file"},
     {"demo", "commands"},
     {"cli"},
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -244,17 +243,6 @@ def test_an_interrupted_self_test_leaves_the_model_alone() -> None:
     assert model.training
     assert "generate" not in vars(model)
     assert "_specdec" not in vars(model)
-
-
-@pytest.mark.fault
-def test_a_trace_that_cannot_be_written(llama: Any, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="no such folder"):
-        llama.generate(
-            prompt(), max_new_tokens=NEW,
-            specdec=SpecConfig("lookahead", trace=tmp_path / "no such folder" / "trace.jsonl"),
-        )  # fmt: skip
-    wanted = plain(llama, prompt(), max_new_tokens=NEW)
-    assert torch.equal(llama.generate(prompt(), max_new_tokens=NEW), wanted)
 
 
 @pytest.mark.fault
