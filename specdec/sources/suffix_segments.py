@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from specdec.sources.store_folder import StoreError
+
 MAGIC, VERSION = b"SPDSUFFX", 1
 HEADER = struct.Struct("<8sI32s")
 RECORD = struct.Struct("<II")
@@ -41,30 +43,6 @@ _TEMPORARY = re.compile(r"\.\d{20}-\d{1,10}-[0-9a-f]{8}\.tmp")
 _NO_LINKS: int = sum(getattr(os, flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 _UNTOUCHED_SECONDS = 3600.0  # a file this old has no writer in the middle of a record
 _WRITING_SECONDS = 2.0  # a record that ends too early may still be on its way
-
-
-class StoreError(OSError):
-    """The store cannot be used: a damaged file, or a folder that others could write to."""
-
-
-def open_folder(folder: Path, space: str, fingerprint: str) -> Path:
-    """The folder of a space and a tokenizer, made with mode 0700 where it is missing.
-
-    Raises:
-        OSError: It cannot be made.
-        StoreError: It is a symbolic link, or somebody else may write to it.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name in (space, fingerprint):
-        folder = folder / name
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode):
-            raise StoreError(f"{folder} is not a folder; the store follows no symbolic links")
-        if os.name == "posix" and (found.st_uid != os.geteuid() or found.st_mode & 0o022):
-            raise StoreError(f"{folder} belongs to, or can be written by, somebody else")
-    return folder
 
 
 class Writer:

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from specdec.errors import ConfigError
+from specdec.sources.store_folder import open_folder
 from specdec.sources.suffix_index import NO_MATCH, SuffixIndex
-from specdec.sources.suffix_segments import Reader, Writer, open_folder
+from specdec.sources.suffix_segments import Reader, Writer
 
 _SPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -103,6 +104,7 @@ class SuffixStore:
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._young, self._old = SuffixIndex(), SuffixIndex()
         self._opened: tuple[Reader, Writer] | None = None
+        self._place: Path | None = None  # where the folder lies, from the first use on
         self._is_off = False
 
     def _attempt(self, work: Callable[[list[str]], None]) -> None:
@@ -126,8 +128,11 @@ class SuffixStore:
             self._load(problems)
 
     def _files(self) -> tuple[Reader, Writer]:
+        """Reader and writer; the folders are looked at every time, for their modes may change."""
+        if self._place is None:
+            self._place = self._folder.expanduser().absolute()
+        folder = open_folder(self._place, self._space, self._fingerprint)
         if self._opened is None:
-            folder = open_folder(self._folder.expanduser(), self._space, self._fingerprint)
             self._opened = (
                 Reader(folder, self._fingerprint),
                 Writer(folder, self._fingerprint, self._limit),

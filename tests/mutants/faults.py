@@ -8,6 +8,7 @@ from mutants.faults_bench import BENCH
 from mutants.faults_call import CALL
 from mutants.faults_chain import CHAIN
 from mutants.faults_drafters import DRAFTERS
+from mutants.faults_files import FILES
 from mutants.faults_heads import HEADS
 from mutants.faults_rejection import REJECTION
 from mutants.faults_round import ROUND
@@ -15,4 +16,5 @@ from mutants.faults_target import TARGET
 
 FAULTS: tuple[Fault, ...] = (
     *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH,
+    *FILES,
 )  # fmt: skip

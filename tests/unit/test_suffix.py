@@ -241,7 +241,7 @@ def test_an_exception_keeps_what_was_emitted(tmp_path: Path, fresh_memory: None)
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("problem", ["full disk", "no folder", "no permission"])
+@pytest.mark.parametrize("problem", ["full disk", "no folder", "no permission", "link", "mode"])
 def test_a_failing_store_is_one_warning(
     problem: str, tmp_path: Path, fresh_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +260,12 @@ def test_a_failing_store_is_one_warning(
             patch.setattr(os, "write", full)
         elif problem == "no folder":
             folder.write_text("a file")
+        elif problem == "link":
+            (tmp_path / "elsewhere").mkdir(mode=0o700)
+            folder.symlink_to(tmp_path / "elsewhere")
+        elif problem == "mode":
+            folder.mkdir()
+            folder.chmod(0o777)
         else:
             patch.setattr(Path, "mkdir", denied)
         for _ in range(3):

@@ -10,7 +10,6 @@ import signal
 import stat
 import struct
 import time
-import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,10 @@ from typing import NoReturn
 
 import pytest
 
+from helpers.stores import KEY, files, holds, refresh_with_warning, store_in
 from specdec.errors import ConfigError
 from specdec.sources import suffix_segments
-from specdec.sources.suffix_index import NO_MATCH
+from specdec.sources.store_folder import open_folder
 from specdec.sources.suffix_segments import HEADER, MAGIC, RECORD, VERSION
 from specdec.sources.suffix_store import StoreWarning, SuffixStore
 
@@ -29,26 +29,14 @@ pytestmark = [
     pytest.mark.filterwarnings("error::specdec.sources.suffix_store.StoreWarning"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
-KEY, OTHER_KEY = "a" * 64, "b" * 64
+OTHER_KEY = "b" * 64
 LONG_AGO = time.time() - 100_000
-
-
-def store_in(folder: Path, limit: int = 200_000, key: str = KEY, space: str = "s") -> SuffixStore:
-    return SuffixStore(folder, space, key, limit)
 
 
 def texts_of(seed: int, count: int, length: int = 50) -> list[list[int]]:
     """Texts that no other seed gives."""
     draw = random.Random(seed)
     return [[seed, *draw.choices(range(1000, 50_000), k=length)] for _ in range(count)]
-
-
-def holds(store: SuffixStore, text: list[int]) -> bool:
-    return any(index.follow(NO_MATCH, text).length == len(text) for index in store.indexes)
-
-
-def files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if not path.is_dir())
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -71,13 +59,6 @@ def wait_for(child: int) -> int:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.005)
     return os.waitstatus_to_exitcode(found[1])
-
-
-def refresh_with_warning(store: SuffixStore) -> list[str]:
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        store.refresh()
-    return [str(warning.message) for warning in seen if warning.category is StoreWarning]
 
 
 def settled(path: Path) -> None:
@@ -150,8 +131,8 @@ def test_modes(tmp_path: Path) -> None:
         store_in(folder).add([1, 2, 3])
     finally:
         os.umask(before)
-    folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
-    assert [stat.S_IMODE(path.stat().st_mode) for path in folders] == [0o700] * 3
+    folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in folders] == [0o700] * 4
     assert [stat.S_IMODE(path.stat().st_mode) for path in files(folder)] == [0o600]
 
 
@@ -278,7 +259,7 @@ def framed(tokens: list[int]) -> bytes:
 
 def planted(tmp_path: Path, content: bytes, number: int = 1) -> Path:
     """A file that has the name of a segment."""
-    folder = suffix_segments.open_folder(tmp_path, "s", KEY)
+    folder = open_folder(tmp_path, "s", KEY)
     path = folder / f"{number:020d}-{number}-{number:08x}.seg"
     path.write_bytes(content)
     settled(path)
@@ -375,36 +356,12 @@ def test_links_and_pipes_in_the_place_of_segments(tmp_path: Path) -> None:
 
 
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
-    other = planted(tmp_path, b"").rename(suffix_segments.open_folder(tmp_path, "s", KEY) / "x.seg")
+    other = planted(tmp_path, b"").rename(open_folder(tmp_path, "s", KEY) / "x.seg")
     other.write_bytes(b"no segment")
     store = store_in(tmp_path)
     store.refresh()
     store.add([1, 2, 3])
     assert other.read_bytes() == b"no segment"
-
-
-@pytest.mark.parametrize("level", ["space", "key"])
-def test_a_linked_folder_is_refused(level: str, tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    folder = tmp_path / "store"
-    (folder / "s").mkdir(parents=True, mode=0o700)
-    place = folder / "s" / KEY
-    if level == "space":
-        place = folder / "s"
-        place.rmdir()
-    place.symlink_to(outside)
-    store = store_in(folder)
-    warned = refresh_with_warning(store)
-    assert len(warned) == 1
-    assert "symbolic" in warned[0]
-    store.add([1, 2, 3])
-    assert list(outside.iterdir()) == []
-
-
-def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
-    suffix_segments.open_folder(tmp_path, "s", KEY).chmod(0o777)
-    assert "somebody else" in refresh_with_warning(store_in(tmp_path))[0]
 
 
 def test_spaces_and_tokenizers_share_nothing(tmp_path: Path) -> None:
@@ -532,7 +489,7 @@ def test_the_newest_of_many_files_are_read(tmp_path: Path, checked: list[int]) -
 def test_segments_rotate_and_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Old files beyond what readers want are deleted, also temporary ones; fresh ones never are."""
     monkeypatch.setattr(suffix_segments, "MAX_SEGMENT_BYTES", 1000)
-    folder = suffix_segments.open_folder(tmp_path, "s", KEY)
+    folder = open_folder(tmp_path, "s", KEY)
     store = store_in(tmp_path, limit=250)
     for text in texts_of(1, 20, length=99):
         store.add(text)
