@@ -97,7 +97,7 @@ demo-head: .venv/.train ## train the bundled head again, longer than train-demo 
 	$(BIN)/specdec convert runs/bundled-head-both/head specdec/demo/head --dtype bfloat16 --target demo
 
 clean: ## remove build products and caches (keeps .venv)
-	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # Stamps: one per set of dependencies.
