@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from specdec_bench.report.format import NONE, plain_times, seconds, share, signed_share, times
-from specdec_bench.report.svg import NARROW, Canvas, Scale, shortened, spread, ticks
+from specdec_bench.report.svg import NARROW, Canvas, Scale, fitting, spread, ticks, wrapped
 from specdec_bench.results.records import CurveRecord
 from specdec_bench.summary.intervals import Ratio
 from specdec_bench.summary.types import STAGES, ArmFigures, Gain, SettingFigures
@@ -21,6 +22,7 @@ _REASONS = {
 }
 _LABELS = 250  # width of the column of names on wide screens
 _VALUES = 58  # width of the column of figures
+_LINE = 15.0  # from one line of a name to the next
 
 
 def _rows(figures: SettingFigures, baseline: str) -> list[tuple[str, Gain | None, str]]:
@@ -31,13 +33,50 @@ def _rows(figures: SettingFigures, baseline: str) -> list[tuple[str, Gain | None
     return first + [(a.name, a.gain, _reason(a)) for a in figures.arms if a.name != baseline]
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Where a row of bars begins, and the lines of its name with their places."""
+
+    top: float
+    name: list[tuple[tuple[float, float], str]]
+
+    def label(self, canvas: Canvas, width: float) -> None:
+        """Writes the name."""
+        for place, words in self.name:
+            canvas.text(place, words, "name", "start" if width <= NARROW else "end")
+
+
+def _placed(names: Sequence[str], width: float, bars: float) -> tuple[list[_Row], float]:
+    """Rows with their whole names, beside the bars or, on phones, above them; their height.
+
+    Args:
+        names: Of the rows.
+        width: Of the drawing.
+        bars: Height of the bars of a row, with the room between rows.
+    """
+    narrow, rows, y = width <= NARROW, list[_Row](), 4.0
+    for name in names:
+        lines = wrapped(name, fitting(width if narrow else _LABELS - 12))
+        words = _LINE * len(lines)
+        if narrow:
+            top, first, height = y + words + 3, y + 12, words + 3 + bars
+        else:
+            height = max(bars + 6, words + 8)
+            top = y + (height - bars - 6) / 2
+            first = top + bars / 2 + 3 - (words - _LINE) / 2
+        x = 0.0 if narrow else _LABELS - 10.0
+        rows.append(_Row(top, [((x, first + _LINE * n), line) for n, line in enumerate(lines)]))
+        y += height
+    return rows, y - 4
+
+
 def speedups(figures: SettingFigures, baseline: str, width: float) -> Canvas:
     """Bars from 1.0 to the speed-up, with the interval; by wall time, and by CPU time below it."""
     rows = _rows(figures, baseline)
     narrow = width <= NARROW
     left, right = (4.0, width - _VALUES) if narrow else (float(_LABELS), width - _VALUES)
-    label, row_height = (18, 50) if narrow else (0, 38)
-    height = len(rows) * row_height + 40
+    placed, height = _placed([name for name, _, _ in rows], width, 32)
+    height += 40
     ratios = [r for _, gain, _ in rows if gain for r in (gain.wall, gain.cpu) if r]
     scale = Scale(*_around_one(ratios), left, right)
     said = "; ".join(f"{name}: {times(gain.wall) if gain else why}" for name, gain, why in rows)
@@ -48,20 +87,15 @@ def speedups(figures: SettingFigures, baseline: str, width: float) -> Canvas:
         canvas.text((scale(tick), bottom + 15), f"{tick:g}", "tick", "middle")
     canvas.line((scale(1.0), 2), (scale(1.0), bottom), "one")
     canvas.text((scale(1.0), bottom + 30), f"1 = as fast as {baseline}", "axis", "middle")
-    for index, (name, gain, why) in enumerate(rows):
-        top = index * row_height + 4.0
-        if narrow:
-            canvas.text((0, top + 12), shortened(name, width), "name")
-        else:
-            fitting = shortened(name, _LABELS - 12)
-            canvas.text((_LABELS - 10, top + 19), fitting, "name", "end")
+    for row, (name, gain, why) in zip(placed, rows, strict=True):
+        row.label(canvas, width)
         if gain is None:
-            canvas.text((scale(1.0) + 8, top + label + 18), why, "bad")
+            canvas.text((scale(1.0) + 8, row.top + 18), why, "bad")
             continue
         again = name.startswith("A/A")
-        _speedup_bar(canvas, scale, top + label, gain, again)
+        _speedup_bar(canvas, scale, row.top, gain, again)
         value = f"{gain.wall.value:.3f}" if again else plain_times(gain.wall.value)
-        canvas.text((width, top + label + 18), value, "value", "end")
+        canvas.text((width, row.top + 18), value, "value", "end")
     return canvas
 
 
@@ -163,8 +197,8 @@ def cost_split(arms: Sequence[ArmFigures], width: float) -> Canvas:
     shown = [(arm.name, arm.costs.per_token) for arm in arms if arm.costs is not None]
     narrow = width <= NARROW
     left, right = (4.0, width - _VALUES - 8) if narrow else (float(_LABELS), width - _VALUES - 8)
-    label, row_height = (18, 42) if narrow else (0, 30)
-    height = len(shown) * row_height + 38
+    placed, height = _placed([name for name, _ in shown], width, 24)
+    height += 38
     bottom = height - 34.0
     most = max(sum(split.values()) for _, split in shown)
     scale = Scale(0, most, left, right)
@@ -174,22 +208,17 @@ def cost_split(arms: Sequence[ArmFigures], width: float) -> Canvas:
         canvas.line((scale(tick / 1e3), 2), (scale(tick / 1e3), bottom), "grid")
         canvas.text((scale(tick / 1e3), bottom + 15), f"{tick:g}", "tick", "middle")
     canvas.text(((left + right) / 2, bottom + 30), "ms per emitted token", "axis", "middle")
-    for index, (name, split) in enumerate(shown):
-        top = index * row_height + 4.0
-        if narrow:
-            canvas.text((0, top + 12), shortened(name, width), "name")
-        else:
-            fitting = shortened(name, _LABELS - 12)
-            canvas.text((_LABELS - 10, top + 15), fitting, "name", "end")
+    for row, (name, split) in zip(placed, shown, strict=True):
+        row.label(canvas, width)
         x = left
         for number, stage in enumerate(STAGES):
             part = scale(split[stage]) - left
             hint = f"{name}, {stage}: {seconds(split[stage])} per token"
             if part > 0:
-                canvas.bar((x, top + label), (part, 20), f"c{number}", hint)
+                canvas.bar((x, row.top), (part, 20), f"c{number}", hint)
             x += part
         total = seconds(sum(split.values()))
-        canvas.text((width, top + label + 15), total, "value", "end")
+        canvas.text((width, row.top + 15), total, "value", "end")
     return canvas
 
 

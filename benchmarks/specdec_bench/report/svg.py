@@ -15,6 +15,7 @@ from itertools import pairwise
 WIDE, NARROW = 980, 330
 """Widths of the two drawings, in pixels."""
 
+_MARKS, _MOST_LINES = ",:/ ", 8
 _CHARACTER = 7.3  # mean width of a character at 12.5 pixels in a wide font
 
 
@@ -128,10 +129,24 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def shortened(words: str, width: float) -> str:
-    """As much of the words as fits into `width` pixels."""
-    most = max(int(width / _CHARACTER), 4)
-    return words if len(words) <= most else words[: most - 1] + "…"
+def wrapped(words: str, most: int) -> list[str]:
+    """A name on lines of at most `most` characters, broken where it has a mark if it can be.
+
+    Names of arms differ at their ends as often as not, so nothing is left out of them before
+    there are `_MOST_LINES`.
+    """
+    lines = []
+    while len(words) > most and len(lines) < _MOST_LINES - 1:
+        mark = max(words.rfind(mark, 0, most) for mark in _MARKS) + 1
+        end = mark if mark > most // 3 else most
+        lines.append(words[:end])
+        words = words[end:]
+    return [*lines, words if len(words) <= most else words[: most - 1] + "…"]
+
+
+def fitting(width: float) -> int:
+    """Characters of a name that fit into `width` pixels."""
+    return int(width / _CHARACTER)
 
 
 def spread(places: Sequence[float], least: float) -> list[float]:
