@@ -240,7 +240,7 @@ def test_a_check_that_fails_is_an_error_of_its_arm(
     errors = {(t.arm, t.pair, t.error) for t in found.times if t.error}
     assert errors == {("changing", 0, "SpecdecError: cannot judge")}
     others = [t for t in found.times if t.arm != "changing"]
-    assert len(others) == 2 * 2 * 3
+    assert len(others) == 2 * 2 * 4
 
 
 def test_a_password_never_reaches_a_name() -> None:

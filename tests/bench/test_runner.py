@@ -24,6 +24,7 @@ from specdec_bench.measure.measuring import BurstWatch, warm_up
 from specdec_bench.measure.schedule import Stopping, Timings, order
 from specdec_bench.measure.units import Unit, text_hash
 from specdec_bench.results.records import Results, Setting, TimeRecord, UnitRecord
+from specdec_bench.summary.summarize import summarize
 
 CODE = "class Stack:\n    def push(self, item):\n        self.items.append(item)\n\n"
 PROMPTS = [
@@ -255,6 +256,24 @@ def test_a_lossy_verifier_is_found_and_gets_no_speed_up(
     verdicts = {(c.arm, c.verdict) for c in read_results(path).checks}
     assert ("recycling:nodes=8", "wrong") in verdicts
     assert {v for arm, v in verdicts if arm != "recycling:nodes=8"} == {"exact"}
+
+
+@pytest.mark.parametrize(
+    ("arms", "wanted"),
+    [
+        (("prompt_lookup",), ["hf", "prompt_lookup"]),
+        (("none",), ["hf"]),
+        (("prompt_lookup", "hf"), ["prompt_lookup", "hf"]),
+    ],
+)
+def test_plain_generate_is_always_there(
+    arms: tuple[str, ...], wanted: list[str], tasks: str, tmp_path: Path
+) -> None:
+    """Without it, nothing says what the loop itself costs a user."""
+    sizes = {"max_new_tokens": 16, "pairs": 1, "limit": 1}
+    found = run(RunOptions(tasks=(tasks,), arms=arms, output=tmp_path / "run.jsonl", **sizes))
+    assert found.header.arms == ["loop0", "loop0_again", *wanted]
+    assert summarize(found).settings[0].loop_gain is not None
 
 
 @pytest.mark.parametrize("arms", range(2, 9))

@@ -1,4 +1,4 @@
-"""Faults in files that others may share, spoil or fill: traces and the suffix store's folders.
+"""Faults in files that others may share, spoil or fill, and in what a benchmark's report shows.
 
 None of them changes a text; they lose a call, mix up lines, or trust a stranger's folder.
 """
@@ -74,5 +74,21 @@ FILES: tuple[Fault, ...] = (
         "for place in (resolved, *resolved.parents):",
         "for place in (resolved,):",
         _FOLDER_TESTS,
+    ),
+    Fault(
+        "plain_generate_is_measured_on_demand_only",
+        "benchmarks",
+        "benchmarks/specdec_bench/measure/runner.py",
+        "if PLAIN not in {spec.method for spec in wanted} | self.extra_arms.keys():",
+        "if not wanted:",
+        "tests/bench/test_runner.py::test_plain_generate_is_always_there",
+    ),
+    Fault(
+        "names_end_after_their_first_lines",
+        "benchmarks",
+        "benchmarks/specdec_bench/report/svg.py",
+        "len(lines) < _MOST_LINES - 1",
+        "len(lines) < 1",
+        "tests/bench/test_report_names.py",
     ),
 )

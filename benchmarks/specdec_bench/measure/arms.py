@@ -24,13 +24,13 @@ from specdec.sources.suffix_store import SuffixStore
 from specdec.stats import GenerationStats, RoundRecord
 from specdec.tokenizers import tokenizer_fingerprint
 from specdec_bench.measure.units import Unit
-from specdec_bench.results.records import Setting, repeated_arm
+from specdec_bench.results.records import PLAIN, Setting, repeated_arm
 
 BASELINE = "loop0"
 """Our loop without speculation, which speed-ups are relative to."""
 AGAIN = repeated_arm(BASELINE)
 _HF = {  # arm -> its options, and what Hugging Face calls them
-    "hf": {},
+    PLAIN: {},
     "hf_prompt_lookup": {
         "num_tokens": "prompt_lookup_num_tokens",
         "max_ngram": "max_matching_ngram_size",
@@ -232,7 +232,7 @@ class GenerateArm:
     def __init__(self, spec: ArmSpec, bench: Workbench) -> None:
         self.name, self.spec, self.bench = spec.name, spec, bench
         self.is_ours = spec.method not in _HF
-        self.counts_rounds = spec.method != "hf"
+        self.counts_rounds = spec.method != PLAIN
         self.stats: GenerationStats | None = None
         """Of the newest answer; None for Hugging Face's own loops."""
 

@@ -45,8 +45,8 @@ class RunOptions:
     """Folder or hub id of the target; demo is the bundled toy."""
     arms: Annotated[tuple[str, ...], *_each("ARM", "hf and a few methods")] = ()
     """What to measure: hf, hf_prompt_lookup, hf_assisted, a method with options as in
-    eagle3:depth=3,top_k=1, suffix+store, or server:URL. loop0, our loop without speculation, is
-    always there, and twice: that row shows the machine's noise."""
+    eagle3:depth=3,top_k=1, suffix+store, or server:URL. hf, plain generate, is always there, and
+    so is loop0, our loop without speculation, twice: that row shows the machine's noise."""
     head: Annotated[str | None, _arg("HEAD", "the bundled one, for demo")] = None
     """Draft head of the eagle3 arms: a folder or a hub id."""
     draft: Annotated[str | None, _arg("NAME", "the toy's first layer, for demo")] = None

@@ -44,7 +44,7 @@ from specdec_bench.measure.setting_run import Progress, SettingRun, not_promised
 from specdec_bench.measure.units import Maker, Unit
 from specdec_bench.results.files import RecordWriter, check_output, read_results
 from specdec_bench.results.provenance import provenance, weights_hash
-from specdec_bench.results.records import NOT_PROMISED, Header, Record, Results, Setting
+from specdec_bench.results.records import NOT_PROMISED, PLAIN, Header, Record, Results, Setting
 from specdec_bench.tasks import Prompt, load_tasks
 
 __all__ = ["ArmMaker", "clear_generation_config", "default_arms", "run", "settings_of"]
@@ -136,9 +136,7 @@ class _Run:
         options, start = self.options, time.perf_counter()
         check_output(options.output_path, options.resume, options.overwrite)
         check_model(options.target)
-        wanted = options.arms or default_arms(options)
-        self.specs = [ArmSpec(BASELINE, "none"), ArmSpec(AGAIN, "none")]
-        self.specs += [spec for spec in map(parse_arm, wanted) if spec.method != "none"]
+        self.specs = [ArmSpec(BASELINE, "none"), ArmSpec(AGAIN, "none"), *self._wanted()]
         self._check_arms()
         self.prompts = load_tasks(options.task_list, options.data, options.limit, options.seed)
         self.tokenizer = load_tokenizer(options.target)
@@ -163,6 +161,14 @@ class _Run:
                 before = _seconds_before(writer.before)
                 writer.finish(_overall(reasons), time.perf_counter() - start + before)
         return read_results(options.output_path)
+
+    def _wanted(self) -> list[ArmSpec]:
+        """The arms that were asked for, and plain `generate`, which users compare with."""
+        specs = map(parse_arm, self.options.arms or default_arms(self.options))
+        wanted = [spec for spec in specs if spec.method != "none"]
+        if PLAIN not in {spec.method for spec in wanted} | self.extra_arms.keys():
+            wanted.insert(0, ArmSpec(PLAIN, PLAIN))
+        return wanted
 
     def _check_arms(self) -> None:
         names = [*(spec.name for spec in self.specs), *self.extra_arms]

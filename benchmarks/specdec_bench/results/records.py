@@ -367,6 +367,10 @@ class Results:
     sampling: Sequence[SamplingRecord] = field(default_factory=list)
 
 
+PLAIN = "hf"
+"""The arm of plain `generate`, whose time users compare with."""
+
+
 def repeated_arm(baseline: str) -> str:
     """Name of the arm that is the baseline once more: what it seems to gain is noise (A/A)."""
     return f"{baseline}_again"

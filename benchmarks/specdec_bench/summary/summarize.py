@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specdec_bench.results.records import PassRecord, Results, TimeRecord, UnitRecord, repeated_arm
+from specdec_bench.results.records import (
+    PLAIN,
+    PassRecord,
+    Results,
+    TimeRecord,
+    UnitRecord,
+    repeated_arm,
+)
 from specdec_bench.summary.passes import Passes
 from specdec_bench.summary.texts import texts_by_arm
 from specdec_bench.summary.times import Timings
@@ -20,11 +27,6 @@ from specdec_bench.summary.types import (
     Summary,
     Texts,
 )
-
-__all__ = ["PLAIN", "summarize"]
-
-PLAIN = "hf"
-"""Arm that is plain Hugging Face generate."""
 
 _MOST_BIAS = 0.02  # of an A/A row: how far from 1 its interval may begin
 _MOST_WIDTH = 0.05  # half of the interval
