@@ -13,17 +13,26 @@ from specdec.errors import ConfigError, SpecdecError
 REASONS: Mapping[str, str] = {
     "broken_json": "the line is no JSON",
     "not_utf8": "the text is not UTF-8",
-    "line_too_long": "the line is longer than a row may be",
+    "line_too_long": "the line, or the text, is longer than a row may be",
     "not_an_object": "the row is no JSON object",
     "missing_keys": "none of the known formats' keys are there",
-    "two_formats": "the row has the keys of two formats",
+    "two_formats": "the row has the keys of two formats; --ignore-field leaves one out",
+    "unknown_field": "a field may change what the row means, and is not known; --ignore-field NAME "
+    "reads rows as if it were not there",
+    "bad_field": "a field is not what it should be",
+    "field_not_rendered": "the chat template leaves out a field that changes what the row means; "
+    "give a template that writes it, or --ignore-field",
+    "needs_conversation": "the chat template would have to write a field, and the row is no "
+    "conversation; --as-chat makes one of a prompt",
+    "bad_weight": "a weight is neither 0 nor 1, or is not the assistant's",
+    "two_systems": "the system prompt beside the turns and the one among them differ",
     "bad_turn": "a turn is no object with a role and a content",
     "unknown_role": "a turn's role is unknown",
     "null_content": "a turn's content is null",
     "content_not_text": "a content is not text",
-    "empty_text": "there is no text",
+    "empty_text": "a text is empty",
     "empty_assistant_turn": "an assistant turn is empty",
-    "no_assistant_turn": "there is no assistant turn",
+    "no_assistant_turn": "there is no assistant turn to learn",
     "no_completion": "there is only a prompt; `specdec data regenerate` writes completions",
     "no_prompt": "there is nothing to answer",
     "prompt_too_long": "the prompt is longer than --max-prompt, or leaves no room in the context",
@@ -39,6 +48,8 @@ REASONS: Mapping[str, str] = {
     "beginning of an answer; --template-option sets its modes, such as enable_thinking=false",
     "no_generation_prompt": "the chat template opens an answer with a header that its generation "
     "prompt lacks; give a template that knows add_generation_prompt",
+    "lost_tags": "what the chat template puts into its {% generation %} tags cannot be followed "
+    "into what it renders",
     "nothing_to_learn": "no token of the assistant is left within --max-length",
 }
 """Reason -> what it means, for people."""

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.errors import ConfigError
+from specdec_training.answer_spans import Conversation, prefix_spans, tagged_spans
 from specdec_training.bad_rows import BadRow
+from specdec_training.token_spans import OwnedTokens, owned_tokens
+from specdec_training.turns import Turn, strings_in
 
-Messages = Sequence[tuple[str, str]]
-
-_OPENING = 32  # characters of an answer by which it is recognised
-_TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Messages = Sequence[Turn | tuple[str, str]]
+"""Turns; a role and a content make one, too."""
+Tools = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -69,49 +70,61 @@ class ChatFormat:
         described = json.dumps([self.template, self.options], sort_keys=True)
         return hashlib.sha256(described.encode("utf-8", "replace")).hexdigest()
 
-    @property
-    def has_tags(self) -> bool:
-        """Whether the template itself says what the assistant writes."""
-        return self.template is not None and _TAGS.search(self.template) is not None
+    def conversation(self, messages: Messages, tools: Tools = ()) -> Conversation:
+        """The turns with the template that renders them.
 
-    def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+        Raises:
+            ConfigError: There is no template.
+        """
+        if self.template is None:
+            raise ConfigError(
+                "the tokenizer has no chat template, and the input has conversations; give "
+                "--chat-template FILE, or rows with prompt and completion"
+            )
+        turns = [Turn(*turn) for turn in messages]
+        return Conversation(self.tokenizer, self.template, self.options, turns, tools)
+
+    def render(
+        self, messages: Messages, add_generation_prompt: bool = False, tools: Tools = ()
+    ) -> str:
         """The conversation as text.
 
         Raises:
             ConfigError: There is no template.
             BadRow: The template refuses the conversation.
         """
-        how = self._how()
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    _turns(messages),
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    **how,
-                )
-            )
-        except Exception as problem:  # a template is a program
-            raise BadRow("template_refuses", str(problem)) from problem
+        return self.conversation(messages, tools).text(add_generation_prompt)
 
     def tokens(self, text: str) -> list[int]:
         """Ids of rendered text, which holds its own special tokens. Raises nothing."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def encode(self, messages: Messages, last_only: bool = False) -> Encoded:
-        """The whole conversation, with every assistant turn to be learnt, or only the last.
+    def encode(self, messages: Messages, last_only: bool = False, tools: Tools = ()) -> Encoded:
+        """The whole conversation, with every answer to be learnt, or only the last.
 
         The token that ends a turn belongs to it: the model has to emit it. What a template writes
         behind it (a line break, for example) does not.
 
         Raises:
             ConfigError: There is no template.
-            BadRow: The template refuses, or the turns cannot be found in what it renders.
+            BadRow: The template refuses, leaves out a field that matters, or the turns cannot be
+                found in what it renders.
         """
-        self.check_text(text for _, text in messages)
-        if self.has_tags:
-            return self._by_tags(messages, last_only)
-        return self._by_prefixes(messages, last_only)
+        conversation = self.conversation(messages, tools)
+        self.check_turns(conversation.turns, tools)
+        answers = [at for at, turn in enumerate(conversation.turns) if turn.is_answer]
+        answers = answers[-1:] if last_only else answers
+        conversation.check_fields(answers)
+        find = tagged_spans if conversation.has_tags else prefix_spans
+        whole, spans = find(conversation, answers)
+        tokens = owned_tokens(self.tokenizer, whole, spans)
+        mask = self._mask(tokens, conversation.has_tags)
+        # An answer is over where it ends: no token of it may hold what somebody says next.
+        cuts = sorted({end for at, end in tokens.torn.items() if mask[at]})
+        if cuts:
+            tokens = owned_tokens(self.tokenizer, whole, spans, cuts=cuts)
+            mask = self._mask(tokens, conversation.has_tags)
+        return Encoded(tokens.ids, mask)
 
     def encode_pair(self, prompt: str, completion: str) -> Encoded:
         """A prompt and what follows it, to be learnt, with the tokenizer's EOS behind.
@@ -121,7 +134,9 @@ class ChatFormat:
         """
         self.check_text((prompt, completion))
         text = prompt + completion
-        ids, owners = self._owners(text, [(len(prompt), len(text))], add_special_tokens=True)
+        span = (len(prompt), len(text))
+        tokens = owned_tokens(self.tokenizer, text, [span], add_special_tokens=True)
+        ids, owners = tokens.ids, tokens.owners
         eos = self.tokenizer.eos_token_id
         if eos is not None and (not ids or ids[-1] not in self.stop_ids | {eos}):
             ids, owners = [*ids, eos], [*owners, 0]
@@ -140,6 +155,11 @@ class ChatFormat:
         ids = list(self.tokenizer(text)["input_ids"])
         return Encoded(ids, [at > 0 for at in range(len(ids))])
 
+    def check_turns(self, turns: Iterable[Turn], tools: Tools = ()) -> None:
+        """As `check_text`, for every text of the turns, their fields and the tools."""
+        self.check_text(strings_in([[turn.content, list(turn.fields)] for turn in turns]))
+        self.check_text(strings_in(list(tools)))
+
     def check_text(self, texts: Iterable[str]) -> None:
         """Raises `BadRow` for text that spells a special token: it would become that token."""
         for text in texts:
@@ -147,114 +167,20 @@ class ChatFormat:
                 if token and str(token) in text:
                     raise BadRow("special_token_in_text", str(token))
 
-    def _how(self) -> dict[str, Any]:
-        if self.template is None:
-            raise ConfigError(
-                "the tokenizer has no chat template, and the input has conversations; give "
-                "--chat-template FILE, or rows with prompt and completion"
-            )
-        return {"chat_template": self.template, **self.options}
-
-    def _by_tags(self, messages: Messages, last_only: bool) -> Encoded:
-        how = self._how()
-        try:
-            found = self.tokenizer.apply_chat_template(
-                _turns(messages),
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                **how,
-            )
-        except Exception as problem:  # a template is a program
-            raise BadRow("template_refuses", str(problem)) from problem
-        ids, mask = list(found["input_ids"]), [bool(m) for m in found["assistant_masks"]]
-        for at in range(1, len(ids)):  # tags that leave the end of the turn outside
-            if mask[at - 1] and not mask[at] and ids[at] in self.stop_ids:
-                mask[at] = ids[at - 1] not in self.stop_ids
-        if last_only and True in mask:
-            last = len(mask) - 1 - mask[::-1].index(True)
-            first = max((at + 1 for at in range(last) if not mask[at]), default=0)
-            mask = [first <= at <= last for at in range(len(mask))]
-        return Encoded(ids, mask)
-
-    def _by_prefixes(self, messages: Messages, last_only: bool) -> Encoded:
-        whole = self.render(messages)
-        spans = []
-        turns = [at for at, (role, _) in enumerate(messages) if role == "assistant"]
-        for index in turns[-1:] if last_only else turns:
-            after = whole if index + 1 == len(messages) else self.render(messages[: index + 1])
-            before = self._before(messages[: index + 1], after)
-            turn = f"turn {index + 1} of {len(messages)}"
-            if not whole.startswith(after):
-                raise BadRow("template_rewrites_turns", turn)
-            if not after.startswith(before):
-                raise BadRow("other_generation_prompt", turn)
-            self._check_opening(messages[: index + 1], before, after)
-            spans.append((len(before), len(after)))
-        ids, owners = self._owners(whole, spans)
-        mask = [False] * len(ids)
-        for span in range(len(spans)):
-            tokens = [at for at, owner in enumerate(owners) if owner == span]
-            for at in self._without_trailer(ids, tokens):
-                mask[at] = True
-        return Encoded(ids, mask)
-
-    def _before(self, messages: Messages, rendered: str) -> str:
-        """What the model sees before it writes the last of `messages`."""
-        if len(messages) > 1:
-            return self.render(messages[:-1], add_generation_prompt=True)
-        # No generation prompt can be rendered after nothing, so the answer itself is looked for.
-        start = rendered.find(messages[0][1].strip()[:_OPENING])
-        if start < 0:
-            raise BadRow("no_generation_prompt", rendered)
-        return rendered[:start]
-
-    def _check_opening(self, messages: Messages, before: str, after: str) -> None:
-        """Refuses a header that no generation prompt holds: it would be learnt as an answer."""
-        content = messages[-1][1].strip()[:_OPENING]
-        if after[len(before) :].lstrip().startswith(content) or len(messages) == 1:
-            return
-        if before == self.render(messages[:-1]):
-            raise BadRow("no_generation_prompt", after[len(before) :])
-
-    def _owners(
-        self, text: str, spans: Sequence[tuple[int, int]], add_special_tokens: bool = False
-    ) -> tuple[list[int], list[int]]:
-        """Token ids of `text`, and for each the span of characters it belongs to, or -1."""
-        if not getattr(self.tokenizer, "is_fast", False):
-            return self._owners_by_length(text, spans, add_special_tokens)
-        found = self.tokenizer(
-            text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
-        )
-        owners, span = [], 0
-        for start, end in found["offset_mapping"]:
-            while span < len(spans) and start >= spans[span][1]:
-                span += 1
-            # A token that also holds the end of the prompt is still one the model has to write.
-            reaches = span < len(spans) and max(end, start + 1) > spans[span][0]
-            owners.append(span if reaches else -1)
-        return list(found["input_ids"]), owners
-
-    def _owners_by_length(
-        self, text: str, spans: Sequence[tuple[int, int]], add_special_tokens: bool
-    ) -> tuple[list[int], list[int]]:
-        """As `_owners`, for tokenizers without offsets: the beginnings are tokenised, too."""
-
-        def tokens(beginning: str) -> list[int]:
-            found = self.tokenizer(beginning, add_special_tokens=add_special_tokens)
-            return list(found["input_ids"])
-
-        ids = tokens(text)
-        owners = [-1] * len(ids)
-        for span, borders in enumerate(spans):
-            lengths = []
-            for border in borders:
-                beginning = tokens(text[:border])
-                if ids[: len(beginning)] != beginning:
-                    raise BadRow("template_rewrites_turns", "tokens reach across the turns")
-                lengths.append(len(beginning))
-            owners[lengths[0] : lengths[1]] = [span] * (lengths[1] - lengths[0])
-        return ids, owners
+    def _mask(self, tokens: OwnedTokens, has_tags: bool) -> list[bool]:
+        """Which tokens are to be learnt, of those that are within the answers' spans."""
+        ids, mask = tokens.ids, [owner >= 0 for owner in tokens.owners]
+        if has_tags:
+            for at in range(1, len(ids)):  # tags that leave the end of the turn outside
+                if mask[at - 1] and not mask[at] and ids[at] in self.stop_ids:
+                    mask[at] = ids[at - 1] not in self.stop_ids
+            return mask
+        spans: dict[int, list[int]] = {}
+        for at, owner in enumerate(tokens.owners):
+            spans.setdefault(owner, []).append(at)
+        spans.pop(-1, None)
+        learnt = {at for span in spans.values() for at in self._without_trailer(ids, span)}
+        return [at in learnt for at in range(len(ids))]
 
     def _without_trailer(self, ids: Sequence[int], tokens: list[int]) -> list[int]:
         """The turn's positions up to the token that ends it.
@@ -274,14 +200,10 @@ class ChatFormat:
 
 
 _RESERVED = frozenset({
-    "messages", "conversation", "chat_template", "add_generation_prompt", "tokenize", "padding",
-    "continue_final_message", "truncation", "max_length", "return_tensors", "return_dict",
-    "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens",
+    "messages", "conversation", "tools", "chat_template", "add_generation_prompt", "tokenize",
+    "padding", "continue_final_message", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens",
 })  # fmt: skip
-
-
-def _turns(messages: Messages) -> list[dict[str, str]]:
-    return [{"role": role, "content": content} for role, content in messages]
 
 
 def template_options(pairs: Iterable[str]) -> dict[str, Any]:

@@ -99,6 +99,8 @@ def run_doctor(options: DataDoctorOptions) -> int:
             max_length=options.max_length,
             chat_template=options.chat_template,
             template_option=options.template_option,
+            as_chat=options.as_chat,
+            ignore_field=options.ignore_field,
             max_bad_fraction=1.0,
             cache_dir=Path(folder) / "cache",
         )

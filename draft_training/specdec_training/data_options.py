@@ -31,6 +31,7 @@ _Inputs = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _required("NAME"
 _Pairs = Annotated[
     tuple[str, ...], tyro.conf.UseAppendAction, _arg("NAME=VALUE", "none; repeatable")
 ]
+_Names = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _arg("NAME", "none; repeatable")]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ReadOptions:
     """Where rows come from."""
 
     input: _Inputs = ()
-    """File or folder (JSONL, JSON, Parquet), Hugging Face data set, or demo: the bundled corpus."""
+    """File or folder (JSONL, JSON, Parquet, text), Hugging Face data set, or the bundled demo."""
     split: Annotated[str, _arg("NAME", "train")] = "train"
     """Split of a Hugging Face data set."""
     subset: Annotated[str | None, _arg("NAME")] = None
@@ -47,6 +48,8 @@ class ReadOptions:
     """Read only the first N rows."""
     as_chat: _Flag = False
     """Read a prompt (and its completion) as turns of a conversation."""
+    ignore_field: _Names = ()
+    """Read rows and their turns as if they had no field of this name."""
     min_lines: Annotated[int, _N] = 4
     """Fewest lines of a piece of the bundled corpus."""
     max_lines: Annotated[int, _N] = 24
@@ -141,6 +144,10 @@ class DataDoctorOptions:
     """Jinja template to render conversations with, for data that are not prepared yet."""
     template_option: _Pairs = ()
     """Variable of the chat template, for data that are not prepared yet."""
+    as_chat: _Flag = False
+    """Read a prompt and its completion as turns, for data that are not prepared yet."""
+    ignore_field: _Names = ()
+    """Read rows as if they had no field of this name, for data that are not prepared yet."""
     examples: Annotated[int, _N] = 8
     """Examples that the target reads."""
     sample: Annotated[int, _N] = 1

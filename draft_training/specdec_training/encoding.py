@@ -14,7 +14,7 @@ from specdec_training.bad_rows import BadRow
 from specdec_training.chat import ChatFormat, Encoded
 from specdec_training.conversations import Row
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the encoding: another number makes old caches useless."""
 
 _TEXT_PROMPT = 64  # most tokens that a plain text gives as a held-out prompt
@@ -50,12 +50,13 @@ class Encoder:
                     raise BadRow("token_out_of_vocabulary", f"{token} of {self.vocab_size}")
         found = [encoded for encoded in found if any(encoded.loss_mask)]
         if not found:
-            raise BadRow("nothing_to_learn", f"--max-length is {self.max_length}")
+            raise BadRow("nothing_to_learn", str(self.max_length))
         return found
 
     def _encode(self, row: Row) -> list[Encoded]:
+        row.check_plain()
         if row.kind == "chat":
-            return self._conversation(row.messages)
+            return self._conversation(row)
         if row.kind == "pair":
             return [self.chat.encode_pair(row.prompt, row.completion)]
         if row.kind == "text":
@@ -65,15 +66,14 @@ class Encoder:
             return [Encoded(ids, [at >= len(row.prompt_ids) for at in range(len(ids))])]
         raise BadRow("no_completion")
 
-    def _conversation(self, messages: Sequence[tuple[str, str]]) -> list[Encoded]:
-        answers = [at for at, (role, _) in enumerate(messages) if role == "assistant"]
+    def _conversation(self, row: Row) -> list[Encoded]:
+        answers = [at for at, turn in enumerate(row.messages) if turn.is_answer]
         if not answers:
-            roles = ", ".join(role for role, _ in messages[:6])
-            raise BadRow("no_assistant_turn", f"roles are {roles}")
+            raise BadRow("no_assistant_turn", row.speakers())
         if self.turns == "all":
-            return [self.chat.encode(messages)]
+            return [self.chat.encode(row.messages, tools=row.tools)]
         chosen = answers if self.turns == "each" else answers[-1:]
-        return [self.chat.encode(messages[: at + 1], last_only=True) for at in chosen]
+        return [self.chat.encode(row.messages[: at + 1], True, row.tools) for at in chosen]
 
     def batch(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Columns of rows as columns of examples, for `datasets.map`.

@@ -27,6 +27,7 @@ from specdec_training.prepared_writer import write_prepared
 from specdec_training.row_files import Inputs
 
 _READ_COLUMNS = ("where", "row", "reason", "detail")
+_DRAW = 1  # another number holds out other prompts of the same input
 _LARGE_GROUP = 8  # rows of one group that may be held out together, whatever the size of the data
 
 
@@ -110,7 +111,9 @@ def encoded_rows(inputs: Inputs, encoder: Encoder, options: DataPrepareOptions) 
     Raises:
         SpecdecError: An input cannot be read, or a conversation came without a chat template.
     """
-    read = _hash("rows", inputs.hash(), options.as_chat)
+    read = _hash(
+        FORMAT_VERSION, "rows", inputs.hash(), options.as_chat, sorted(options.ignore_field)
+    )
     cache = None if options.cache_dir is None else str(options.cache_dir.expanduser())
     text = datasets.Value("string")
     next(inputs.rows())  # refuses an input without rows, on which `datasets` fails
@@ -130,6 +133,7 @@ def encoded_rows(inputs: Inputs, encoder: Encoder, options: DataPrepareOptions) 
             remove_columns=list(_READ_COLUMNS),
             features=datasets.Features({name: _feature(kind) for name, kind in COLUMNS.items()}),
             new_fingerprint=_hash(
+                FORMAT_VERSION,
                 "examples",
                 read,
                 encoder.chat.hash(),
@@ -187,7 +191,7 @@ def hold_out(table: Any, wanted: int, seed: int) -> tuple[list[int], list[list[i
             line += 1
     largest = max(_LARGE_GROUP, len(lengths) // 20)
     fit = [g for g, lines in groups.items() if lengths[lines[0]] and len(lines) <= largest]
-    fit.sort(key=lambda group: _hash(seed, group))
+    fit.sort(key=lambda group: _hash(_DRAW, seed, group))
     most = max(1, len(groups) // 10) if len(groups) > 1 else 0
     held = fit[: min(wanted, most)]
     prompts = [table[groups[g][0]]["token_ids"][: lengths[groups[g][0]]] for g in held]
@@ -208,7 +212,7 @@ def hold_out_from(
         for reason, group, length, ids in zip(*(batch[name] for name in names), strict=True):
             if not reason and length:
                 prompts.setdefault(group, ids[:length])
-    held = sorted(prompts, key=lambda group: _hash(seed, group))[:wanted]
+    held = sorted(prompts, key=lambda group: _hash(_DRAW, seed, group))[:wanted]
     if len(held) < wanted:
         raise ConfigError(f"--held-out-input has {len(held)} prompts, --held-out wants {wanted}")
     own = table.select_columns(["reason", "group"])
@@ -265,7 +269,7 @@ def _tokenizer(encoder: Encoder) -> list[Any]:
 
 
 def _hash(*parts: Any) -> str:
-    described = json.dumps([FORMAT_VERSION, *parts], sort_keys=True, default=str)
+    described = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(described.encode()).hexdigest()[:32]
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ from specdec_training.data_target import DataTarget, open_target
 from specdec_training.generation import Sampling, Writer
 from specdec_training.prepare import check_reading
 from specdec_training.row_files import Inputs
+from specdec_training.turns import Turn
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _ID_DIGITS = 24  # of a content's hash
 
 
@@ -42,20 +44,23 @@ class Task:
         key: Of its content.
         group: Of the row.
         prompt_ids: The first prompt.
-        turns: What follows: None for an answer to be written, otherwise a turn of someone else.
         messages: Turns before the next answer; grows as answers come. Empty for plain prompts.
+        following: For each answer but the last the turns that come before the next; None stands for
+            the answer itself.
+        tools: What the assistant may call.
     """
 
     key: str
     group: str
     prompt_ids: list[int]
-    turns: list[tuple[str, str] | None]
-    messages: list[tuple[str, str]] = field(default_factory=list)
+    messages: list[Turn] = field(default_factory=list)
+    following: list[list[Turn | None]] = field(default_factory=list)
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def answers(self) -> int:
         """How many answers it takes."""
-        return self.turns.count(None)
+        return len(self.following) + 1
 
 
 @dataclass(frozen=True)
@@ -138,28 +143,48 @@ class Asker:
             ConfigError: It is a conversation, and there is no template.
         """
         key, group = row.key()[:_ID_DIGITS], row.belongs_to()
+        row.check_plain()
         if row.kind != "chat":
-            return Task(key, group, self._checked(self._plain(row)), [None])
-        self.chat.check_text(content for _, content in row.messages)
-        turns = [None if role == "assistant" else (role, text) for role, text in row.messages]
-        if turns[-1] is not None:
-            if turns[-1][0] not in ("user", "tool"):
-                raise BadRow("no_assistant_turn", f"the last turn is of {turns[-1][0]}")
-            turns.append(None)
-        first = turns.index(None)
-        messages = [turn for turn in turns[:first] if turn is not None]
-        if not messages:
+            return Task(key, group, self._checked(self._plain(row)))
+        self._check_turns(row)
+        last = row.messages[-1]
+        if last.role not in ("user", "tool", "assistant"):
+            raise BadRow("no_assistant_turn", f"the last turn is of {last.role}")
+        at = [index for index, turn in enumerate(row.messages) if turn.is_answer]
+        if last.role != "assistant":
+            at.append(len(row.messages))
+        if not at:
+            raise BadRow("no_assistant_turn", row.speakers())
+        if at[0] == 0:
             raise BadRow("no_prompt", "the assistant speaks first")
-        ids = self.chat.tokens(self.chat.render(messages, add_generation_prompt=True))
-        return Task(key, group, self._checked(ids), list(turns[first:]), messages)
+        messages = list(row.messages[: at[0]])
+        task = Task(key, group, [], messages, tools=row.tools)
+        for this, following in pairwise(at):
+            # Tools answered the calls that the row has, so those stay, whatever the target calls.
+            own = row.messages[this] if row.messages[this].calls_tools else None
+            task.following.append([own, *row.messages[this + 1 : following]])
+        task.prompt_ids = self._checked(self._rendered(task))
+        return task
 
     def next_prompt(self, task: Task) -> list[int] | None:
         """The prompt of the next answer of a conversation; None where it got too long."""
         try:
-            text = self.chat.render(task.messages, add_generation_prompt=True)
-            return self._checked(self.chat.tokens(text))
+            return self._checked(self._rendered(task))
         except BadRow:
             return None
+
+    def _check_turns(self, row: Row) -> None:
+        """Refuses what cannot be rendered; of answers that are replaced only the text counts."""
+        kept = [
+            turn._replace(fields=()) if turn.is_answer and not turn.calls_tools else turn
+            for turn in row.messages
+        ]
+        self.chat.check_turns(kept, row.tools)
+        self.chat.conversation(kept, row.tools).check_fields(())
+
+    def _rendered(self, task: Task) -> list[int]:
+        text = self.chat.render(task.messages, add_generation_prompt=True, tools=task.tools)
+        return self.chat.tokens(text)
 
     def _plain(self, row: Row) -> list[int]:
         if row.kind == "tokens":
@@ -219,7 +244,7 @@ class _Run:
                 self._tokens += len(answer.token_ids)
                 self._finishes[answer.finish] = self._finishes.get(answer.finish, 0) + 1
                 rows[at].append(self._row(task, turn, prompt, answer))
-                following = self._follow(task, answer.token_ids)
+                following = self._follow(task, turn, answer.token_ids)
                 if following is None:
                     del prompts[at]
                 else:
@@ -230,16 +255,13 @@ class _Run:
             found[-1]["id"] = f"{task.key}-{task.answers - 1}"
         return [row for found in rows for row in found]
 
-    def _follow(self, task: Task, answer: list[int]) -> list[int] | None:
-        """The task's next prompt, after this answer; None when there is nothing more to answer."""
-        answered = len([m for m in task.messages if m[0] == "assistant"]) + 1
-        if not task.messages or answered >= task.answers:
+    def _follow(self, task: Task, answered: int, answer: list[int]) -> list[int] | None:
+        """The next prompt, after `answered` answers and this; None when there is none to come."""
+        if answered == len(task.following):
             return None
         text = self._tokenizer.decode(answer, skip_special_tokens=True)
-        task.messages.append(("assistant", text))
-        at = [place for place, turn in enumerate(task.turns) if turn is None]
-        between = task.turns[at[answered - 1] + 1 : at[answered]]
-        task.messages.extend(turn for turn in between if turn is not None)
+        new = Turn("assistant", text)
+        task.messages.extend(turn or new for turn in task.following[answered])
         return self._asker.next_prompt(task)
 
     def _row(self, task: Task, turn: int, prompt: list[int], answer: Any) -> dict[str, Any]:
@@ -289,7 +311,7 @@ def _made_with(
     """What decides the answers. The drafting method does not: it only changes the speed."""
     names = (
         "batch_size", "max_new_tokens", "temperature", "top_p", "max_prompt", "drop_loops", "dtype",
-        "seed", "as_chat",
+        "seed", "as_chat", "ignore_field",
     )  # fmt: skip
     return {
         "format_version": FORMAT_VERSION,

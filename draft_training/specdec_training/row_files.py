@@ -32,8 +32,8 @@ MOST_LINE_BYTES = 32 * 2**20
 """A longer line is skipped: it is no conversation, and reading it would fill the memory."""
 
 _MOST_ARRAY_BYTES = 2**30  # a JSON array is read at once
-_LINES, _ARRAYS, _COLUMNS = (".jsonl", ".ndjson"), (".json",), (".parquet",)
-_SUFFIXES = (*_LINES, *_ARRAYS, *_COLUMNS)
+_LINES, _ARRAYS, _COLUMNS, _TEXTS = (".jsonl", ".ndjson"), (".json",), (".parquet",), (".txt",)
+_SUFFIXES = (*_LINES, *_ARRAYS, *_COLUMNS, *_TEXTS)
 _CHUNK = 2**20
 
 
@@ -102,14 +102,24 @@ class Inputs:
     def _all(self) -> Iterator[ReadRow]:
         for source in self._sources:
             names: dict[str, str] = {}  # ids start again in every file
-            for found in source.rows():
+            for where, value in source.rows():
+                found = self._read(where, value)
                 row = found.row
                 if row is not None and row.name:
                     key = row.key()
                     if names.setdefault(row.name, key) != key:
-                        yield ReadRow(found.where, problem=BadRow("duplicate_id", row.name))
-                        continue
+                        found = ReadRow(where, problem=BadRow("duplicate_id", row.name))
                 yield found
+
+    def _read(self, where: str, value: Any) -> ReadRow:
+        """The row in `value`, which is a JSON value, or bytes that should be one."""
+        try:
+            if isinstance(value, BadRow):
+                raise value
+            value = _decoded(value) if isinstance(value, bytes) else value
+            return ReadRow(where, parse_row(value, self._options.ignore_field))
+        except BadRow as problem:
+            return ReadRow(where, problem=problem)
 
 
 @dataclass(frozen=True)
@@ -126,17 +136,20 @@ class _File:
             raise ConfigError(f"cannot read {str(self.path)!r}: {problem.strerror}") from problem
         return digest.hexdigest()
 
-    def rows(self) -> Iterator[ReadRow]:
-        name = self.path.name
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        for number, value in self._values():
+            yield f"{self.path.name}:{number}", value
+
+    def _values(self) -> Iterator[tuple[int, Any]]:
         try:
             if self.path.suffix in _COLUMNS:
-                values = _columns(self.path)
-            else:
-                with _opened(self.path) as stream:
-                    values = _array(stream, self.path) or _lines(stream)
-                    yield from (_read(f"{name}:{number}", value) for number, value in values)
+                yield from _columns(self.path)
                 return
-            yield from (_read(f"{name}:{number}", value) for number, value in values)
+            with _opened(self.path) as stream:
+                if _kind(self.path) in _TEXTS:
+                    yield 1, _document(stream)
+                else:
+                    yield from _array(stream, self.path) or _lines(stream)
         except (OSError, EOFError, zlib.error) as problem:  # the last two: damaged gzip
             reason = getattr(problem, "strerror", None) or problem
             raise ConfigError(f"cannot read {str(self.path)!r}: {reason}") from problem
@@ -152,9 +165,9 @@ class _Table:
     def hash(self) -> str:
         return str(self.data._fingerprint)
 
-    def rows(self) -> Iterator[ReadRow]:
+    def rows(self) -> Iterator[tuple[str, Any]]:
         for number, value in enumerate(self.data, 1):
-            yield _read(f"{self.name}:{number}", value)
+            yield f"{self.name}:{number}", _without_nulls(value)
 
 
 @dataclass(frozen=True)
@@ -171,7 +184,7 @@ class _Demo:
     def hash(self) -> str:
         return f"{self.name} {fingerprint(self._texts())} {self.lines} {self.seed}"
 
-    def rows(self) -> Iterator[ReadRow]:
+    def rows(self) -> Iterator[tuple[str, Any]]:
         chosen, (least, most) = random.Random(self.seed), self.lines
         pieces = []
         for text in self._texts():
@@ -185,7 +198,7 @@ class _Demo:
         chosen.shuffle(pieces)
         filled = (piece for piece in pieces if piece.strip())
         for number, piece in enumerate(filled, 1):
-            yield _read(f"{self.name}:{number}", {"text": piece})
+            yield f"{self.name}:{number}", {"text": piece}
 
 
 def _sources(name: str, options: ReadOptions) -> list[Any]:
@@ -197,21 +210,23 @@ def _sources(name: str, options: ReadOptions) -> list[Any]:
             )
         return [_Demo(name, (options.min_lines, options.max_lines), options.seed)]
     if not name:
-        raise ConfigError("--input is empty; give a file, a folder, a hub name or demo")
+        raise ConfigError("an input is empty; give a file, a folder, a hub name or demo")
     try:
         path = Path(name).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError, ValueError) as problem:
-        raise ConfigError(f"cannot look for --input {shown(name)!r}: {problem}") from problem
+        raise ConfigError(f"cannot look for the input {shown(name)!r}: {problem}") from problem
     if is_folder:
         return _in_folder(path)
     if is_file:
         if _kind(path) not in _SUFFIXES:
-            raise ConfigError(f"--input {name!r} is none of {', '.join(_SUFFIXES)} (or those .gz)")
+            raise ConfigError(
+                f"the input {name!r} is none of {', '.join(_SUFFIXES)} (or those .gz)"
+            )
         return [_File(path)]
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local or _kind(path) in _SUFFIXES:
-        raise ConfigError(f"there is no file or folder {shown(name)!r} for --input")
+        raise ConfigError(f"there is no file or folder {shown(name)!r} to read rows from")
     return [_Table(name, _from_hub(name, options))]
 
 
@@ -223,21 +238,23 @@ def _kind(path: Path) -> str:
 
 def _in_folder(path: Path) -> list[Any]:
     if (path / "meta.json").is_file() and (path / "examples").is_dir():
-        raise ConfigError(f"--input {str(path)!r} is prepared already; train on it as it is")
+        raise ConfigError(f"the input {str(path)!r} is prepared already; train on it as it is")
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
         import datasets
 
         try:
             return [_Table(path.name, datasets.load_from_disk(str(path)))]
         except Exception as problem:  # any failure to read foreign files means that they are wrong
-            raise ConfigError(f"cannot load --input {str(path)!r}: {shown(problem)}") from problem
+            raise ConfigError(f"cannot load the input {str(path)!r}: {shown(problem)}") from problem
     files = sorted(
         found
         for found in path.rglob("*")
         if _kind(found) in _SUFFIXES and found.is_file() and not found.name.startswith(".")
     )
+    # Beside rows, a text is what somebody wrote about them.
+    files = [found for found in files if _kind(found) not in _TEXTS] or files
     if not files:
-        raise ConfigError(f"--input {str(path)!r} holds no {', '.join(_SUFFIXES)} file")
+        raise ConfigError(f"the input {str(path)!r} holds no {', '.join(_SUFFIXES)} file")
     return [_File(found) for found in files]
 
 
@@ -248,18 +265,8 @@ def _from_hub(name: str, options: ReadOptions) -> Any:
         return datasets.load_dataset(name, options.subset, split=options.split)
     except Exception as problem:  # any failure to get foreign data means that they are not there
         raise ConfigError(
-            f"cannot load --input {name!r}, split {options.split!r}, from the hub: {shown(problem)}"
+            f"cannot load {name!r}, split {options.split!r}, from the hub: {shown(problem)}"
         ) from problem
-
-
-def _read(where: str, value: Any) -> ReadRow:
-    """The row in `value`, which is a JSON value, or bytes that should be one."""
-    try:
-        if isinstance(value, BadRow):
-            raise value
-        return ReadRow(where, parse_row(_decoded(value) if isinstance(value, bytes) else value))
-    except BadRow as problem:
-        return ReadRow(where, problem=problem)
 
 
 def _decoded(line: bytes) -> Any:
@@ -288,6 +295,18 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
             yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
 
+def _document(stream: BinaryIO) -> Any:
+    """The row of a text file, all of which is one text."""
+    content = stream.read(MOST_LINE_BYTES + 1)
+    if len(content) > MOST_LINE_BYTES:
+        return BadRow("line_too_long", f"more than {MOST_LINE_BYTES:,} bytes")
+    try:
+        text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except UnicodeDecodeError as problem:
+        return BadRow("not_utf8", problem.reason)
+    return {"text": text.replace("\r\n", "\n")}
+
+
 def _array(stream: BinaryIO, path: Path) -> Iterator[tuple[int, Any]] | None:
     """The rows of a .json file that holds a list; None when it holds lines after all."""
     if _kind(path) not in _ARRAYS:
@@ -306,11 +325,18 @@ def _array(stream: BinaryIO, path: Path) -> Iterator[tuple[int, Any]] | None:
     return iter(list(enumerate(values, 1)))
 
 
+def _without_nulls(value: Any) -> Any:
+    """A value of a columnar file without the fields that it has only because others have them."""
+    if isinstance(value, dict):
+        return {n: _without_nulls(inner) for n, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _columns(path: Path) -> Iterator[tuple[int, Any]]:
     import datasets
 
     try:
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        yield from enumerate(rows, 1)
+        yield from enumerate(map(_without_nulls, rows), 1)
     except Exception as problem:
         raise ConfigError(f"cannot read {str(path)!r}: {shown(problem)}") from problem

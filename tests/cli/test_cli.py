@@ -51,7 +51,8 @@ FROZEN_OPTIONS = {
     "doctor": {"model": None, "dtype": "auto", "device": "auto"},
     "data prepare": {
         "input": (), "split": "train", "subset": None, "limit": None, "as_chat": False,
-        "min_lines": 4, "max_lines": 24, "seed": 0, "max_bad_fraction": 0.01, "target": "demo",
+        "ignore_field": (), "min_lines": 4, "max_lines": 24, "seed": 0, "max_bad_fraction": 0.01,
+        "target": "demo",
         "output": None, "overwrite": False, "max_length": 2048, "draft_vocab": 32000,
         "draft_vocab_of": None, "held_out": 64, "held_out_input": (), "chat_template": None,
         "template_option": (),
@@ -59,15 +60,16 @@ FROZEN_OPTIONS = {
     },
     "data regenerate": {
         "input": (), "split": "train", "subset": None, "limit": None, "as_chat": False,
-        "min_lines": 4, "max_lines": 24, "seed": 0, "max_bad_fraction": 0.01, "target": "demo",
+        "ignore_field": (), "min_lines": 4, "max_lines": 24, "seed": 0, "max_bad_fraction": 0.01,
+        "target": "demo",
         "output": None, "batch_size": 32, "max_new_tokens": 256, "temperature": 0.7, "top_p": 1.0,
         "max_prompt": None, "drop_loops": False, "chat_template": None, "template_option": (),
         "method": "none", "dtype": "auto", "device": "auto", "threads": None,
     },
     "data doctor": {
         "data": None, "target": None, "max_length": 2048, "chat_template": None,
-        "template_option": (), "examples": 8, "sample": 1, "sample_tokens": 400, "dtype": "auto",
-        "device": "auto", "no_colour": False,
+        "template_option": (), "as_chat": False, "ignore_field": (), "examples": 8, "sample": 1,
+        "sample_tokens": 400, "dtype": "auto", "device": "auto", "no_colour": False,
     },
 }  # fmt: skip
 """Subcommand -> option -> default; those of `train` stand in tests/training."""

@@ -7,6 +7,7 @@ from mutants.fault import Fault
 from mutants.faults_bench import BENCH
 from mutants.faults_call import CALL
 from mutants.faults_chain import CHAIN
+from mutants.faults_data import DATA
 from mutants.faults_drafters import DRAFTERS
 from mutants.faults_files import FILES
 from mutants.faults_heads import HEADS
@@ -17,4 +18,5 @@ from mutants.faults_target import TARGET
 FAULTS: tuple[Fault, ...] = (
     *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH,
     *FILES,
+    *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH, *DATA,
 )  # fmt: skip

@@ -46,6 +46,25 @@ INSTRUCT = (
     "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
 )
 
+# Like those of today: tools, calls, thoughts and names are all in the text. Thoughts of earlier
+# turns are left out, unless `keep` is set.
+_BODY = (
+    "{% if m.reasoning_content and (keep or loop.last) %}<think>{{ m.reasoning_content }}</think>"
+    "{% endif %}{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "<call>{{ call.function.name }} {{ call.function.arguments | tojson }}</call>{% endfor %}"
+)
+WHOLE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ ' ' + m.name if m.name else '' }}{{ '\n' }}"
+    f"{_BODY}<|im_end|>{{{{ '\n' }}}}{{% endfor %}}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WHOLE_TAGGED = WHOLE.replace(
+    f"{_BODY}<|im_end|>",
+    f"{{% if m.role == 'assistant' %}}{{% generation %}}{_BODY}<|im_end|>{{% endgeneration %}}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}",
+)
+
 
 def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """One token a byte, and one for each marker."""

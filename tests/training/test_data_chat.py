@@ -25,9 +25,15 @@ from specdec_training.bad_rows import BadRow
 from specdec_training.chat import ChatFormat, chat_template, template_options
 from specdec_training.conversations import Row, parse_row
 from specdec_training.encoding import Encoder
+from specdec_training.turns import Turn
 
-ONE = [("user", "Hi"), ("assistant", "Hello, you.")]
-THREE = [("system", "Be brief."), *ONE, ("user", "And? é"), ("assistant", "Bye ü ok")]
+ONE = [Turn("user", "Hi"), Turn("assistant", "Hello, you.")]
+THREE = [
+    Turn("system", "Be brief."),
+    *ONE,
+    Turn("user", "And? é"),
+    Turn("assistant", "Bye ü ok"),
+]
 TEMPLATES = {"prefixes": CHATML, "tags": TAGGED, "tags around the text": TAGGED_TEXT_ONLY}
 
 

@@ -20,6 +20,7 @@ from specdec_training.data_options import DataPrepareOptions, ReadOptions
 from specdec_training.encoding import Encoder
 from specdec_training.prepare import prepare
 from specdec_training.row_files import Inputs
+from specdec_training.turns import Turn
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 Reader = Callable[..., list[Row]]
@@ -47,7 +48,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"messages": [USER, ANSWER] * 201}, "bad_turn"),
     ({"messages": ["hello"]}, "bad_turn"),
     ({"messages": [{"role": "user"}]}, "bad_turn"),
-    ({"conversations": [{"role": "user", "content": "x"}]}, "bad_turn"),
+    ({"conversations": [{"from": "human", "content": "x"}]}, "bad_turn"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown_role"),
     ({"messages": [{"role": 3, "content": "x"}]}, "unknown_role"),
     ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown_role"),
@@ -136,16 +137,20 @@ def test_files_without_rows_are_named(text: str, tmp_path: Path) -> None:
 
 
 def test_formats_that_mean_the_same_are_the_same() -> None:
-    turns = (("system", "s"), ("user", "q"), ("assistant", "a"), ("tool", "t"))
-    openai = {"messages": [{"role": r, "content": c} for r, c in turns]}
+    turns = tuple(
+        Turn(role, text)
+        for role, text in (("system", "s"), ("user", "q"), ("assistant", "a"), ("tool", "t"))
+    )
+    openai = {"messages": [{"role": r, "content": c} for r, c, *_ in turns]}
     parts = {
         "messages": [
-            {"role": r, "content": [{"type": "text", "text": c}], "name": None} for r, c in turns
+            {"role": r, "content": [{"type": "text", "text": c}], "name": None}
+            for r, c, *_ in turns
         ],
         "text": None,
     }
     names = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool"}
-    sharegpt = {"conversations": [{"from": names[r], "value": c} for r, c in turns]}
+    sharegpt = {"conversations": [{"from": names[r], "value": c} for r, c, *_ in turns]}
     assert parse_row(openai) == parse_row(parts) == parse_row(sharegpt) == Row("chat", turns)
     assert parse_row({"question": "q", "answer": "a"}) == parse_row(chat_row("q", "a"))
 
@@ -170,7 +175,7 @@ def test_answers_to_one_prompt_belong_together() -> None:
 def test_prompts_as_conversations() -> None:
     pair = parse_row({"prompt": "q", "completion": "a"})
     assert pair.as_chat() == parse_row(chat_row("q", "a"))
-    assert parse_row({"prompt": "q"}).as_chat().messages == (("user", "q"),)
+    assert parse_row({"prompt": "q"}).as_chat().messages == (Turn("user", "q"),)
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
@@ -245,7 +250,7 @@ def test_the_bundled_corpus_is_cut_by_whole_lines() -> None:
     [
         ("missing.jsonl", "there is no file"),
         ("./missing", "there is no file"),
-        ("", "--input is empty"),
+        ("", "an input is empty"),
         ("a/b/c", "there is no file"),
         ("x\0y", "cannot load|cannot look for"),
         ("~nosuchuser/x", "cannot look for"),
