@@ -20,6 +20,7 @@ from specdec_training import draft_vocab
 from specdec_training.bad_rows import Tally
 from specdec_training.data_options import DataPrepareOptions
 from specdec_training.data_target import DataTarget, open_target
+from specdec_training.dataset_bars import quiet_datasets, row_bar
 from specdec_training.encoding import COLUMNS, FORMAT_VERSION, Encoder
 from specdec_training.folders import check_folder, fresh_folder
 from specdec_training.prepared import PreparedData
@@ -74,7 +75,7 @@ def prepare(options: DataPrepareOptions) -> Prepared:
     if not chosen:
         raise ConfigError(f"no example is left to train on: {'; '.join(tally.lines())}")
     facts = _facts(target, encoder, options, tally) | {"kept_vocabulary": kept}
-    with fresh_folder(options.output, options.overwrite) as folder:
+    with fresh_folder(options.output, options.overwrite) as folder, quiet_datasets():
         write_prepared(folder, table.select(chosen), prompts, facts)
     return Prepared(PreparedData.load(options.output), tally)
 
@@ -118,31 +119,15 @@ def encoded_rows(inputs: Inputs, encoder: Encoder, options: DataPrepareOptions) 
     text = datasets.Value("string")
     next(inputs.rows())  # refuses an input without rows, on which `datasets` fails
     try:
-        rows = datasets.Dataset.from_generator(
-            _columns,
-            features=datasets.Features(dict.fromkeys(_READ_COLUMNS, text)),
-            gen_kwargs={"inputs": inputs},
-            fingerprint=read,
-            cache_dir=cache,
-        )
-        return rows.map(
-            encoder.batch,
-            batched=True,
-            batch_size=256,
-            num_proc=options.num_proc if options.num_proc > 1 else None,
-            remove_columns=list(_READ_COLUMNS),
-            features=datasets.Features({name: _feature(kind) for name, kind in COLUMNS.items()}),
-            new_fingerprint=_hash(
-                FORMAT_VERSION,
-                "examples",
-                read,
-                encoder.chat.hash(),
-                _tokenizer(encoder),
-                sorted(encoder.chat.stop_ids),
-                [encoder.vocab_size, encoder.max_length, encoder.turns],
-            ),
-            desc="tokenising",
-        )
+        with quiet_datasets():
+            rows = datasets.Dataset.from_generator(
+                _columns,
+                features=datasets.Features(dict.fromkeys(_READ_COLUMNS, text)),
+                gen_kwargs={"inputs": inputs},
+                fingerprint=read,
+                cache_dir=cache,
+            )
+        return _tokenised(rows, encoder, options.num_proc, read)
     except SpecdecError:
         raise
     except datasets.exceptions.DatasetGenerationError as problem:
@@ -155,6 +140,36 @@ def encoded_rows(inputs: Inputs, encoder: Encoder, options: DataPrepareOptions) 
             f"cannot use the folder for cached rows, {str(cache or 'the default')!r}: {problem}; "
             "name another with --cache-dir"
         ) from problem
+
+
+def _tokenised(rows: Any, encoder: Encoder, processes: int, read: str) -> Any:
+    """The table of `Encoder.batch`, with a bar of ours, or of `datasets` over several processes."""
+    how: dict[str, Any] = {
+        "batched": True,
+        "batch_size": 256,
+        "remove_columns": list(_READ_COLUMNS),
+        "features": datasets.Features({name: _feature(kind) for name, kind in COLUMNS.items()}),
+        "new_fingerprint": _hash(
+            FORMAT_VERSION,
+            "examples",
+            read,
+            encoder.chat.hash(),
+            _tokenizer(encoder),
+            sorted(encoder.chat.stop_ids),
+            [encoder.vocab_size, encoder.max_length, encoder.turns],
+        ),
+        "desc": "tokenising",
+    }
+    if processes > 1:
+        return rows.map(encoder.batch, num_proc=processes, **how)
+    with quiet_datasets(), row_bar("tokenising", total=len(rows)) as bar:
+
+        def counted(batch: Any) -> dict[str, list[Any]]:
+            found = encoder.batch(batch)
+            bar.update(len(batch["row"]))
+            return found
+
+        return rows.map(counted, **how)
 
 
 def count_rows(table: Any) -> Tally:
@@ -244,7 +259,7 @@ def refuse_whole_conversations(table: Any) -> None:
 
 def _columns(inputs: Inputs) -> Iterator[dict[str, str]]:
     """The rows of the input, bad ones included, as columns of text."""
-    for found in inputs.rows():
+    for found in row_bar("reading", inputs.rows()):
         problem = found.problem
         yield {
             "where": found.where,

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -42,7 +41,6 @@ def make(
     tmp_path_factory: pytest.TempPathFactory, target: Path
 ) -> Callable[..., tuple[Path, PreparedData]]:
     """Prepares rows; gives the folder and the data."""
-    datasets.disable_progress_bars()
 
     def call(rows: Any = ROWS, **options: Any) -> tuple[Path, PreparedData]:
         folder = tmp_path_factory.mktemp("data")

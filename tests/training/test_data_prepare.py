@@ -17,6 +17,7 @@ from data_helpers import CHATML, TAGGED_WHOLE, byte_tokenizer, chat_row, write_r
 from safetensors.torch import load_file, save_file
 
 from specdec.errors import ConfigError
+from specdec_training import dataset_bars
 from specdec_training import prepare as prepare_module
 from specdec_training.data_commands import run_prepare
 from specdec_training.data_options import DataPrepareOptions
@@ -34,7 +35,6 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    datasets.disable_progress_bars()
     return tmp_path_factory.mktemp("cache")
 
 
@@ -364,6 +364,26 @@ def test_the_cache_is_used(
 
     monkeypatch.setattr(prepare_module.Encoder, "examples", never)
     assert prepare(replace(options, output=tmp_path / "again")).data.meta == first
+
+
+def test_the_only_bar_is_ours_and_comes_when_there_is_something_to_wait_for(
+    options: DataPrepareOptions,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def said(name: str) -> str:
+        prepare(replace(options, output=tmp_path / name, cache_dir=tmp_path / f"{name} cache"))
+        assert not datasets.are_progress_bars_disabled()  # the caller's setting stays
+        return capsys.readouterr().err
+
+    assert said("short") == ""
+    monkeypatch.setattr(dataset_bars, "_PATIENCE", 0.0)
+    long = said("long")
+    assert "tokenising: 100%" in long
+    assert "40/40" in long
+    for theirs in ("examples", "Generating", "Saving", "Map"):
+        assert theirs not in long
 
 
 def test_the_command(
