@@ -104,7 +104,8 @@ def run_doctor(options: DataDoctorOptions) -> int:
             max_bad_fraction=1.0,
             cache_dir=Path(folder) / "cache",
         )
-        done = prepare(raw)
+        with _bad_rows_listed():
+            done = prepare(raw)
         _show_skipped(done.tally)
         return _examine(done.data, options)
 

@@ -94,7 +94,7 @@ def examine(data: PreparedData) -> Findings:
     if meta.kinds.get("chat") and bool((learnt == lengths).all()):
         note.append(Problem("error", "every token is to be learnt, users' words too"))
     if meta.rows < _FEW_EXAMPLES:
-        note.append(Problem("warning", f"{meta.rows} examples are few; give more rows"))
+        note.append(Problem("warning", f"there are few examples ({meta.rows}); give more rows"))
     if not meta.held_out:
         note.append(
             Problem("warning", "no prompts are held out, so acceptance cannot be measured on any")
@@ -112,9 +112,11 @@ def examine(data: PreparedData) -> Findings:
         note.append(
             Problem("warning", f"{100 * cut:.0f} % of the examples are cut; raise --max-length")
         )
-    if sum(meta.skipped.values()) > _MANY_SKIPPED * meta.rows_read:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in meta.skipped.items())
-        note.append(Problem("warning", f"of {meta.rows_read:,} rows were skipped: {reasons}"))
+    skipped = sum(meta.skipped.values())
+    if skipped > _MANY_SKIPPED * meta.rows_read:
+        most = max(meta.skipped, key=lambda reason: meta.skipped[reason])
+        text = f"{skipped:,} of {meta.rows_read:,} rows were skipped, most of them as {most}"
+        note.append(Problem("warning", text))
     return found
 
 

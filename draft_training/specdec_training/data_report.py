@@ -24,11 +24,11 @@ def show_data(data: PreparedData, found: Findings) -> None:
     lines = [
         ("examples", f"{meta.rows:,} ({formats})"),
         ("rows read", f"{meta.rows_read:,}, {sum(meta.skipped.values()):,} skipped"),
+        *((f"  {reason}", f"{count:,}") for reason, count in meta.skipped.items()),
         ("tokens", f"{meta.tokens:,}, {meta.loss_tokens:,} to be learnt ({share:.1f} %)"),
         ("held out", f"{meta.held_out:,} prompts"),
         ("data hash", meta.data_hash[:16]),
     ]
-    lines += [(f"skipped: {reason}", f"{count:,}") for reason, count in meta.skipped.items()]
     say("\n".join(facts(lines)))
     say("tokens of an example")
     say("\n".join(_histogram(found.lengths)))
@@ -104,9 +104,12 @@ def _histogram(lengths: Any) -> list[str]:
         return []
     heights, borders = np.histogram(lengths, bins=min(_BINS, int(np.ptp(lengths)) + 1))
     most = max(1, int(heights.max()))
-    rows = []
-    for height, low, high in zip(heights, borders[:-1], borders[1:], strict=True):
-        rows.append([f"{int(np.ceil(low)):,} to {int(high):,}", f"{int(height):,}"])
+    first = np.ceil(borders).astype(int)  # of each bin; a border itself belongs to the next one
+    last = [*(first[1:-1] - 1), int(borders[-1])]
+    rows = [
+        [f"{low:,} to {high:,}", f"{int(height):,}"]
+        for height, low, high in zip(heights, first[:-1], last, strict=True)
+    ]
     aligned = columns(rows)
     return [
         f"  {line}  {bar(int(height) / most, sys.stdout)}".rstrip()

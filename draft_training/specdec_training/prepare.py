@@ -17,7 +17,7 @@ import datasets
 from specdec.errors import ConfigError, SpecdecError
 from specdec.tokenizers import tokenizer_fingerprint
 from specdec_training import draft_vocab
-from specdec_training.bad_rows import Tally
+from specdec_training.bad_rows import BadDataError, Tally
 from specdec_training.data_options import DataPrepareOptions
 from specdec_training.data_target import DataTarget, open_target
 from specdec_training.dataset_bars import quiet_datasets, row_bar
@@ -73,7 +73,7 @@ def prepare(options: DataPrepareOptions) -> Prepared:
     else:
         chosen, prompts = hold_out(table, options.held_out, options.seed)
     if not chosen:
-        raise ConfigError(f"no example is left to train on: {'; '.join(tally.lines())}")
+        raise BadDataError("no example is left to train on", tally)
     facts = _facts(target, encoder, options, tally) | {"kept_vocabulary": kept}
     with fresh_folder(options.output, options.overwrite) as folder, quiet_datasets():
         write_prepared(folder, table.select(chosen), prompts, facts)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from specdec_training.data_options import (
     DataPrepareOptions,
     DataRegenerateOptions,
 )
-from specdec_training.data_report import painted
+from specdec_training.data_report import painted, show_data
 from specdec_training.data_target import open_target
 from specdec_training.prepare import prepare
 from specdec_training.prepared import Example, PreparedData
@@ -75,11 +77,15 @@ def test_the_figures(make: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        (ROWS[:20], {}, "warning: 18 examples are few"),
+        (ROWS[:20], {}, "warning: there are few examples (18)"),
         (ROWS, {"held_out": 0}, "no prompts are held out"),
         (ROWS, {"draft_vocab": 12}, "raise --draft-vocab"),
         (ROWS, {"max_length": 45}, "raise --max-length"),
-        ([*ROWS, "{", "{", "{"], {"max_bad_fraction": 0.1}, "of 153 rows were skipped: 3 broken"),
+        (
+            [*ROWS, "{", "{", "{"],
+            {"max_bad_fraction": 0.1},
+            "3 of 153 rows were skipped, most of them as broken_json",
+        ),
     ],
     ids=["few", "none held out", "coverage", "cut", "skipped"],
 )
@@ -177,7 +183,7 @@ def test_the_command_on_rows(
     options = DataDoctorOptions(data=str(path), target=str(target), device="cpu")
     assert run_doctor(options) == 0
     said = capsys.readouterr()
-    assert "skipped: bad_turn" in said.out
+    assert "rows read   151, 1 skipped\n  bad_turn  1" in said.out
     assert "rows.jsonl:151" in said.err
     with pytest.raises(ConfigError, match="--target is missing"):
         run_doctor(replace(options, target=None))
@@ -189,6 +195,33 @@ def test_the_command_on_rows(
     (unfinished / "examples").mkdir(parents=True)
     with pytest.raises(ConfigError, match="no finished data"):
         run_doctor(replace(options, data=str(unfinished)))
+
+
+def test_rows_of_which_none_is_left_are_listed_line_by_line(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"messages": []}, {"text": " "}, chat_row("q", "a") | {"images": ["x"]}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    options = DataDoctorOptions(data=str(path), target=str(target), device="cpu")
+    with pytest.raises(ConfigError, match=r"^no example is left to train on; the reasons stand"):
+        run_doctor(options)
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 3
+    assert "'images' of the row" in said
+    assert run_doctor(replace(options, ignore_field=("images",))) == 0
+
+
+def test_the_bins_of_lengths_do_not_overlap(
+    make: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, data = make([chat_row("q", "a" * n) for n in range(1, 60)], held_out=0)
+    show_data(data, examine(data))
+    bins = re.findall(r"^ +(\d+) to (\d+) +(\d+) ", capsys.readouterr().out, re.MULTILINE)
+    borders = [(int(low), int(high)) for low, high, _ in bins]
+    assert all(high + 1 == low for (_, high), (low, _) in pairwise(borders))
+    lengths = [len(example.token_ids) for example in data.examples]
+    for low, high, count in bins:
+        assert int(count) == sum(int(low) <= length <= int(high) for length in lengths)
 
 
 def test_colours_and_brackets() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,26 @@ def test_every_kind_of_bad_row_is_counted_by_its_reason(tmp_path: Path) -> None:
     assert tally.first == expected.first
     assert len(tally.counts) >= 18
     assert tally.bad == tally.rows - 3 - tally.counts["duplicate_content"]
+
+
+def test_no_line_about_a_bad_row_says_a_thing_twice(tmp_path: Path) -> None:
+    """Neither a word after itself, nor what the reason says again as what was found."""
+    encoder, problems = Encoder(chat_format(CHATML), 300, 60), []
+    for found in read(write_rows(tmp_path / "rows.jsonl", [row for row, _ in BAD_ROWS])):
+        try:
+            if found.problem is not None:
+                raise found.problem
+            encoder.examples(found.row or Row("text"))
+        except BadRow as problem:
+            problems.append(problem)
+    assert len({problem.reason for problem in problems}) >= 17
+    for problem in problems:
+        meaning = " ".join(re.findall(r"[\w'-]+", REASONS[problem.reason]))
+        for pair in pairwise(re.findall(r"[\w'-]+", problem.detail)):
+            assert f" {' '.join(pair)} " not in f" {meaning} ", problem
+        tally = Tally()
+        tally.add(problem.reason, "rows.jsonl:1", problem.detail)
+        assert not re.search(r"\b([a-z]{2,})\W+\1\b", tally.lines()[0]), problem
 
 
 def test_too_many_bad_rows_stop_with_counts_and_first_examples() -> None:
