@@ -41,6 +41,13 @@ class Encoded:
         """The first `length` tokens."""
         return Encoded(self.token_ids[:length], self.loss_mask[:length])
 
+    def pieces(self, length: int) -> list[Encoded]:
+        """All of it, in pieces of `length` tokens; nothing predicts the first of a piece."""
+        starts = range(0, len(self.token_ids), length)
+        ids = [self.token_ids[at : at + length] for at in starts]
+        masks = [self.loss_mask[at : at + length] for at in starts]
+        return [Encoded(i, [False, *m[1:]]) for i, m in zip(ids, masks, strict=True)]
+
     def prompt(self) -> list[int]:
         """The ids before the first one of the assistant."""
         first = self.loss_mask.index(True) if True in self.loss_mask else len(self.token_ids)

@@ -107,7 +107,8 @@ def examine(data: PreparedData) -> Findings:
                 f"the draft vocabulary holds {share} of the tokens to learn; raise --draft-vocab",
             )
         )
-    cut = float((lengths == meta.max_length).mean()) if len(lengths) else 0.0
+    full = int((lengths == meta.max_length).sum()) - meta.kinds.get("text", 0)  # those go on
+    cut = full / max(1, len(lengths))
     if cut > _MANY_CUT:
         note.append(
             Problem("warning", f"{100 * cut:.0f} % of the examples are cut; raise --max-length")

@@ -71,7 +71,7 @@ class DataPrepareOptions(ReadOptions):
     overwrite: _Flag = False
     """Replace prepared data that are already there."""
     max_length: Annotated[int, _N] = 2048
-    """Most tokens of an example; what is longer is cut at the end."""
+    """Most tokens of an example; a text goes on in the next one, what else is longer is cut."""
     draft_vocab: Annotated[int, _N] = 32000
     """Size of the draft vocabulary; at least the target's vocabulary means all of it."""
     draft_vocab_of: Annotated[str | None, _arg("HEAD", "the most frequent tokens")] = None

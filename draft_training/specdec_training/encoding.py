@@ -43,7 +43,11 @@ class Encoder:
             BadRow: It has none, or cannot be encoded.
             ConfigError: A conversation came, and there is no template.
         """
-        found = [encoded.cut(self.max_length) for encoded in self._encode(row)]
+        found = self._encode(row)
+        if row.kind == "text":  # what stands in a text may be learnt from anywhere on
+            found = [piece for whole in found for piece in whole.pieces(self.max_length)]
+        else:
+            found = [encoded.cut(self.max_length) for encoded in found]
         for encoded in found:
             for token in encoded.token_ids:
                 if not 0 <= token < self.vocab_size:

@@ -216,6 +216,16 @@ def test_text_and_pairs_and_tokens() -> None:
         assert refused.value.reason == reason
 
 
+def test_a_long_text_goes_on_in_the_next_example() -> None:
+    chat = chat_format(None)
+    text = "".join(chr(97 + number % 26) for number in range(45))
+    found = Encoder(chat, 300, 22).examples(Row("text", prompt=text))
+    assert [chat.tokenizer.decode(one.token_ids) for one in found] == [text[:22], text[22:44]]
+    assert [learnt(one, chat.tokenizer) for one in found] == [text[1:22], text[23:44]]
+    (pair,) = Encoder(chat, 300, 22).examples(Row("pair", prompt="p", completion=text))
+    assert chat.tokenizer.decode(pair.token_ids) == f"p{text[:21]}"
+
+
 def test_conversations_need_a_template() -> None:
     with pytest.raises(ConfigError, match="--chat-template FILE"):
         chat_format(None).encode(ONE)

@@ -95,6 +95,12 @@ def test_warnings(rows: Any, options: dict[str, Any], message: str, make: Any) -
     assert all(text.startswith("warning") for text in found)
 
 
+def test_texts_that_go_on_are_not_cut(make: Callable[..., Any]) -> None:
+    _, data = make([{"text": f"{n} " * 100} for n in range(150)], max_length=45)
+    assert len(data.examples) > 150
+    assert not any("are cut" in text for text in texts(data))
+
+
 def test_changed_examples_are_an_error(make: Callable[..., Any]) -> None:
     folder, data = make()
     facts = json.loads((folder / "meta.json").read_text())
