@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,18 +56,25 @@ class Conversation:
             BadRow: The template refuses the conversation.
         """
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    [turn.for_template() for turn in self.turns],
-                    tools=list(self.tools) or None,
-                    chat_template=self.template,
-                    add_generation_prompt=add_generation_prompt,
-                    tokenize=False,
-                    **self.options,
-                )
-            )
+            return self._rendered(add_generation_prompt)
         except Exception as problem:  # a template is a program
+            if any(turn.calls_tools for turn in self.turns):
+                # Most templates take the arguments of calls as objects, DeepSeek's as text.
+                with suppress(Exception):
+                    return self._rendered(add_generation_prompt, arguments_as_text=True)
             raise BadRow("template_refuses", str(problem)) from problem
+
+    def _rendered(self, add_generation_prompt: bool, arguments_as_text: bool = False) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                [turn.for_template(arguments_as_text) for turn in self.turns],
+                tools=list(self.tools) or None,
+                chat_template=self.template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **self.options,
+            )
+        )
 
     def first(self, count: int) -> Conversation:
         """Its first `count` turns."""

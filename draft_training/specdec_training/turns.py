@@ -33,8 +33,9 @@ BOOKKEEPING = frozenset({
     "category", "subcategory", "topic", "subject", "domain", "tags", "language", "lang", "title",
     "difficulty", "score", "scores", "rating", "upvotes", "views", "likes", "quality", "toxicity",
     "toxic", "redacted", "openai_moderation", "metadata", "meta", "annotations", "tokens",
-    "num_tokens", "token_count", "n_tokens", "length", "finish", "finish_reason", "stop_reason",
-    "usage", "cache_control", "parallel_tool_calls", "decoded_prompt", "decoded_completion",
+    "num_tokens", "token_count", "n_tokens", "length", "status", "finish", "finish_reason",
+    "stop_reason", "usage", "cache_control", "parallel_tool_calls", "decoded_prompt",
+    "decoded_completion",
 })  # fmt: skip
 """Fields of rows, turns and parts that say where a text comes from, and nothing about the text."""
 
@@ -73,9 +74,15 @@ class Turn(NamedTuple):
         """The turn without one of its fields."""
         return self._replace(fields=tuple(pair for pair in self.fields if pair[0] != field))
 
-    def for_template(self) -> dict[str, Any]:
-        """What the chat template is given."""
+    def for_template(self, arguments_as_text: bool = False) -> dict[str, Any]:
+        """What the chat template is given.
+
+        Args:
+            arguments_as_text: Hand over the arguments of calls as JSON text instead of objects.
+        """
         fields = dict(self.fields)
+        if arguments_as_text and self.calls_tools:
+            fields["tool_calls"] = [_with_text(call) for call in fields["tool_calls"]]
         if REASONING[0] in fields:  # some templates read it by another name
             fields["thinking"] = fields[REASONING[0]]
         return {"role": self.role, "content": self.content, **fields}
@@ -243,6 +250,12 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
         others = {n: v for n, v in fields.items() if n not in ("type", *known)}
         check_unknown(present(others), "a tool call")
     return outer | ({"function": known} if "function" in call else known)
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    inner = call.get("function", call)
+    inner = inner | {"arguments": json.dumps(inner["arguments"], ensure_ascii=False)}
+    return call | {"function": inner} if "function" in call else inner
 
 
 def _arguments(value: Any) -> dict[str, Any]:

@@ -77,6 +77,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"prompt": "q", "completion": "a", "label": False}, "unknown_field"),
     ({"question": "q", "answer": "a", "context": "c"}, "unknown_field"),
     ({"text": "t", "input": "i"}, "unknown_field"),
+    ({"conversations": [user("q")], "status": "error", "error": "timeout"}, "unknown_field"),
     ({"conversations": [{"from": "human", "value": "q", "role": "user"}]}, "unknown_field"),
     (chat(user([{"type": "text", "text": "q", "citations": [1]}]), answer("a")), "unknown_field"),
     (chat(user("q"), answer("", tool_calls=[{"name": "f", "parameters": {}, "x": 1}])),
@@ -128,7 +129,8 @@ WEATHER = (("tool_calls", [call(arguments={"city": "Oslo"})]),)
 KEPT: list[tuple[Any, tuple[Turn, ...]]] = [
     (chat(user("q"), answer("a"), prompt="q", prompt_id="f" * 64), QA),
     (chat(user("q "), answer("a"), prompt=" q"), (Turn("user", "q "), QA[1])),
-    ({"id": "1", "conversations": [user("q"), answer("a")]}, QA),
+    ({"id": "1", "conversations": [user("q"), answer("a", reasoning_content=None)],
+      "status": "success"}, QA),
     ({"conversations": [SHAREGPT[0], answer("a")]}, QA),
     ({"messages": SHAREGPT, "source": "x", "__index_level_0__": 3}, QA),
     ({"conversations": SHAREGPT, "system": "s"}, (Turn("system", "s"), *QA)),
@@ -224,6 +226,20 @@ def test_fields_are_learnt_where_the_template_writes_them(template: str) -> None
     form = chat_format(template)
     (example,) = Encoder(form, 300, 5000).examples(parse_row(AGENT))
     assert '"parameters"' in form.tokenizer.decode(example.prompt())
+
+
+def test_arguments_are_text_for_templates_that_join_them() -> None:
+    """As DeepSeek's; a template that takes objects is never given text."""
+    joined = WHOLE.replace(
+        " {{ call.function.arguments | tojson }}", "{{ ' ' + call.function.arguments }}"
+    )
+    assert encoded(AGENT, joined) == encoded(AGENT, WHOLE)
+    bare = joined.replace("call.function.", "call.")
+    assert encoded(chat(user("q"), answer("", tool_calls=[{"name": "f"}])), bare) == [
+        f"<call>f {{}}</call>{END}"
+    ]
+    with pytest.raises(BadRow, match="no calls here"):
+        encoded(AGENT, "{{ raise_exception('no calls here') }}")
 
 
 @pytest.mark.parametrize(
