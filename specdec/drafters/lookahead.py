@@ -118,7 +118,9 @@ class JacobiWindow:
         warming_up_level_0 = len(self.levels) == 1 and not self.is_full
         self._heads = above[1:] if warming_up_level_0 else above
 
-    def advance(self, root: int, picks: list[int], pool: NgramPool) -> None:
+    def advance(
+        self, root: int, picks: list[int], pool: NgramPool, with_tails: bool = True
+    ) -> None:
         """Takes the target's picks at the heads: a new level, and W n-grams once it is full."""
         if not self.levels:
             return
@@ -127,10 +129,11 @@ class JacobiWindow:
             fresh = new if len(self.levels) == 1 else new[1:]
             self.levels = [level[1:] for level in self.levels] + [fresh]
             return
+        keep = pool.add_with_tails if with_tails else pool.add
         for column, token in enumerate(new):
             key = root if column == 0 else self.levels[0][column - 1]
             gram = [*(level[column] for level in self.levels[1:]), token]
-            pool.add_with_tails(key, gram, _FROM_WINDOW)
+            keep(key, gram, _FROM_WINDOW)
         moved = [*self.levels[1:], new]
         self.levels = [moved[0][1:], *moved[1:]]
 
@@ -220,14 +223,15 @@ class Lookahead(RowDrafter):
     def observe_row(self, row: int, outcome: RowRound) -> None:
         """Advances the window by one level and collects the new n-grams."""
         pool, text, tree = self._pools[row], self._texts[row], outcome.tree
+        harvest = self._config.harvest
         if outcome.picks is not None:
-            if self._config.harvest:
+            if harvest:
                 for token, pick in zip(tree.tokens, outcome.picks, strict=False):
                     pool.add(token, (pick,), _FROM_WINDOW)
             if self.chains_only:
                 self._chains[row] = outcome.picks[len(outcome.path) + 1 : len(tree)]
             elif len(tree) == self._proposed[row]:  # near the length limit, trees are cut
-                self._windows[row].advance(tree.tokens[0], outcome.picks, pool)
+                self._windows[row].advance(tree.tokens[0], outcome.picks, pool, harvest)
         text.extend(outcome.tokens)
         if self._config.pool_from_prompt:
             new_from = len(text) - len(outcome.tokens)
