@@ -107,7 +107,7 @@ def test_recycling(
     config = RecyclingConfig(top_k=top_k, nodes=nodes, depth=depth, from_prompt=from_prompt)
     drafter, prompts = Recycling(config), [prompt_of(12), prompt_of(8, seed=3)]
     matrices: list[list[list[int]]] = []
-    game = Game(TARGETS[target], limits=(50, 30), chains_only=chains, budget=budget)
+    game = Game(TARGETS[target], limits=(40, 25), chains_only=chains, budget=budget)
     game.look = lambda: matrices.append(drafter.matrix.tolist())
     rounds = game.play(drafter, *prompts)
     first = [played.history for played in rounds[0] if played is not None]
@@ -134,7 +134,7 @@ def test_suffix(
     options: dict[str, Any], target: str, chains: bool, budget: list[int] | None
 ) -> None:
     config = SuffixConfig(**options)
-    game = Game(TARGETS[target], chains_only=chains, budget=budget, limits=(60,))
+    game = Game(TARGETS[target], chains_only=chains, budget=budget, limits=(45,))
     branched = 0
     for index, played in enumerate(row_of(game.play(Suffix(config), prompt_of(12)))):
         reference = ReferenceSuffix(
@@ -146,4 +146,4 @@ def test_suffix(
         scores = played.tree.scores or [0.0]
         assert scores[1:] == pytest.approx([log(found) for found in wanted.values()], abs=1e-6)
         branched += len(set(played.tree.parents)) < len(played.tree.parents)
-    assert chains or target == "by_place" or budget == [2] or branched > 3
+    assert chains or target == "by_place" or budget == [2] or branched > 0

@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 
 from helpers.reference_lookahead import LatestGrams, Model, Path, verified
@@ -90,6 +91,7 @@ def copied(text: Sequence[int], longest: int, shortest: int, most: int, trust: i
     return []
 
 
+@cache
 def likeliest_ranks(nodes: int, depth: int, width: int) -> list[Path]:
     """Token Recycling's static tree as paths of ranks: the heaviest ones, parents before children.
 
@@ -158,7 +160,7 @@ class ReferenceRecycling:
                         tokens[path] = (*above, candidates[path[-1]])
             hypotheses = list(tokens.values())
             for path in hypotheses:
-                candidates = self.ranks([*text, *path])[: self.top_k]
+                candidates = list(self.ranks([*text, *path])[: self.top_k])
                 learnt.setdefault([text[-1], *path][-1], candidates)
             steps.append((hypotheses[1:], verified(self._choice, text, hypotheses)))
         for text, (_, emitted) in zip(self.texts, steps, strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from specdec.verify import HostVerdict
 
 VOCAB = 24
 Text = Sequence[int]
-Ranks = Callable[[Text], list[int]]
+Ranks = Callable[[Text], Sequence[int]]
 """All tokens, the likeliest one first, after a text."""
 
 
@@ -34,24 +35,32 @@ def scrambled(*numbers: int) -> int:
     return state >> 1
 
 
-def ranks_of(*key: int) -> list[int]:
+@cache
+def ranks_of(*key: int) -> tuple[int, ...]:
     """The vocabulary in the order that belongs to `key`."""
-    return sorted(range(VOCAB), key=lambda token: (scrambled(token, *key), token))
+    return tuple(sorted(range(VOCAB), key=lambda token: (scrambled(token, *key), token)))
 
 
-def mostly_bigrams(text: Text) -> list[int]:
+@cache
+def _logits_of(ranks: tuple[int, ...]) -> Tensor:
+    logits = torch.empty(VOCAB, dtype=torch.float64)
+    logits[torch.tensor(ranks)] = -torch.arange(VOCAB, dtype=torch.float64)
+    return logits
+
+
+def mostly_bigrams(text: Text) -> Sequence[int]:
     """The last token decides nine times in ten, the place in the text else."""
     return ranks_of(7, len(text)) if scrambled(3, len(text)) % 10 == 0 else ranks_of(text[-1])
 
 
-def trigrams(text: Text) -> list[int]:
+def trigrams(text: Text) -> Sequence[int]:
     """The last two tokens decide, and now and then the place."""
     if scrambled(5, len(text)) % 8 == 0:
         return ranks_of(11, len(text))
     return ranks_of(text[-1], text[-2] % 4)
 
 
-def by_place(text: Text) -> list[int]:
+def by_place(text: Text) -> Sequence[int]:
     """Only the place decides: whoever guesses right was told before."""
     return ranks_of(13, len(text))
 
@@ -101,9 +110,7 @@ class ToyTarget:
         pass
 
     def _logits(self, text: Text) -> Tensor:
-        logits = torch.empty(VOCAB, dtype=torch.float64)
-        logits[torch.tensor(self._ranks(text))] = -torch.arange(VOCAB, dtype=torch.float64)
-        return logits
+        return _logits_of(tuple(self._ranks(text)))
 
 
 def paths_of(tree: TokenTree) -> list[tuple[int, ...]]:
@@ -166,7 +173,7 @@ class Game:
     """
 
     ranks: Ranks
-    limits: Sequence[int] = (90,)
+    limits: Sequence[int] = (70,)
     chains_only: bool = False
     budget: Sequence[int] | None = None
     look: Callable[[], None] = lambda: None

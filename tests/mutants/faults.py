@@ -13,10 +13,12 @@ from mutants.faults_files import FILES
 from mutants.faults_heads import HEADS
 from mutants.faults_rejection import REJECTION
 from mutants.faults_round import ROUND
+from mutants.faults_speed import SPEED
 from mutants.faults_target import TARGET
 
 FAULTS: tuple[Fault, ...] = (
     *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH,
     *FILES,
     *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH, *DATA,
+    *SPEED,
 )  # fmt: skip
