@@ -11,7 +11,7 @@ _LOOKUP, _INDEX = "specdec/drafters/prompt_lookup.py", "specdec/sources/ngram_in
 _SUFFIX, _DRAFT = "specdec/drafters/suffix.py", "specdec/drafters/draft_model.py"
 _GROWTH, _AUTOMATON = "specdec/sources/suffix_draft.py", "specdec/sources/suffix_index.py"
 _EAGLE, _STEPPED = "specdec/drafters/eagle3.py", "specdec/heads/stepped.py"
-_HEAD, _TREE, _BASE = "specdec/heads/eagle3.py", "specdec/tree.py", "specdec/drafters/base.py"
+_TREE, _BASE = "specdec/tree.py", "specdec/drafters/base.py"
 
 _STEPS = "tests/drafting/test_lookahead_steps.py"
 _PAPER = f"{_STEPS}::test_every_step_is_the_papers"
@@ -238,10 +238,10 @@ SPEED: tuple[Fault, ...] = (
         _TREES,
     ),
     _slow(
-        "a_draft_forgets_where_it_began",
-        _HEAD,
-        "state.hidden = state.root_fed",
-        "state.hidden = state.hidden[:, :1]",
+        "a_chain_is_scored_by_its_last_step_alone",
+        _EAGLE,
+        "scores.append(scores[-1] + best)",
+        "scores.append(best)",
         _TREES,
     ),
     _slow(
