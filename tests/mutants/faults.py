@@ -18,7 +18,5 @@ from mutants.faults_target import TARGET
 
 FAULTS: tuple[Fault, ...] = (
     *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH,
-    *FILES,
-    *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH, *DATA,
-    *SPEED,
+    *DATA, *FILES, *SPEED,
 )  # fmt: skip
