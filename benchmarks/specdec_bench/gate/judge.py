@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench.gate.options import GateOptions
-from specdec_bench.results.records import Results, Setting, UnitRecord, repeated_arm
+from specdec_bench.results.records import PLAIN, Results, Setting, UnitRecord, repeated_arm
 from specdec_bench.summary.intervals import Ratio, Repeats, ratio_of_time_ratios
-from specdec_bench.summary.summarize import PLAIN, cpu_clock_means_something, noisy_clocks
+from specdec_bench.summary.summarize import cpu_clock_means_something, noisy_clocks
 from specdec_bench.summary.texts import texts_by_arm
 from specdec_bench.summary.times import Timings, groups, paired_seconds
 

@@ -135,7 +135,7 @@ def wrapped(words: str, most: int) -> list[str]:
     Names of arms differ at their ends as often as not, so nothing is left out of them before
     there are `_MOST_LINES`.
     """
-    lines = []
+    lines: list[str] = []
     while len(words) > most and len(lines) < _MOST_LINES - 1:
         mark = max(words.rfind(mark, 0, most) for mark in _MARKS) + 1
         end = mark if mark > most // 3 else most
