@@ -37,7 +37,7 @@ def run_prepare(options: DataPrepareOptions) -> int:
     _show_skipped(done.tally)
     share = 100 * meta.draft_vocab_coverage
     lines = [
-        ("examples", f"{meta.rows:,} of {meta.rows_read:,} rows"),
+        ("examples", f"{meta.rows:,} from {meta.rows_read:,} rows"),
         ("tokens", f"{meta.tokens:,}, {meta.loss_tokens:,} to be learnt"),
         ("held out", f"{meta.held_out:,} prompts"),
         (

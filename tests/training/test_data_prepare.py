@@ -391,7 +391,7 @@ def test_the_command(
 ) -> None:
     assert run_prepare(replace(options, output=Path(os.path.relpath(tmp_path / "out")))) == 0
     said = capsys.readouterr().out
-    assert "36 of 40 rows" in said
+    assert "36 from 40 rows" in said
     assert "4 prompts" in said
 
 
