@@ -99,7 +99,7 @@ class Oracle(Eagle3):
         parents[0, 1 : depth + 1] = torch.arange(depth, dtype=torch.int32)
         if depth and done + depth < len(self._text):  # nor does the path go on by chance
             tokens[0, depth + 1 :] = wrong
-        return replace(trees, tokens=tokens, parents=parents, max_depth=max(depth, 1), _derived=[])
+        return replace(trees, tokens=tokens, parents=parents, max_depth=max(depth, 1))
 
 
 def measured(options: Options) -> dict[str, Counter[int]]:

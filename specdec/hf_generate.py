@@ -74,7 +74,8 @@ class SpeculativeDecode:
         self.stats = GenerationStats(
             method, self.found.mode, self.found.reason, options=dict(self.settings.options)
         )
-        drafter = methods.create(method, methods.configure(method, self.settings.options))
+        config = methods.configure(method, self.settings.options)
+        drafter = methods.create(method, config)
         introduce(drafter, model, self.memory)
         reason = why_prepared_is_plain(prepared, self.found, drafter.shape)
         if reason is not None:
@@ -89,9 +90,9 @@ class SpeculativeDecode:
                 generation_config=generation_config,
                 **kwargs,
             )
-        return self._decode(prepared, drafter)
+        return self._decode(prepared, drafter, methods.samples_drafts(method, config))
 
-    def _decode(self, prepared: Prepared, drafter: Drafter) -> Any:
+    def _decode(self, prepared: Prepared, drafter: Drafter, sampled_drafts: bool) -> Any:
         state, taps = prepared.state(self.memory), drafter.needs.taps
         budget = drafter.max_nodes if self.settings.budget is None else self.settings.budget
         target: HFTarget | ChainTarget
@@ -124,6 +125,7 @@ class SpeculativeDecode:
                 stats=self.stats,
                 observers=[*observers, *trace],
                 show_trees=self.settings.on_round is not None or bool(trace),
+                sampled_drafts=sampled_drafts,
             )
             speculative_generate(target, drafter, call)
         if self.streamer is not None:

@@ -18,8 +18,8 @@ from specdec.drafters.base import (
     TargetModel,
     TargetOutput,
 )
-from specdec.errors import DrafterError
-from specdec.sampling import StopCheck, TokenPicker
+from specdec.sampling import StopCheck, TokenPicker, kept_generators
+from specdec.sealed import sealed
 from specdec.stats import GenerationStats, RoundRecord
 from specdec.tree import TreeBatch
 from specdec.verify import CopyCounter, HostVerdict, verify
@@ -49,6 +49,8 @@ class Call:
         stats: Filled in by the loop.
         observers: Told about every round.
         show_trees: Whether records carry the proposed trees (costs host copies).
+        sampled_drafts: Whether a `draft_law` counts: the method samples its drafts, and was told to
+            (`Registry.samples_drafts`).
     """
 
     state: BatchState
@@ -58,6 +60,7 @@ class Call:
     stats: GenerationStats
     observers: Sequence[Observer] = ()
     show_trees: bool = False
+    sampled_drafts: bool = False
 
 
 def speculative_generate(target: TargetModel, drafter: Drafter, call: Call) -> None:
@@ -65,15 +68,19 @@ def speculative_generate(target: TargetModel, drafter: Drafter, call: Call) -> N
 
     Raises whatever target, drafter, processors or observers raise; the target then stands at its
     last commit (I7) and the generator where plain `generate` would be after the same tokens.
+
+    The drafter sees a copy of the state, and a generator that it moves is put back (I5).
     """
     state = call.state
     state.shape = target.allowed_shape
+    seen = state.shown()
     try:
-        drafter.start(state)
-        _prefill(target, drafter, call)
+        with kept_generators(state.pending.device):
+            drafter.start(seen)
+        _prefill(target, drafter, call, seen)
         while any(state.active):
             clock = _Clock()
-            trees = _propose(target, drafter, call)
+            trees = _propose(target, drafter, call, seen)
             clock.lap("draft")
             output = target.forward_tree(trees)
             clock.lap("forward")
@@ -81,8 +88,10 @@ def speculative_generate(target: TargetModel, drafter: Drafter, call: Call) -> N
             clock.lap("verify")
             target.commit(result.verdict.path, result.host.paths, result.rows)
             state.advance(result.host.tokens, result.verdict.pending(), target.lengths)
+            seen.follow(state)
             clock.lap("commit")
-            drafter.observe(result)
+            with kept_generators(state.pending.device):
+                drafter.observe(result)
             clock.lap("observe")
             record = _record(call, result, call.stats.rounds + 1, clock.seconds)
             call.stats.add_round(record, result.host, drafter.source_names)
@@ -93,36 +102,38 @@ def speculative_generate(target: TargetModel, drafter: Drafter, call: Call) -> N
     finally:
         call.picker.finish(max(map(state.emitted, range(len(state.tokens)))))
         if hasattr(drafter, "end"):  # a drafter that is no RowDrafter need not have it
-            drafter.end(state)
+            with kept_generators(state.pending.device):
+                drafter.end(seen)
 
 
-def _prefill(target: TargetModel, drafter: Drafter, call: Call) -> None:
+def _prefill(target: TargetModel, drafter: Drafter, call: Call, seen: BatchState) -> None:
     """Round 0: the last prompt token is a tree of its own, already in the cache."""
-    output = target.prefill(drafter)
+    with kept_generators(call.state.pending.device):
+        output = target.prefill(drafter)
     result = _decide(drafter, call, TreeBatch.roots(call.state.pending), output)
     call.state.advance(result.host.tokens, result.verdict.pending(), target.lengths)
+    seen.follow(call.state)
     call.stats.add_prefill(result.host, target.prefill_forwards)
     _report(call, result, _record(call, result, 0, {}))
 
 
-def _propose(target: TargetModel, drafter: Drafter, call: Call) -> TreeBatch:
+def _propose(target: TargetModel, drafter: Drafter, call: Call, seen: BatchState) -> TreeBatch:
     """The drafter's trees, or bare roots where they reach beyond the last position."""
     state = call.state
-    state.depth_limit = target.depth_limit()
+    state.depth_limit = seen.depth_limit = target.depth_limit()
     budget = call.budget.nodes(state) if state.depth_limit > 0 else 0
     if target.refeed:  # never more than the method's own size, or re-feeding would grow with it
         budget = max(min(budget, drafter.max_nodes) - target.refeed, 0)
-    trees = drafter.propose(state, budget)
-    if not isinstance(trees, TreeBatch) or len(trees.tokens) != len(state.active):
-        raise DrafterError(
-            f"{type(drafter).__name__}.propose must return a TreeBatch of {len(state.active)} "
-            f"rows, got {type(trees).__name__}"
-        )
-    if trees.size > 1:
-        # A drafter that builds trees on the device is not asked what it put there: whatever it is,
-        # it can be verified and cannot change the text (I5).
-        trees = trees.rooted(state.pending, state.vocab_size)
-        trees = trees.as_chains() if state.shape == "chain" else trees
+    with kept_generators(state.pending.device):
+        proposed = drafter.propose(seen, budget)
+    trees = sealed(
+        proposed,
+        state.pending,
+        state.vocab_size,
+        chain=state.shape == "chain",
+        sampled=call.sampled_drafts,
+        whose=type(drafter).__name__,
+    )
     fits = trees.size > 1 and 0 < state.depth_limit >= trees.max_depth
     return trees if fits else TreeBatch.roots(state.pending)
 

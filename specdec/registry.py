@@ -90,6 +90,11 @@ class Registry:
         except TypeError as problem:  # a required option is missing
             raise ConfigError(f"method {name!r}: {problem}") from problem
 
+    def samples_drafts(self, name: str, config: Any) -> bool:
+        """Whether the method samples its drafts, by its class and by the switch of its options."""
+        option = getattr(self.load(name), "sampling_option", None)
+        return isinstance(option, str) and getattr(config, option, False) is True
+
     def create(self, name: str, config: Any) -> Drafter:
         """A fresh drafter for one call."""
         return self.load(name)(config)

@@ -9,8 +9,9 @@ text. Knows nothing about drafts, caches or models; drafts that were sampled the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +31,36 @@ def raise_unless_finite(token: int) -> None:
     """Raises what `torch.multinomial` raises for inf and NaN."""
     if token == NOT_A_NUMBER:
         raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+
+
+def _generator(device: torch.device) -> Any:
+    """What has the generator state of a device."""
+    return torch.default_generator if device.type == "cpu" else _DeviceGenerator(device)
+
+
+class _DeviceGenerator:
+    """The default generator of an accelerator, with the two methods of `torch.Generator`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._module, self._device = torch.get_device_module(device), device
+
+    def get_state(self) -> Tensor:
+        return self._module.get_rng_state(self._device)  # type: ignore[no-any-return]
+
+    def set_state(self, state: Tensor) -> None:
+        self._module.set_rng_state(state, self._device)
+
+
+@contextmanager
+def kept_generators(device: torch.device) -> Iterator[None]:
+    """Puts torch's generators of the host and of `device` back where the block found them."""
+    places = {device, torch.device("cpu")}
+    before = [(generator := _generator(place), generator.get_state()) for place in places]
+    try:
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
 
 
 class PrefixIds:
@@ -68,25 +99,16 @@ class NoiseTape:
 
     def __init__(self, batch: int, device: torch.device) -> None:
         self._batch, self._device = batch, device
+        self._generator = _generator(device)
         self._draws: dict[int, Tensor] = {}
         self._states: dict[int, Tensor] = {}  # generator state before each draw
         self._drawn = 0
         self._left = False
 
-    def _rng(self) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
-        if self._device.type == "cpu":
-            return torch.get_rng_state, torch.set_rng_state
-        module = torch.get_device_module(self._device)
-        return (
-            lambda: module.get_rng_state(self._device),
-            lambda state: module.set_rng_state(state, self._device),
-        )
-
     def step(self, step: int, vocab_size: int) -> Tensor:
         """[B, V] noise of emitted token `step`; draws as far as needed."""
-        get_state, _ = self._rng()
         while not self._left and self._drawn <= step:
-            self._states[self._drawn] = get_state()
+            self._states[self._drawn] = self._generator.get_state()
             self._draws[self._drawn] = self._draw(vocab_size)
             self._drawn += 1
         if self._left and step not in self._draws:  # off the tape: drawn when it is asked for
@@ -114,7 +136,7 @@ class NoiseTape:
     def finish(self, steps: int) -> None:
         """Leaves the generator where `steps` draws of plain `generate` would leave it."""
         if steps < self._drawn and not self._left:
-            self._rng()[1](self._states[steps])
+            self._generator.set_state(self._states[steps])
 
 
 class WalkContext(Protocol):
@@ -172,7 +194,7 @@ class TokenPicker:
         """[B, T] int64 picks; -1 at nodes that a lazy walk did not visit.
 
         Args:
-            trees: Proposed trees. With a `draft_law`, a call that samples picks by rejection: exact
+            trees: Sealed trees. With a `draft_law`, a call that samples picks by rejection: exact
                 in distribution, outside the law of the seed.
             logits: [B, T, V] target logits, any float dtype.
             state: The rows' progress.
@@ -258,14 +280,23 @@ class TokenPicker:
         return torch.tensor(picks, device=logits.device)
 
     def _pick(self, row: int, index: int, node: int, logits: Tensor) -> int:
-        scores = logits[None].to(copy=True, dtype=torch.float32)
-        process = self._row_processors[row] if self._row_processors else self._processors
-        if process is not None:
-            scores = process(self._prefix.row(row, index), scores)
+        scores = self._processed(row, index, logits)
         self._walked[row, node] = scores[0]
         token = self._choose(row, index, node, scores[0])
         self._prefix.write(row, index, token)
         return token
+
+    def padding_scores(self, row: int, index: int, logits: Tensor, pad: int) -> Tensor:
+        """[V] processed scores of step `index` of a row that has ended, and goes on with `pad`."""
+        scores = self._processed(row, index, logits.to(self._prefix.device))
+        self._prefix.write(row, index, pad)
+        return scores[0]
+
+    def _processed(self, row: int, index: int, logits: Tensor) -> Tensor:
+        """[1, V] scores after the row's processors have seen its first `index` tokens."""
+        scores = logits[None].to(copy=True, dtype=torch.float32)
+        process = self._row_processors[row] if self._row_processors else self._processors
+        return scores if process is None else process(self._prefix.row(row, index), scores)
 
     def _choose(self, row: int, index: int, node: int, scores: Tensor) -> int:
         """The token that processed scores [V] give at a node."""

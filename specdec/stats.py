@@ -111,7 +111,8 @@ class GenerationStats:
             self.drafted_nodes += verdict.drafted[row]
             won = verdict.sources[row][: len(tokens)]
             for source in won:
-                self.tokens_by_source[source_names[source]] += 1
+                known = 0 <= source < len(source_names)
+                self.tokens_by_source[source_names[source] if known else "unnamed"] += 1
             self.tokens_by_source["target"] += len(tokens) - len(won)
         self.seconds.update(record.seconds)
 

@@ -8,7 +8,7 @@ idea of verifying a tree in one forward is SpecInfer's (arXiv 2305.09781).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -173,10 +173,53 @@ class TreeBuilder:
 
 
 @dataclass(frozen=True, slots=True)
+class Structure:
+    """What follows from the parents of a batch, for as long as nobody writes into the tensors.
+
+    Attributes:
+        parents: [B, T] int32.
+        mask: [B, T, T] bool; entry (i, j) says whether j is i or one of its ancestors.
+        depths: [B, T] int64 distance of each node from the root.
+        versions: How often each of them had been written to; -1 where torch does not count.
+    """
+
+    parents: Tensor
+    mask: Tensor
+    depths: Tensor
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parents: Tensor, mask: Tensor, depths: Tensor) -> Structure:
+        """Remembers the tensors as they are now."""
+        return cls(parents, mask, depths, _versions(parents, mask, depths))
+
+    @classmethod
+    def found(cls, parents: Tensor) -> Structure:
+        """Of parents that each come before their children, computed on the device."""
+        mask = _doubled_ancestors(parents)
+        return cls.of(parents, mask, mask.sum(-1) - 1)
+
+    def belongs_to(self, parents: Tensor) -> bool:
+        """Whether it was made of this very tensor, and none of the three was written to since."""
+        same = parents is self.parents
+        return same and self.versions == _versions(parents, self.mask, self.depths)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether a write would be noticed; tensors made in inference mode count no versions."""
+        return -1 not in self.versions
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+@dataclass(frozen=True, slots=True)
 class TreeBatch:
     """The trees of all rows on the target's device, padded to one size T.
 
-    Padding nodes hang below the root and never take part in acceptance.
+    Padding nodes hang below the root and never take part in acceptance. `dataclasses.replace` gives
+    a batch that knows nothing of the old one's mask and depths; `with_tokens` keeps them.
 
     Attributes:
         tokens: [B, T] int64.
@@ -186,7 +229,8 @@ class TreeBatch:
             device for it.
         scores: [B, T] float32 log-probability of the path by its drafter, or None.
         sources: [B, T] int8, who proposed the node, or None.
-        draft_law: [B, T, V] law that sampled drafts were drawn from, or None.
+        draft_law: [B, T, V] law that sampled drafts were drawn from, or None. It counts only where
+            the method was told to sample (`Drafter.sampling_option`).
     """
 
     tokens: Tensor
@@ -196,7 +240,7 @@ class TreeBatch:
     scores: Tensor | None = None
     sources: Tensor | None = None
     draft_law: Tensor | None = None
-    _derived: list[Tensor] = field(default_factory=list, compare=False, repr=False)
+    _structure: list[Structure] = field(default_factory=list, init=False, compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -225,15 +269,15 @@ class TreeBatch:
         if any(row.scores is not None for row in rows):
             padded = [[*(row.scores or ()), *[0.0] * size][:size] for row in rows]
             scores = torch.tensor(padded, dtype=torch.float32, device=device)
-        return cls(
+        trees = cls(
             tokens=upload[:, 0],
             parents=upload[:, 1].to(torch.int32),
             sizes=upload[:, 4, 0].to(torch.int32),
             max_depth=int(packed[:, 3].max()),
             scores=scores,
             sources=upload[:, 2].to(torch.int8) if any(row.sources for row in rows) else None,
-            _derived=[upload[:, 5:] > 0, upload[:, 3]],
         )
+        return trees.knowing(Structure.of(trees.parents, upload[:, 5:] > 0, upload[:, 3].clone()))
 
     def to_rows(self) -> list[TokenTree]:
         """Host copies of the live trees. Costs device-to-host copies: for traces and tests."""
@@ -256,54 +300,67 @@ class TreeBatch:
         batch, size = tokens.shape
         order = torch.arange(size, device=tokens.device)
         mask = (order[:, None] >= order).expand(batch, size, size)
-        return cls(
+        trees = cls(
             tokens=tokens,
             parents=(order - 1).to(torch.int32).expand(batch, size),
             sizes=torch.full((batch,), size, dtype=torch.int32, device=tokens.device),
             max_depth=size - 1,
-            _derived=[mask, order.expand(batch, size)],
         )
+        return trees.knowing(Structure.of(trees.parents, mask, order.expand(batch, size)))
 
-    def rooted(self, pending: Tensor, vocab_size: int) -> TreeBatch:
-        """The same trees with `pending` [B] at their roots, and no id that cannot be looked up."""
-        tokens = torch.cat([pending[:, None], self.tokens[:, 1:]], dim=1)
-        return replace(self, tokens=tokens.clamp(0, vocab_size - 1))
+    def with_tokens(
+        self,
+        tokens: Tensor,
+        *,
+        sizes: Tensor | None = None,
+        scores: Tensor | None = None,
+        draft_law: Tensor | None = None,
+    ) -> TreeBatch:
+        """The same trees with `tokens` [B, T] in their nodes; their mask and depths are kept.
 
-    def as_chains(self) -> TreeBatch:
-        """The same nodes as one path a row, in their order: whatever it was, it can be verified."""
-        chains = TreeBatch.chains(self.tokens)
-        return replace(self, parents=chains.parents, max_depth=self.size - 1,
-                       _derived=chains._derived)  # fmt: skip
+        Args:
+            tokens: Of the same shape.
+            sizes: [B] live nodes; as before when None.
+            scores: As `TreeBatch` says; none when None.
+            draft_law: As `TreeBatch` says; none when None.
+        """
+        trees = TreeBatch(
+            tokens,
+            self.parents,
+            self.sizes if sizes is None else sizes,
+            self.max_depth,
+            scores,
+            self.sources,
+            draft_law,
+        )
+        known = self.known_structure()
+        return trees if known is None else trees.knowing(known)
+
+    def knowing(self, structure: Structure) -> TreeBatch:
+        """This batch, told what follows from its parents."""
+        self._structure[:] = [structure]
+        return self
+
+    def known_structure(self) -> Structure | None:
+        """What is known to follow from the parents without asking the device, or None."""
+        found = self._structure[0] if self._structure else None
+        return found if found is not None and found.belongs_to(self.parents) else None
+
+    def structure(self) -> Structure:
+        """What follows from the parents; computed once, on the device, where it is not known."""
+        found = self.known_structure()
+        if found is None:
+            found = Structure.found(self.parents)
+            self.knowing(found)
+        return found
 
     def ancestor_mask(self) -> Tensor:
-        """[B, T, T] bool; entry (i, j) says whether j is i or one of its ancestors.
-
-        Uploaded with host-built trees; computed once, on the device, for the others.
-        """
-        if not self._derived:
-            mask = self._doubled_ancestors()
-            self._derived.extend([mask, mask.sum(-1) - 1])
-        return self._derived[0]
+        """[B, T, T] bool; entry (i, j) says whether j is i or one of its ancestors."""
+        return self.structure().mask
 
     def depths(self) -> Tensor:
         """[B, T] int64 distance of each node from the root."""
-        self.ancestor_mask()
-        return self._derived[1]
-
-    def _doubled_ancestors(self) -> Tensor:
-        """Pointer doubling: log2(depth) steps, no host loop over nodes."""
-        batch, size = self.tokens.shape
-        mask = torch.eye(size, dtype=torch.bool, device=self.tokens.device)
-        mask = mask.expand(batch, size, size)
-        jump = self.parents.long()
-        reached = 1  # `mask` covers this many levels, counting the node itself
-        while reached < size:  # `max_depth` is only what the drafter says
-            index = jump.clamp(min=0)
-            above = mask.gather(1, index[:, :, None].expand_as(mask))
-            mask = mask | (above & (jump >= 0)[:, :, None])
-            jump = torch.where(jump >= 0, jump.gather(1, index), jump)
-            reached *= 2
-        return mask
+        return self.structure().depths
 
     def live(self) -> Tensor:
         """[B, T] bool, False at padding nodes."""
@@ -322,3 +379,19 @@ def _pack(row: TokenTree, into: np.ndarray[tuple[int, int], np.dtype[np.int64]])
         if node < count:
             into[5 + node] = into[5 + row.parents[node]]
         into[5 + node, node] = 1
+
+
+def _doubled_ancestors(parents: Tensor) -> Tensor:
+    """[B, T, T] ancestor mask by pointer doubling: log2(T) steps, no host loop over nodes."""
+    batch, size = parents.shape
+    mask = torch.eye(size, dtype=torch.bool, device=parents.device)
+    mask = mask.expand(batch, size, size)
+    jump = parents.long()
+    reached = 1  # `mask` covers this many levels, counting the node itself
+    while reached < size:  # `max_depth` is only what the drafter says
+        index = jump.clamp(min=0)
+        above = mask.gather(1, index[:, :, None].expand_as(mask))
+        mask = mask | (above & (jump >= 0)[:, :, None])
+        jump = torch.where(jump >= 0, jump.gather(1, index), jump)
+        reached *= 2
+    return mask

@@ -66,7 +66,7 @@ class Verdict:
         given a valid token.
         """
         if self.tokens.shape == (1, 1):
-            return self.tokens[0]
+            return self.tokens[0].clone()  # drafters hold `tokens`
         return self.tokens.gather(1, self.length[:, None])[:, 0].clamp(min=0)
 
     def host(

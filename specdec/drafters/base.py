@@ -6,7 +6,7 @@ A drafter can never change the text, only the speed (I5): whatever it proposes i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -89,6 +89,27 @@ class BatchState:
         """Tokens emitted so far in `row`."""
         return len(self.tokens[row]) - self.prompt_lengths[row]
 
+    def shown(self) -> BatchState:
+        """A copy for a drafter: nothing that is done to it is done to the rows; `memory` is shared.
+
+        It is kept level by `follow`.
+        """
+        return replace(
+            self,
+            tokens=[list(row) for row in self.tokens],
+            prompt_lengths=list(self.prompt_lengths),
+            active=list(self.active),
+            pending=self.pending.clone(),
+            lengths=self.lengths.clone(),
+        )
+
+    def follow(self, other: BatchState) -> None:
+        """Takes over where the rows of `other` stand; only new tokens are copied."""
+        for own, row in zip(self.tokens, other.tokens, strict=True):
+            own.extend(row[len(own) :])
+        self.active = list(other.active)
+        self.pending, self.lengths = other.pending.clone(), other.lengths.clone()
+
     def advance(self, tokens: Sequence[Sequence[int]], pending: Tensor, lengths: Tensor) -> None:
         """Takes over a finished round: emitted tokens by row, new pending tokens, cache lengths."""
         for row, emitted in enumerate(tokens):
@@ -152,6 +173,11 @@ class Drafter(Protocol):
             target takes nothing else; "tree" ones cannot run on such a target.
         source_names: Names of the values in `TreeBatch.sources`.
         max_nodes: Nodes beyond the root it would like to have verified.
+
+    A class that samples its drafts, and puts their law into `TreeBatch.draft_law`, says so with an
+    attribute `sampling_option`: the name of the switch among the method's options that makes it do
+    so. Without the attribute, or with the switch off, a law is not looked at, because sampled
+    drafts keep the law of the text but not the text that the seed gives.
     """
 
     needs: Needs

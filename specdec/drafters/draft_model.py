@@ -13,7 +13,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,7 @@ class DraftModel:
     host_needs = False
     shape: Shape = "any"
     source_names = ("draft", "draft sibling")
+    sampling_option = "draft_sampling"
 
     def __init__(self, config: DraftModelConfig) -> None:
         self._config = config
@@ -157,10 +158,7 @@ class DraftModel:
             return TreeBatch.roots(state.pending)
         live = min(1 + depth * self._width, 1 + budget)
         sizes = [min(1 + n * self._width, live) for n in levels]
-        trees = replace(
-            self._shape_of(live, state),
-            sizes=torch.tensor(sizes, dtype=torch.int32, device=state.pending.device),
-        )
+        trees = self._shape_of(live, state)
         texts = [tokens if n else [] for tokens, n in zip(state.tokens, levels, strict=True)]
         with evaluating(self._draft.model) if self._was_training else nullcontext():
             drafted, laws = self._write_ahead(texts, depth, state.vocab_size)
@@ -168,10 +166,10 @@ class DraftModel:
         self._stepped = depth - 1
         nodes = torch.cat([state.pending[:, None], drafted.to(state.pending.device)], 1)[:, :live]
         tokens = pad(nodes, (0, trees.size - live))
-        if laws is None:
-            return replace(trees, tokens=tokens)
-        laws = pad(laws.to(state.pending.device), (0, 0, 1, trees.size - 1 - depth))
-        return replace(trees, tokens=tokens, draft_law=laws)
+        if laws is not None:
+            laws = pad(laws.to(state.pending.device), (0, 0, 1, trees.size - 1 - depth))
+        counts = torch.tensor(sizes, dtype=torch.int32, device=state.pending.device)
+        return trees.with_tokens(tokens, sizes=counts, draft_law=laws)
 
     def observe(self, round_result: RoundResult) -> None:
         """Keeps what the draft's cache holds of the accepted path; the rest is forgotten."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -317,4 +317,4 @@ class Eagle3:
         sizes = trees.sizes
         if not all(drafting):
             sizes = torch.where(torch.tensor(drafting, device=sizes.device), sizes, 1)
-        return replace(trees, sizes=sizes, scores=scores)
+        return trees.with_tokens(trees.tokens, sizes=sizes, scores=scores)

@@ -110,7 +110,7 @@ class DeeperThanItSays(WrongRootOnDevice):
             self.config.truth[row][len(text) - 1 :][:6] for row, text in enumerate(state.tokens)
         ]
         padded = [[*row, *[0] * 6][:6] for row in rows]
-        return replace(TreeBatch.chains(torch.tensor(padded)), max_depth=self.says, _derived=[])
+        return replace(TreeBatch.chains(torch.tensor(padded)), max_depth=self.says)
 
 
 class FlatItSays(DeeperThanItSays):

@@ -82,9 +82,9 @@ ROUND: tuple[Fault, ...] = (
     Fault(
         "impossible_tokens_of_device_trees_are_passed_on",
         "tokens beyond the vocabulary",
-        _TREE,
-        "tokens=tokens.clamp(0, vocab_size - 1)",
-        "tokens=tokens",
+        "specdec/sealed.py",
+        "tokens = rooted.clamp(0, vocab_size - 1)",
+        "tokens = rooted",
         "tests/laws/test_drafter_mistakes.py",
     ),
     Fault(
@@ -221,7 +221,7 @@ ROUND: tuple[Fault, ...] = (
         "the_generator_is_not_set_back",
         "seed and generator",
         _SAMPLING,
-        "self._rng()[1](self._states[steps])",
+        "self._generator.set_state(self._states[steps])",
         "self._states[steps]",
         _ALL_NODES,
     ),
@@ -245,9 +245,9 @@ ROUND: tuple[Fault, ...] = (
         "processors_are_called_twice_a_token",
         "stateful processors",
         _SAMPLING,
-        "scores = process(self._prefix.row(row, index), scores)",
-        "process(self._prefix.row(row, index), scores.clone())\n"
-        "            scores = process(self._prefix.row(row, index), scores)",
+        "        scores = self._processed(row, index, logits)\n        self._walked",
+        "        self._processed(row, index, logits)\n"
+        "        scores = self._processed(row, index, logits)\n        self._walked",
         _STATEFUL,
     ),
     Fault(
@@ -362,9 +362,12 @@ ROUND: tuple[Fault, ...] = (
         _LOOP,
         "            target.commit(result.verdict.path, result.host.paths, result.rows)\n"
         "            state.advance(result.host.tokens, result.verdict.pending(), target.lengths)\n"
+        "            seen.follow(state)\n"
         '            clock.lap("commit")\n'
-        "            drafter.observe(result)\n",
+        "            with kept_generators(state.pending.device):\n"
+        "                drafter.observe(result)\n",
         "            state.advance(result.host.tokens, result.verdict.pending(), target.lengths)\n"
+        "            seen.follow(state)\n"
         '            clock.lap("commit")\n'
         "            drafter.observe(result)\n"
         "            target.commit(result.verdict.path, result.host.paths, result.rows)\n",
@@ -397,9 +400,9 @@ ROUND: tuple[Fault, ...] = (
     Fault(
         "roots_of_device_trees_are_believed",
         "a drafter changes the text",
-        _LOOP,
-        "trees = trees.rooted(state.pending, state.vocab_size)",
-        "trees = trees.rooted(trees.tokens[:, 0], state.vocab_size)",
+        "specdec/sealed.py",
+        "torch.cat([pending[:, None], trees.tokens[:, 1:].long()], dim=1)",
+        "torch.cat([trees.tokens[:, :1], trees.tokens[:, 1:].long()], dim=1)",
         "tests/laws/test_drafter_mistakes.py",
     ),
     Fault(
