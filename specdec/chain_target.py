@@ -248,10 +248,20 @@ class ChainTarget:
         self.cache.put_back()
 
     @torch.no_grad()
-    def settle(self, texts: Sequence[Sequence[int]]) -> None:
+    def settle(
+        self, texts: Sequence[Sequence[int]], logits: bool = False
+    ) -> Iterator[tuple[TargetOutput, list[int], list[int]]]:
         """Brings the state up to the end of `texts` [B][n]: tokens after the prompt, padding too.
 
         Rows need not advance alike: those that are not fed go back.
+
+        Args:
+            texts: Ids.
+            logits: Whether all logits of the forwards are wanted, or the last ones will do.
+
+        Yields:
+            Every forward's output, the step of each row whose token its first node gives, and the
+            nodes of each row.
         """
         while True:
             done = [c - prompt for c, prompt in zip(self._covered, self._prompt, strict=True)]
@@ -261,6 +271,11 @@ class ChainTarget:
             count = min([len(tokens) for tokens in left if tokens] + [_SETTLING_CHUNK])
             fed = [(tokens + [0] * count)[:count] for tokens in left]
             kept = [count if tokens else 0 for tokens in left]
-            self._feed(torch.tensor(fed, device=self._device), kept, 1)
+            output = self._feed(
+                torch.tensor(fed, device=self._device), kept, count if logits else 1
+            )
             self.cache.keep(kept, count)
             self._covered = [c + n for c, n in zip(self._covered, kept, strict=True)]
+            if logits:
+                steps = [n + 1 for n in done]
+                yield TargetOutput(output.logits[:, -count:]), steps, kept

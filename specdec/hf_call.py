@@ -147,11 +147,17 @@ class Prepared:
     def layout(self) -> PromptLayout:
         """Where the prompt's new tokens sit in the padded batch."""
         width, chunk = self.total - self.past, self.generation_config.prefill_chunk_size
-        return PromptLayout(
-            width=width,
-            columns=[row[row >= self.past] - self.past for row in self.slots()],
-            first=(width - 1) // chunk * chunk if chunk else 0,
-        )
+        first = (width - 1) // chunk * chunk if chunk else 0
+        columns = [row[row >= self.past] - self.past for row in self.slots()]
+        if self.runs_plain_prompt:
+            columns = [torch.arange(first, width)] * self.batch
+        return PromptLayout(width, columns, first)
+
+    @property
+    def runs_plain_prompt(self) -> bool:
+        """Whether the prompt runs padding and all: by need, or to return its hidden states."""
+        padded = self.mask is not None and self.kwargs.get("position_ids") is not None
+        return bool(self.own_inputs) or (padded and self.wanted_outputs().hidden_states)
 
     def wanted_outputs(self) -> WantedOutputs:
         """Which optional outputs the call returns."""
@@ -193,7 +199,7 @@ class Prepared:
         new = [row[row >= self.past] for row in slots]
         cache = TreeCache(self.batch, device, self._capacity(budget))
         wants_hidden = self.wanted_outputs().hidden_states
-        if self.own_inputs:
+        if self.runs_plain_prompt:
             return PromptTarget(self.model, self.plain_prompt(), cache, taps, wants_hidden)
         if self.past:
             hf_cache.adopt_cache(self.cache, cache, old)
@@ -255,30 +261,38 @@ class Prepared:
         steps, pad = max(map(len, emitted)), 0 if self.pad_id is None else self.pad_id
         return [row + [pad] * (steps - len(row)) for row in emitted]
 
-    def pad_ended_rows(self, state: BatchState, target: HFTarget) -> None:
+    def pad_ended_rows(self, state: BatchState, target: HFTarget, recorder: Recorder) -> None:
         """Runs ended rows over their padding, as plain `generate` does: the cache stays.
 
         A later turn attends to these slots when its mask does not hide them.
         """
         tails = self.padded_tails(state)
         missing = [tail[state.emitted(row) - 1 : -1] for row, tail in enumerate(tails)]
+        steps = [state.emitted(row) for row in range(self.batch)]
         while any(missing):
             now = [tokens[:_PADDING_CHUNK] for tokens in missing]
             missing = [tokens[_PADDING_CHUNK:] for tokens in missing]
             trees = [TokenTree.chain(tokens[0], tokens[1:]) if tokens else TokenTree([0], [-1])
                      for tokens in now]  # fmt: skip
             batch = TreeBatch.from_rows(trees, target.lengths.device)
-            target.forward_tree(batch)
+            counts = list(map(len, now))
+            recorder.add_padding(target.forward_tree(batch), steps, counts, self.pad_id or 0)
+            steps = [step + count for step, count in zip(steps, counts, strict=True)]
             kept = [list(range(1, len(tokens))) for tokens in now]
             target.commit(batch.parents[:, :0], kept, [bool(tokens) for tokens in now])
 
-    def write_back(self, state: BatchState, target: HFTarget | ChainTarget) -> None:
+    def write_back(
+        self, state: BatchState, target: HFTarget | ChainTarget, recorder: Recorder
+    ) -> None:
         """Puts the call's tokens into the cache that plain `generate` would have filled."""
         if isinstance(target, ChainTarget):
-            target.settle([tail[:-1] for tail in self.padded_tails(state)])
+            for output, first, counts in target.settle(
+                [tail[:-1] for tail in self.padded_tails(state)], bool(recorder.wanted)
+            ):
+                recorder.add_padding(output, first, counts, self.pad_id or 0)
             target.cache.hand_over(self.cache)
             return
-        self.pad_ended_rows(state, target)
+        self.pad_ended_rows(state, target, recorder)
         length = self.total + max(map(state.emitted, range(self.batch))) - 1
         new = torch.arange(self.total, length)
         slots = [torch.cat([row, new]) for row in self.slots()]

@@ -132,5 +132,5 @@ class SpeculativeDecode:
             self.streamer.end()
         returns_cache = self.keeps_cache or bool(prepared.generation_config.return_dict_in_generate)
         if returns_cache:
-            prepared.write_back(state, target)
+            prepared.write_back(state, target, recorder)
         return prepared.result(state, recorder)

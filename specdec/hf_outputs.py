@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import BatchState, RoundResult
+from specdec.drafters.base import BatchState, RoundResult, TargetOutput
 from specdec.sampling import TokenPicker
 from specdec.stats import RoundRecord
 
@@ -31,7 +32,7 @@ class PromptLayout:
 
     Attributes:
         width: Columns of the part of the prompt that was prefilled.
-        columns: Per row, the column of each of its tokens.
+        columns: Per row, the column of each of the prompt's hidden states that the target returns.
         first: First column whose hidden states plain `generate` returns: of a chunked prefill it
             keeps the last chunk.
     """
@@ -44,8 +45,7 @@ class PromptLayout:
 class Recorder:
     """Collects scores, logits and hidden states of the emitted tokens.
 
-    Steps after a row has ended hold zeros: plain `generate` reports there what the padding tokens
-    happen to produce.
+    Rows that end early go on with what their padding produces, as plain `generate` reports it.
     """
 
     def __init__(self, wanted: WantedOutputs, layout: PromptLayout, picker: TokenPicker) -> None:
@@ -66,9 +66,8 @@ class Recorder:
 
     def __call__(self, result: RoundResult, record: RoundRecord) -> None:
         """Keeps what the emitted tokens' nodes produced; copies, so that the round is let go."""
-        hidden = result.output.hidden_states or ()
         if record.index == 0:
-            self._prompt_hidden = hidden
+            self._prompt_hidden = result.output.hidden_states or ()
         for row, tokens in enumerate(result.host.tokens):
             for node in [0, *result.host.paths[row]][: len(tokens)]:
                 if self.wanted.scores:
@@ -76,7 +75,32 @@ class Recorder:
                 if self.wanted.logits:
                     self._logits[row].append(_copied_float(result.output.logits[row, node]))
                 if self.wanted.hidden_states and record.index > 0:
-                    self._hidden[row].append(tuple(layer[row, node].clone() for layer in hidden))
+                    self._add_hidden(row, node, result.output)
+
+    def _add_hidden(self, row: int, node: int, output: TargetOutput) -> None:
+        hidden = output.hidden_states or ()
+        self._hidden[row].append(tuple(layer[row, node].clone() for layer in hidden))
+
+    def add_padding(
+        self, output: TargetOutput, first: Sequence[int], counts: Sequence[int], pad: int
+    ) -> None:
+        """Keeps what ended rows produce while they are run over their padding.
+
+        Args:
+            output: Of a forward whose first `counts[row]` nodes are tokens of the row.
+            first: Step of each row whose scores its first node gives.
+            counts: Nodes of each row; 0 for rows that are not run.
+            pad: Padding id, which goes into the prefix that processors see.
+        """
+        for row, count in enumerate(counts):
+            for node, step in enumerate(range(first[row], first[row] + count)):
+                logits = output.logits[row, node]
+                if self.wanted.scores and step == len(self._scores[row]):
+                    self._scores[row].append(self._picker.padding_scores(row, step, logits, pad))
+                if self.wanted.logits and step == len(self._logits[row]):
+                    self._logits[row].append(_copied_float(logits))
+                if self.wanted.hidden_states and step == len(self._hidden[row]) + 1:
+                    self._add_hidden(row, node, output)
 
     def outputs(self, steps: int) -> dict[str, Any]:
         """The fields of the output object that were asked for, `steps` entries each."""
@@ -109,14 +133,8 @@ def _copied_float(logits: Tensor) -> Tensor:
 
 
 def _by_step(rows: list[list[Tensor]], steps: int) -> tuple[Tensor, ...]:
-    """Per-row lists -> per-step [B, ...] tensors, zeros after a row's end."""
-    if steps == 0:
-        return ()
-    empty = torch.zeros_like(next(row[0] for row in rows if row))
-    return tuple(
-        torch.stack([row[step] if step < len(row) else empty for row in rows])
-        for step in range(steps)
-    )
+    """Per-row lists -> per-step [B, ...] tensors."""
+    return tuple(torch.stack([row[step] for row in rows]) for step in range(steps))
 
 
 class StreamObserver:

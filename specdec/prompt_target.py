@@ -129,9 +129,8 @@ class PromptTarget(HFTarget):
         self.prefill_forwards = self._plain.forwards
         self.adopt(own, release=True)
         self._show_prompt(drafter, torch.cat(features, 1) if features else None)
-        hidden = None
-        if self._all_hidden:
-            hidden = tuple(self._packed(layer) for layer in output.hidden_states)
+        # With padding, as plain returns them: of the last chunk.
+        hidden = tuple(output.hidden_states) if self._all_hidden else None
         return TargetOutput(output.logits[:, -1:], hidden_states=hidden)
 
     @contextmanager

@@ -24,37 +24,25 @@ EVERYTHING = {
 SAMPLED = {"do_sample": True, "top_k": 20, "temperature": 1.5}
 
 
-def compare_steps(both: Both, name: str, width: int, ends: set[int]) -> None:
-    """Equal shapes everywhere, equal values wherever the row was still alive."""
+def compare_steps(both: Both, name: str) -> None:
+    """Equal everywhere, at the padding of rows that have ended, too."""
     ours, theirs = getattr(both.ours, name), getattr(both.plain, name)
     assert isinstance(ours, tuple)
-    assert len(ours) == len(theirs)
-    emitted = both.plain.sequences[:, width:].tolist()
-    for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        assert mine.shape == other.shape
+    assert len(ours) == len(theirs) == both.ours.sequences.shape[1] - 9
+    for mine, other in zip(ours, theirs, strict=True):
         assert mine.dtype == other.dtype
-        for row, tokens in enumerate(emitted):
-            if not ends & set(tokens[:step]):
-                torch.testing.assert_close(mine[row], other[row], atol=1e-10, rtol=1e-6)
+        torch.testing.assert_close(mine, other, atol=1e-10, rtol=1e-6)
 
 
-def compare_hidden(both: Both, inputs: dict[str, Tensor], ends: set[int]) -> None:
-    width = inputs["input_ids"].shape[1]
-    emitted = both.plain.sequences[:, width:].tolist()
+def compare_hidden(both: Both) -> None:
+    """Equal everywhere, at the padding in front of a prompt and behind a text, too."""
     ours, theirs = both.ours.hidden_states, both.plain.hidden_states
-    assert len(ours) == len(theirs) == len(emitted[0])
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-    for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
         assert len(mine) == len(other)
         for layer, reference in zip(mine, other, strict=True):
-            assert layer.shape == reference.shape
             assert layer.dtype == reference.dtype
-            for row, tokens in enumerate(emitted):
-                if ends & set(tokens[:step]):
-                    continue
-                keep = mask[row] if step == 0 else slice(None)
-                difference = layer[row, keep] - reference[row, keep]
-                assert float(difference.abs().max()) <= 1e-10
+            torch.testing.assert_close(layer, reference, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("sampled", [{}, SAMPLED])
@@ -67,9 +55,9 @@ def test_everything(llama: Any, sampled: dict[str, Any], batch: int) -> None:
     )
     assert type(both.ours) is GenerateDecoderOnlyOutput
     assert set(both.ours.keys()) == set(both.plain.keys())
-    compare_steps(both, "scores", 9, ends)
-    compare_steps(both, "logits", 9, ends)
-    compare_hidden(both, inputs, ends)
+    compare_steps(both, "scores")
+    compare_steps(both, "logits")
+    compare_hidden(both)
 
 
 def test_each_output_alone(llama: Any) -> None:
@@ -91,8 +79,8 @@ def test_outputs_without_a_dict_are_ignored(llama: Any) -> None:
 
 def test_outputs_of_a_single_token(llama: Any) -> None:
     both = run_both(llama, input_ids=prompt(), max_new_tokens=1, **EVERYTHING)
-    compare_steps(both, "scores", 9, set())
-    compare_hidden(both, {"input_ids": prompt()}, set())
+    compare_steps(both, "scores")
+    compare_hidden(both)
 
 
 def test_scores_with_a_prefix_dependent_processor(llama: Any) -> None:
@@ -101,18 +89,45 @@ def test_scores_with_a_prefix_dependent_processor(llama: Any) -> None:
             llama, **inputs, **EVERYTHING, max_new_tokens=NEW, repetition_penalty=1.4,
             no_repeat_ngram_size=2,
         )  # fmt: skip
-        compare_steps(both, "scores", 9, set())
-        compare_steps(both, "logits", 9, set())
+        compare_steps(both, "scores")
+        compare_steps(both, "logits")
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt2"])
 def test_other_families(request: pytest.FixtureRequest, name: str) -> None:
     model = request.getfixturevalue(name)
-    inputs = left_padded((20, 3))
+    inputs = left_padded((9, 3))
     both = run_both(model, **inputs, **EVERYTHING, max_new_tokens=NEW)
-    emitted_width = inputs["input_ids"].shape[1]
-    compare_steps(both, "scores", emitted_width, set())
-    compare_hidden(both, inputs, set())
+    compare_steps(both, "scores")
+    compare_hidden(both)
+
+
+def test_rows_that_end_early_with_a_prefix_dependent_processor(llama: Any) -> None:
+    """The padding is in the prefix that processors see, as in plain generate."""
+    wanted = plain(llama, **left_padded((9, 4, 2)), max_new_tokens=NEW, repetition_penalty=1.4)
+    ends = [int(row[9 + at]) for row, at in zip(wanted, (2, 5, 9), strict=True)]
+    both = run_both(
+        llama, **left_padded((9, 4, 2)), **EVERYTHING, max_new_tokens=NEW, repetition_penalty=1.4,
+        eos_token_id=ends,
+    )  # fmt: skip
+    assert 0 in both.ours.sequences[:, 9:]
+    for name in ("scores", "logits"):
+        compare_steps(both, name)
+    compare_hidden(both)
+
+
+@pytest.mark.parametrize("chunk", [3, 7])
+def test_hidden_states_of_padding_in_chunks_and_behind_a_cache(llama: Any, chunk: int) -> None:
+    """A padded prompt in pieces, and a second turn whose first one is in the user's cache."""
+    inputs = left_padded((9, 4))
+    both = run_both(llama, **inputs, **EVERYTHING, max_new_tokens=4, prefill_chunk_size=chunk)
+    compare_hidden(both)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 7, dtype=torch.long)], 1)
+    ids = torch.cat([both.plain.sequences, prompt(3, rows=2, seed=5)], 1)
+    caches = iter([cache_of(both.plain), cache_of(both.ours)])
+    again = run_both(llama, lambda: {CACHE: next(caches)}, input_ids=ids, attention_mask=mask,
+                     **EVERYTHING, max_new_tokens=NEW)  # fmt: skip
+    compare_hidden(again)
 
 
 @pytest.mark.parametrize("chunk", [3, 7])
