@@ -9,6 +9,7 @@ from typing import Any
 
 from specdec.errors import ConfigError
 from specdec.stats import RoundRecord
+from specdec.tree import MAX_NODES
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class SpecConfig:
         method: Drafting method, or None for the default: lookahead with sizes chosen by a cost
             probe of about a second on this device (`specdec.tuning`).
         options: Options of the method, by name.
-        budget: Nodes beyond the root that a round may verify; None for the method's own size.
+        budget: Nodes beyond the root that a round may verify, 4,096 at most; None for the method's
+            own size.
         on_round: Called with a `RoundRecord` after every round.
         trace: File to which one JSON line per round is appended; where it cannot be written, a
             warning says so and the call goes on.
@@ -36,6 +38,8 @@ class SpecConfig:
         is_size = hasattr(self.budget, "__index__") and not isinstance(self.budget, bool)
         if self.budget is not None and (not is_size or self.budget < 0):
             raise ConfigError(f"budget must be an integer >= 0, got {self.budget!r}")
+        if self.budget is not None and self.budget > MAX_NODES:
+            raise ConfigError(f"budget must be at most {MAX_NODES} nodes, got {self.budget!r}")
         if self.on_round is not None and not callable(self.on_round):
             raise ConfigError(f"on_round must be callable, got {self.on_round!r}")
         if not isinstance(self.options, Mapping):

@@ -16,12 +16,12 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 LAYERS = (
     {"errors", "tree", "config", "stats", "sources", "verify", "options", "terminal", "tokenizers"}
     | {"rejection", "atomic_files", "target_fingerprint", "head_options", "loops"}
-    | {"source_revision"},
+    | {"source_revision", "sealed", "broken_weights"},
     {"sampling", "tree_cache", "state_cache", "hf_compat", "hf_states", "hf_cache", "hf_steps"}
-    | {"hf_names"},
+    | {"hf_names", "model_state"},
     {"target", "chain_target", "capability", "exactness", "drafters.base", "registry"}
     | {"stop_rules"}
-    | {"draft_loading", "draft_runner"}
+    | {"draft_loading", "draft_runner", "randomness", "self_test"}
     | {"prompt_target", "prompt_check"},
     {"loop"},
     {"drafters", "heads", "tuning", "tuned_file"},
@@ -29,7 +29,9 @@ LAYERS = (
     {"demo", "commands"},
     {"cli"},
 )
-WITHOUT_TRANSFORMERS = ("loop", "verify", "tree", "sampling", "stop_rules", "stats", "registry")
+WITHOUT_TRANSFORMERS = (
+    *("loop", "verify", "tree", "sealed", "sampling", "stop_rules", "stats", "registry"),
+)
 WITHOUT_TORCH = ("sources", "errors")
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load"}
 LEGACY_READER = "specdec/heads/legacy.py"  # restricted unpickling, for `specdec convert` alone

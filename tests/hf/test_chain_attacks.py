@@ -25,7 +25,7 @@ from specdec.capability import Capability
 from specdec.drafters.base import BatchState, Needs, RoundResult, Shape
 from specdec.errors import DrafterError, FallbackWarning
 from specdec.registry import methods
-from specdec.tree import TreeBatch
+from specdec.tree import MAX_NODES, TreeBatch
 
 pytestmark = pytest.mark.usefixtures("throw_away_methods")
 
@@ -78,12 +78,12 @@ class Absurd:
             "negative": replace(trees, tokens=wrong),
             "beyond the vocabulary": replace(trees, tokens=wrong),
             "another root": replace(trees, tokens=rootless),
-            "a star": replace(trees, parents=parents.clamp(max=0), max_depth=1, _derived=[]),
-            "a cycle": replace(trees, parents=parents + 1, _derived=[]),
-            "short parents": replace(trees, parents=parents[:, :3], _derived=[]),
+            "a star": replace(trees, parents=parents.clamp(max=0), max_depth=1),
+            "a cycle": replace(trees, parents=parents + 1),
+            "short parents": replace(trees, parents=parents[:, :3]),
             "no live node": replace(trees, sizes=sizes * 0),
-            "a flat depth": replace(trees, max_depth=0, _derived=[]),
-            "a great depth": replace(trees, max_depth=99, _derived=[]),
+            "a flat depth": replace(trees, max_depth=0),
+            "a great depth": replace(trees, max_depth=99),
             "no nodes": replace(trees, tokens=tokens[:, :0], parents=parents[:, :0], max_depth=0),
             "far too many": TreeBatch.chains(torch.cat([tokens, tokens.repeat(1, 99)], 1)),
             "small integers": replace(trees, tokens=tokens.int(), sizes=sizes.long()),
@@ -100,7 +100,7 @@ def _absurd() -> Iterator[None]:
 
 
 HARMLESS = ("right", "negative", "beyond the vocabulary", "another root", "a star", "a cycle",
-            "short parents", "no live node", "a flat depth", "a great depth", "no nodes",
+            "no live node", "a flat depth", "a great depth", "no nodes",
             "far too many", "small integers")  # fmt: skip
 
 
@@ -119,12 +119,19 @@ def test_absurd_batches_do_not_change_the_text(family: str, kind: str) -> None:
             assert specdec.last_stats(model).rounds < NEW / 3
 
 
-@pytest.mark.parametrize("kind", ["one row more", "nothing"])
-def test_other_batches_are_refused(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("one row more", "must return a TreeBatch of 4 rows"),
+        ("nothing", "must return a TreeBatch of 4 rows"),
+        ("short parents", r"must return parents of shape \[4, 6\], got \[4, 3\]"),
+    ],
+)
+def test_other_batches_are_refused(kind: str, why: str) -> None:
     model = model_of("qwen3_5")
     expected = plain(model, **CALL)
     options = {"kind": kind, "truth": truth_of(expected, CALL)}
-    with pytest.raises(DrafterError, match="must return a TreeBatch of 4 rows"):
+    with pytest.raises(DrafterError, match=why):
         model.generate(**CALL, specdec=SpecConfig("absurd", options))
     assert torch.equal(model.generate(**CALL, specdec=SpecConfig("prompt_lookup")), expected)
 
@@ -138,7 +145,7 @@ def test_a_drafter_of_trees_alone_runs_as_plain(family: str) -> None:
     assert specdec.last_stats(model).mode == "plain"
 
 
-@pytest.mark.parametrize("budget", [0, 1, 10**6])
+@pytest.mark.parametrize("budget", [0, 1, MAX_NODES])
 @pytest.mark.parametrize("family", FEW)
 def test_budgets_beyond_reason(family: str, budget: int) -> None:
     model = model_of(family)
@@ -262,7 +269,7 @@ def forced(family: str, **base: Any) -> Any:
     """A model of a tree family that is told to verify single paths."""
     kind = FAMILIES[family]
     model = specdec.augment(replace(kind, base={**kind.base, **base}).build(torch.float64), "none")
-    model._specdec.capability = Capability("chain", "forced")
+    model._specdec.test.assume(model, Capability("chain", "forced"))
     return model
 
 
@@ -295,7 +302,7 @@ def test_tree_families_as_chains(family: str) -> None:
 def test_one_row_at_a_time() -> None:
     """What a model whose batches failed the self-test does."""
     model = forced("llama")
-    model._specdec.capability = Capability("chain", "forced", batched=False)
+    model._specdec.test.assume(model, Capability("chain", "forced", batched=False))
     run_both(model, **prompts(1), max_new_tokens=NEW)
     with pytest.warns(FallbackWarning, match="one row at a time"):
         got = model.generate(**CALL)
