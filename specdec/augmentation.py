@@ -16,6 +16,7 @@ from types import MethodType
 from typing import Any, TypeVar
 
 from specdec import hf_compat, tuning
+from specdec.broken_weights import check_weights
 from specdec.capability import Capability, probe
 from specdec.config import SpecConfig
 from specdec.errors import ConfigError, UnsupportedModelError
@@ -24,6 +25,7 @@ from specdec.hf_fallback import option, warn_plain, why_call_is_plain
 from specdec.hf_generate import SpeculativeDecode
 from specdec.hf_names import users_cache, warn_when_untested
 from specdec.registry import methods
+from specdec.self_test import WatchedTest
 from specdec.stats import GenerationStats
 from specdec.tuned_file import read_tuned
 
@@ -38,7 +40,7 @@ class Augmentation:
 
     Attributes:
         settings: Defaults of every call.
-        capability: The self-test's result.
+        test: The self-test, which follows the model.
         memory: What drafters keep from call to call.
         last_stats: Of the newest call.
         replaced: A `generate` that had been set on the model itself.
@@ -47,7 +49,7 @@ class Augmentation:
     """
 
     settings: SpecConfig
-    capability: Capability
+    test: WatchedTest = field(default_factory=WatchedTest)
     memory: dict[str, Any] = field(default_factory=dict)
     last_stats: GenerationStats | None = None
     replaced: Any = None
@@ -100,7 +102,7 @@ def augment(
         The same model.
 
     Raises:
-        UnsupportedModelError: The object is not a decoder-only language model.
+        UnsupportedModelError: It is no decoder-only language model, or holds NaN or infinities.
         ConfigError: Unknown method or option, or a value out of range; or a tuned file that is
             broken or of another target.
     """
@@ -121,9 +123,10 @@ def augment(
         raise ConfigError(
             f"option {next(iter(settings.options))!r} needs a method, for example 'lookahead'"
         )
-    capability = probe(hf_compat.unwrap(model))
+    test = WatchedTest()
+    found = test.verdict(hf_compat.unwrap(model))
     if settings.method is None:
-        settings = _with_default_method(model, settings, capability)
+        settings = _with_default_method(model, settings, found)
     memory: dict[str, Any] = {}
     for each in by_batch.values() or [settings]:
         method = each.method or "none"
@@ -131,7 +134,7 @@ def augment(
         introduce(drafter, hf_compat.unwrap(model), memory)
     restore(model)
     replaced = vars(model).get("generate")
-    handle = Augmentation(settings, capability, memory, replaced=replaced, by_batch=by_batch)
+    handle = Augmentation(settings, test, memory, replaced=replaced, by_batch=by_batch)
     setattr(model, _ATTRIBUTE, handle)
     model.generate = MethodType(generate, model)  # type: ignore[attr-defined]
     return model
@@ -184,11 +187,14 @@ def last_stats(model: Any) -> GenerationStats:
 
 
 def capability(model: Any) -> Capability:
-    """How an augmented model is verified ("tree", "chain" or "plain"), and why."""
-    found = vars(model).get(_ATTRIBUTE)
-    if found is None:
+    """How an augmented model is verified as it stands ("tree", "chain" or "plain"), and why.
+
+    It is tested again when it has changed since it was last tested.
+    """
+    handle: Augmentation | None = vars(model).get(_ATTRIBUTE)
+    if handle is None:
         raise ConfigError("the model is not augmented: call specdec.augment(model) first")
-    return found.capability  # type: ignore[no-any-return]
+    return handle.test.verdict(hf_compat.unwrap(model))
 
 
 def generate(self: Any, *args: Any, specdec: SpecConfig | bool | None = None, **kwargs: Any) -> Any:
@@ -209,7 +215,8 @@ def generate(self: Any, *args: Any, specdec: SpecConfig | bool | None = None, **
     by_rows = bool(handle.by_batch) and not named
     defaults = handle.defaults(_rows(self, kwargs)) if by_rows else handle.settings
     settings = _call_settings(specdec, defaults)
-    reason = why_call_is_plain(self, kwargs, handle.capability)
+    found = handle.test.verdict(hf_compat.unwrap(self))
+    reason = why_call_is_plain(self, kwargs, found)
     if reason is not None:
         warn_plain(reason)
         handle.last_stats = GenerationStats("none", mode="plain", mode_reason=reason)
@@ -217,7 +224,7 @@ def generate(self: Any, *args: Any, specdec: SpecConfig | bool | None = None, **
     decode = SpeculativeDecode(
         settings,
         handle.memory,
-        handle.capability,
+        found,
         streamer=kwargs.get("streamer"),
         keeps_cache=users_cache(kwargs) is not None,
     )
@@ -249,6 +256,7 @@ def _check_model(model: Any) -> None:
         raise UnsupportedModelError(
             f"{name} has no language-model head; load it with AutoModelForCausalLM"
         )
+    check_weights(hf_compat.unwrap(model), name)
 
 
 def _settings(method: str | None, options: Mapping[str, Any]) -> SpecConfig:
@@ -284,6 +292,8 @@ def _rows(model: Any, kwargs: Mapping[str, Any]) -> int:
 
 
 def _with_default_method(model: Any, settings: SpecConfig, found: Capability) -> SpecConfig:
+    if found.mode == "plain":  # it may be so for as long as the model is in training mode alone
+        found = probe(hf_compat.unwrap(model))
     if found.mode != "tree":  # what lookahead wins as a chain has not been measured
         return replace(settings, method="prompt_lookup" if found.mode == "chain" else "none")
     curve = tuning.measure_cost(hf_compat.unwrap(model))

@@ -6,16 +6,19 @@ in the memory of the augmented model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from specdec.capability import probe
+from specdec.broken_weights import first_broken_parameter
+from specdec.capability import evaluating
 from specdec.errors import ConfigError, VocabularyMismatchError
 from specdec.hf_compat import unwrap, vocabulary_size
+from specdec.self_test import WatchedTest
 from specdec.tokenizers import tokenizer_fingerprint, tokenizer_in
 
 _MEMORY = "draft_model.drafts"
@@ -33,6 +36,7 @@ class ReadyDraft:
         model: The model, unwrapped.
         vocab_size: Ids that it has embeddings for.
         compared: The target's tokenizer and the draft's when they were found to agree.
+        test: Its self-test, which follows the model.
         reason: What the self-test found; empty before it.
         runs_ragged: Whether it can run rows of different length at once, as the self-test says.
     """
@@ -41,6 +45,7 @@ class ReadyDraft:
     model: Any
     vocab_size: int
     compared: tuple[Any, Any] | None = None
+    test: WatchedTest = field(default_factory=WatchedTest)
     reason: str = ""
     runs_ragged: bool = True
 
@@ -100,20 +105,22 @@ def ready_draft(
     found = drafts.get(key)
     if found is None or not (found.source is draft or found.source == key):
         model = _load(draft, device) if isinstance(draft, str) else unwrap(draft)
+        _check_weights(model, draft)
         source = key if isinstance(draft, str) else draft
         found = ReadyDraft(source, model, vocabulary_size(model))
         while len(drafts) >= _MOST_KEPT:
             drafts.pop(next(iter(drafts)), None)
         drafts[key] = found
     _compare(found, draft, tokenizers, target_vocab)
-    if not found.reason:
-        capability = probe(found.model)
-        if capability.mode == "plain":
-            raise ConfigError(
-                f"draft {type(found.model).__name__} cannot draft, because {capability.reason}; "
-                "choose a draft model with plain attention"
-            )
-        found.reason, found.runs_ragged = capability.reason, capability.mode == "tree"
+    is_training = any(module.training for module in found.model.modules())
+    with evaluating(found.model) if is_training else nullcontext():  # as it drafts
+        capability = found.test.verdict(found.model)
+    if capability.mode == "plain":
+        raise ConfigError(
+            f"draft {type(found.model).__name__} cannot draft, because {capability.reason}; "
+            "choose another draft model"
+        )
+    found.reason, found.runs_ragged = capability.reason, capability.mode == "tree"
     return found
 
 
@@ -128,6 +135,17 @@ def _load(name: str, device: torch.device) -> Any:
         return model.eval().to(device)
     except Exception as problem:  # any failure to read foreign files means that they are wrong
         raise ConfigError(f"cannot load draft {name!r}: {_brief(problem)}") from problem
+
+
+def _check_weights(model: Any, draft: Any) -> None:
+    """Raises `ConfigError` for a draft of which no number can come."""
+    broken = first_broken_parameter(model.named_parameters())
+    if broken is not None:
+        name = repr(draft) if isinstance(draft, str) else type(model).__name__
+        raise ConfigError(
+            f"parameter {broken[0]!r} of draft {name} holds {broken[1]}; load the draft again, in "
+            "float32 or bfloat16, or choose another one"
+        )
 
 
 def _compare(found: ReadyDraft, draft: Any, tokenizers: tuple[Any, Any], target_vocab: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import modeling_utils
 from transformers.generation import GenerationMixin, logits_process, stopping_criteria
 from transformers.generation import utils as generation_utils
 from transformers.utils import output_capturing
@@ -247,19 +248,10 @@ def masks_its_window(model: Any) -> bool:
     return any(hasattr(sys.modules.get(name), maker) for name in modules for maker in makers)
 
 
-def is_training_at_random(model: Any) -> bool:
-    """Whether a forward in the model's present mode is random, or takes no cache."""
-    if not model.training:
-        return False
-    name = "is_activation_checkpointing"
-    name = name if hasattr(model, name) else "is_gradient_checkpointing"
-    if getattr(model, name, False):
-        return True
-    rates = model.config.get_text_config().to_dict().items()
-    return any(
-        isinstance(rate, float) and rate > 0 and ("dropout" in name or "pdrop" in name)
-        for name, rate in rates
-    )
+def attention_function(model: Any) -> object:
+    """What runs attention under the name that the configuration chose; anybody may register it."""
+    name = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    return modeling_utils.ALL_ATTENTION_FUNCTIONS.get(name)
 
 
 def syncs_gpus(model: Any) -> bool:

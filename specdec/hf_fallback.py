@@ -169,8 +169,6 @@ def _why_model(call: Prepared) -> str | None:
     ranked = hf_compat.ranked_keys(call.model.config)
     if ranked is not None and call.total + call.max_new_tokens > ranked:
         return f"beyond {ranked} tokens its indexer chooses keys by rank, ties at random"
-    if hf_compat.is_training_at_random(call.model):
-        return "the model is in training mode with dropout or gradient checkpointing"
     if call.kwargs.get("output_attentions"):
         return "output_attentions was asked for"
     if call.total <= call.past:

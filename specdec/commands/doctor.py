@@ -13,11 +13,12 @@ import torch
 
 import specdec
 from specdec import tuning
-from specdec.capability import probe
+from specdec.broken_weights import check_weights
 from specdec.commands.loading import check_model, context_length, load_model, pick_device
 from specdec.hf_names import CACHE, tested_range
 from specdec.options import DoctorOptions
 from specdec.registry import methods
+from specdec.self_test import self_test
 from specdec.terminal import columns, facts, say
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
@@ -118,7 +119,8 @@ def _describe(method: str) -> str:
 
 def _diagnose(options: DoctorOptions) -> None:
     model = load_model(options.model, options.dtype, options.device)
-    found = probe(model)
+    check_weights(model, str(options.model))
+    found = self_test(model)
     say(f"model {options.model}")
     context = context_length(model)
     lines = [

@@ -83,10 +83,9 @@ def test_a_drafter_of_impossible_tokens(llama: Any) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_sampling_from_nan_raises_as_plain_does(llama: Any, rows: int) -> None:
-    broken = tiny_llama()
+    broken = specdec.augment(tiny_llama(), "none")
     with torch.no_grad():
         broken.lm_head.weight[5] = float("nan")
-    specdec.augment(broken, "none")
     for speculate in (True, False):
         with pytest.raises(RuntimeError, match="probability tensor contains"):
             broken.generate(
