@@ -11,6 +11,7 @@ from mutants.faults_data import DATA
 from mutants.faults_drafters import DRAFTERS
 from mutants.faults_files import FILES
 from mutants.faults_heads import HEADS
+from mutants.faults_live import LIVE
 from mutants.faults_rejection import REJECTION
 from mutants.faults_round import ROUND
 from mutants.faults_speed import SPEED
@@ -19,4 +20,5 @@ from mutants.faults_target import TARGET
 FAULTS: tuple[Fault, ...] = (
     *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH,
     *DATA, *FILES, *SPEED,
+    *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH, *LIVE,
 )  # fmt: skip
