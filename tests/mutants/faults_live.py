@@ -143,7 +143,7 @@ LIVE: tuple[Fault, ...] = (
         _CHANCE,
         '        "Python\'s random": random.getstate(),\n',
         "",
-        f"{_LIVE} -k 'training_mode and left_out'",
+        f"{_LIVE} -k left",
     ),
     Fault(
         "training_mode_is_not_compared_with_eval_mode",
@@ -151,7 +151,7 @@ LIVE: tuple[Fault, ...] = (
         _CHANCE,
         "            if training:",
         "            if False:",
-        f"{_LIVE} -k another_forward",
+        f"{_LIVE} -k another",
     ),
     Fault(
         "the_trial_leaves_the_generators_moved",
