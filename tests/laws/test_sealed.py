@@ -21,6 +21,8 @@ from specdec import Needs, SpecConfig, TokenTree, TreeBatch
 from specdec.drafters.base import BatchState, RoundResult, Shape
 from specdec.errors import DrafterError
 from specdec.registry import methods
+from specdec.sealed import sealed
+from specdec.tree import Structure
 
 MODES = pytest.mark.parametrize("mode", [GREEDY, SAMPLED], ids=lambda mode: mode.name)
 ROWS = pytest.mark.parametrize("rows", [1, 3])
@@ -359,6 +361,27 @@ def test_new_tokens_keep_what_follows_from_the_parents() -> None:
     trees.parents[0, 2] = 0
     assert again.known_structure() is None
     assert int(again.depths()[0, 2]) == 1
+
+
+def test_every_node_hangs_where_it_says() -> None:
+    """Whatever the parents and the depth: earlier parents, no deeper node, a mask that fits."""
+    generator = torch.Generator().manual_seed(0)
+    pending, sizes = torch.tensor([3, 4]), torch.full((2,), 9)
+    deepest = set()
+    for round_index in range(60):
+        parents = torch.randint(-3, 9 if round_index % 2 else 12, (2, 9), generator=generator)
+        if round_index % 3 == 0:
+            parents = torch.arange(-1, 8).expand(2, 9)
+        trees = TreeBatch(torch.full((2, 9), 5), parents, sizes, round_index % 11 - 1)
+        own = sealed(trees, pending, VOCAB, chain=False, sampled=False, whose="Random")
+        found = Structure.found(own.parents)
+        assert bool((own.parents < torch.arange(9)).all())
+        assert bool(((own.parents >= 0).sum(1) == 8).all())
+        assert torch.equal(own.ancestor_mask(), found.mask)
+        assert torch.equal(own.depths(), found.depths)
+        assert int(own.depths().max()) <= own.max_depth <= 8
+        deepest.add(int(own.depths().max()))
+    assert deepest >= {1, 2, 8}
 
 
 def uploaded_of(tokens: list[int]) -> TreeBatch:

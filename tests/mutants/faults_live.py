@@ -38,8 +38,7 @@ LIVE: tuple[Fault, ...] = (
         _SEALED,
         "    known = (parents >= 0) & (parents < order)",
         "    known = (parents >= 0) & (parents < size)",
-        f"{_I5} -k '(earlier or root) and greedy'",
-        endless=True,
+        f"{_I5} -k hangs_where",
     ),
     Fault(
         "nodes_deeper_than_was_said_stay",
@@ -47,7 +46,7 @@ LIVE: tuple[Fault, ...] = (
         _SEALED,
         "    if depth == size - 1:",
         "    if depth:",
-        f"{_I5} -k 'says and greedy'",
+        f"{_I5} -k hangs_where",
     ),
     Fault(
         "a_law_needs_no_declaration",
