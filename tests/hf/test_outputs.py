@@ -49,6 +49,8 @@ def compare_hidden(both: Both) -> None:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_everything(llama: Any, sampled: dict[str, Any], batch: int) -> None:
     inputs = left_padded((9, 9, 4, 2)) if batch == 4 else {"input_ids": prompt()}
+    if batch == 4:
+        inputs["input_ids"][inputs["attention_mask"] == 0] = 2  # the embedding of 0 is zero
     ends = {5, 17, 40, 11}
     both = run_both(
         llama, **inputs, **EVERYTHING, **sampled, max_new_tokens=NEW, eos_token_id=sorted(ends)
@@ -120,6 +122,7 @@ def test_rows_that_end_early_with_a_prefix_dependent_processor(llama: Any) -> No
 def test_hidden_states_of_padding_in_chunks_and_behind_a_cache(llama: Any, chunk: int) -> None:
     """A padded prompt in pieces, and a second turn whose first one is in the user's cache."""
     inputs = left_padded((9, 4))
+    inputs["input_ids"][inputs["attention_mask"] == 0] = 2  # the embedding of 0 is zero
     both = run_both(llama, **inputs, **EVERYTHING, max_new_tokens=4, prefill_chunk_size=chunk)
     compare_hidden(both)
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 7, dtype=torch.long)], 1)
