@@ -17,7 +17,7 @@ import specdec
 from helpers.families import CHAIN_FAMILIES, FAMILIES, VOCAB, draft_of, model_of
 from helpers.laws import GREEDY, SAMPLED, Case, prompts, reference
 from helpers.spies import Reads, Seen, cache_error, watch_calls
-from specdec import SpecConfig, draft_loading
+from specdec import SpecConfig, draft_loading, self_test
 from specdec import verify as verification
 from specdec.draft_runner import RaggedRunner
 from specdec.drafters.base import BatchState, RoundResult
@@ -421,22 +421,23 @@ def test_a_folder_is_loaded_and_tested_once(
 ) -> None:
     llama().save_pretrained(tmp_path)
     made: list[str] = []
-    for name in ("_load", "probe"):
-        plain = getattr(draft_loading, name)
+    for module, name in ((draft_loading, "_load"), (self_test, "self_test")):
+        plain = getattr(module, name)
         monkeypatch.setattr(
-            draft_loading, name, lambda *a, plain=plain, name=name: made.append(name) or plain(*a)
+            module, name, lambda *a, plain=plain, name=name: made.append(name) or plain(*a)
         )
     target = specdec.augment(FAMILIES["llama"].build(torch.float64), "draft_model", draft=tmp_path)
+    made.clear()  # the target's own
     wanted = target.generate(**prompts(4), max_new_tokens=20, specdec=False)
     for _ in range(3):
         assert torch.equal(target.generate(**prompts(4), max_new_tokens=20), wanted)
         assert specdec.last_stats(target).drafted_nodes > 20
-    assert made == ["_load", "probe"]
+    assert made == ["_load", "self_test"]
     others = [draft_of("llama"), target]
     for draft in [*others, *others]:
         target.generate(**prompts(1), max_new_tokens=4,
                         specdec=SpecConfig("draft_model", {"draft": draft}))  # fmt: skip
-    assert made == ["_load", "probe", "probe", "probe"]
+    assert made == ["_load", *["self_test"] * 3]
 
 
 def test_an_augmented_model_with_a_draft_can_be_copied() -> None:
