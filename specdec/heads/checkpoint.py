@@ -17,9 +17,18 @@ from transformers.activations import ACT2FN
 
 from specdec.errors import ConfigError
 from specdec.heads.config import Eagle3Config
-from specdec.heads.dialects import Context, Parsed, parse
+from specdec.heads.dialects import parse
 from specdec.heads.eagle3 import Eagle3Head
-from specdec.heads.head_tensors import EMBEDDINGS, LM_HEAD, canonical_names, check_tensors, state
+from specdec.heads.head_tensors import (
+    EMBEDDINGS,
+    LM_HEAD,
+    canonical_names,
+    check_numbers,
+    check_tensors,
+    state,
+)
+from specdec.heads.overrides import chosen_settings
+from specdec.heads.parsed import Context, Parsed
 from specdec.heads.rope_fields import check_rope, read_rope
 from specdec.heads.saving import save_head
 from specdec.heads.sidecar import Sidecar, check_flags, read_sidecar
@@ -199,12 +208,12 @@ def describe_head(
     Raises:
         ConfigError: As `load_head`.
     """
+    chosen = chosen_settings(overrides)
     raw = read_object(inside(folder, "config.json"))
-    sidecar = read_sidecar(folder)
-    parsed = parse(raw, stored.infos, _context(sidecar, target, overrides))
+    sidecar = read_sidecar(folder, chosen)
+    parsed = parse(raw, stored.infos, _context(sidecar, target, chosen))
     if sidecar is not None:
         _merge(parsed, sidecar)
-    _override(parsed, overrides)
     names = canonical_names(stored.infos)
     infos = {ours: stored.infos[theirs] for ours, theirs in names.items()}
     known = "aux_output_layers" in parsed.settings
@@ -243,10 +252,11 @@ def build_head(
     """The head of a checkpoint that was described.
 
     Raises:
-        ConfigError: Its tensors cannot be read, or hold no draft vocabulary.
+        ConfigError: Its tensors cannot be read, hold no draft vocabulary, or no finite numbers.
     """
     names = canonical_names(stored.infos)
     read = stored.read(list(names.values()))
+    check_numbers(read)
     tensors = {ours: read[theirs] for ours, theirs in names.items()}
     assumed = list(found.assumed)
     kinds = {info.dtype for name, info in found.tensors.items() if name not in ("d2t", "t2d")}
@@ -281,7 +291,7 @@ def _check_activation(name: str) -> None:
 
 
 def _context(
-    sidecar: Sidecar | None, target: TargetFingerprint | None, overrides: Mapping[str, Any]
+    sidecar: Sidecar | None, target: TargetFingerprint | None, chosen: Mapping[str, Any]
 ) -> Context:
     known = target
     if sidecar is not None and sidecar.fingerprint is not None:
@@ -290,7 +300,8 @@ def _context(
         _num_layers(sidecar, target),
         None if known is None else known.model_type,
         sidecar is not None and sidecar.engine == "sglang",
-        sidecar is not None or "aux_output_layers" in overrides,
+        sidecar is not None or "aux_output_layers" in chosen,
+        chosen,
     )
 
 
@@ -324,17 +335,6 @@ def _merge(parsed: Parsed, sidecar: Sidecar) -> None:
             )
     parsed.settings = ours
     parsed.assumed.clear()
-
-
-def _override(parsed: Parsed, overrides: Mapping[str, Any]) -> None:
-    known = [one.name for one in fields(Eagle3Config)]
-    for name, value in overrides.items():
-        if name not in known:
-            raise ConfigError(f"there is no flag {name!r:.60} to set; known are {', '.join(known)}")
-        if name == "rope":
-            value = read_rope({"rope_parameters": value})
-        parsed.settings[name] = tuple(value) if isinstance(value, list) else value
-        parsed.assumed.pop(name, None)
 
 
 def _check_target(

@@ -12,7 +12,7 @@ from typing import Any
 
 from specdec.errors import ConfigError
 
-_MOST = {
+MOST = {
     "hidden_size": 32_768,
     "intermediate_size": 262_144,
     "num_attention_heads": 1024,
@@ -23,6 +23,8 @@ _MOST = {
     "target_hidden_size": 32_768,
     "max_position_embeddings": 2**31 - 1,
 }
+"""The largest value of each size that is believed; checked before anything is allocated."""
+
 _MOST_LAYERS_READ = 16
 _MOST_TARGET_LAYERS = 4096
 
@@ -52,6 +54,8 @@ class Eagle3Config:
         feed_post_norm: Later steps read the state after the final norm (EAGLE-3.1), not before it.
         qk_norm: Norms of queries and keys, as in Qwen3.
         attention_bias: Biases of the query, key and value projections.
+        output_bias: Bias of the attention's output projection.
+        mlp_bias: Biases of the MLP.
         fc_bias: Bias of `fc`.
         sliding_window: Attention looks at this many newest positions only; None for all.
     """
@@ -79,11 +83,13 @@ class Eagle3Config:
     attention_bias: bool = False
     fc_bias: bool = False
     sliding_window: int | None = None
+    output_bias: bool = False
+    mlp_bias: bool = False
 
     def __post_init__(self) -> None:
         """Checks every field, before anything is allocated; raises `ConfigError`."""
-        for name, most in _MOST.items():
-            _check_size(name, getattr(self, name), most)
+        for name, most in MOST.items():
+            check_size(name, getattr(self, name), most)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_key_value_heads must divide num_attention_heads, got "
@@ -97,7 +103,7 @@ class Eagle3Config:
                 f"{self.draft_vocab_size}"
             )
         if self.sliding_window is not None:
-            _check_size("sliding_window", self.sliding_window, 2**31 - 1)
+            check_size("sliding_window", self.sliding_window, 2**31 - 1)
         if not isinstance(self.rms_norm_eps, float) or not 0 < self.rms_norm_eps < 1:
             raise ConfigError(f"rms_norm_eps must be between 0 and 1, got {self.rms_norm_eps!r}")
         if not isinstance(self.rope, Mapping):
@@ -110,7 +116,8 @@ class Eagle3Config:
         return len(self.aux_output_layers) * self.target_hidden_size
 
 
-def _check_size(name: str, value: object, most: int) -> None:
+def check_size(name: str, value: object, most: int) -> None:
+    """Raises `ConfigError` unless a field is a whole number from 1 to `most`."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or not 1 <= value <= most:  # type: ignore[operator]
         raise ConfigError(f"{name} must be an integer from 1 to {most}, got {value!r:.60}")

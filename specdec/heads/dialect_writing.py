@@ -74,8 +74,12 @@ def _vllm_lacks(sidecar: Sidecar) -> dict[str, str]:
     config, found = sidecar.config, {}
     if config.fc_bias:
         found["fc_bias"] = "builds fc without a bias"
-    if config.attention_bias:
+    if config.attention_bias and not config.output_bias:
         found["attention_bias"] = "then expects a bias of the output projection as well"
+    if config.output_bias and not config.attention_bias:
+        found["output_bias"] = "knows it only beside those of queries, keys and values"
+    if config.mlp_bias:
+        found["mlp_bias"] = "was not seen to read biases of a draft head's MLP"
     if config.qk_norm and sidecar.dialect != "speculators":
         found["qk_norm"] = "knows norms of queries and keys in the dialect speculators only"
     return found
@@ -89,6 +93,10 @@ def _sglang_lacks(config: Eagle3Config) -> dict[str, str]:
         found["qk_norm"] = "has no norms of queries and keys in a draft head"
     if config.attention_bias:
         found["attention_bias"] = "builds the projections without biases"
+    if config.output_bias:
+        found["output_bias"] = "builds the projections without biases"
+    if config.mlp_bias:
+        found["mlp_bias"] = "builds the MLP without biases"
     if config.sliding_window is not None:
         found["sliding_window"] = "takes it from --speculative-draft-window-size alone"
     if config.feature_width == config.hidden_size:
@@ -124,8 +132,9 @@ def config_json(sidecar: Sidecar, dtype: str, has_lm_head: bool) -> dict[str, An
     if config.fc_bias:
         found["bias"] = True
     if config.feed_post_norm or sidecar.dialect == "nemo":
-        # What engines and NeMo mean by it. SpecForge means the norm before lm_head, which is on.
-        found["norm_output"] = config.feed_post_norm
+        # As engines, NeMo and SpecForge since September 2026 mean it; before, SpecForge meant the
+        # norm before lm_head. Our own field tells a reader of ours which.
+        found["norm_output"] = found["feed_post_norm"] = config.feed_post_norm
     if sidecar.dialect == "modelopt":
         found["eagle_config"] = {
             **found.get("eagle_config", {}),
@@ -158,7 +167,7 @@ def _layer(config: Eagle3Config, dtype: str) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "vocab_size": config.vocab_size,
         "attention_bias": config.attention_bias,
-        "mlp_bias": False,
+        "mlp_bias": config.mlp_bias,
         "tie_word_embeddings": False,
         "use_cache": True,
         "dtype": dtype,

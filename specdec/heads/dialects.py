@@ -8,13 +8,15 @@ that a user can be told, and so that a contradiction is seen.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.errors import ConfigError
 from specdec.heads.aux_layers import counts_apart, default_rule, read_ids, sglang_reads
-from specdec.heads.head_tensors import canonical, structure
-from specdec.heads.rope_fields import read_rope
+from specdec.heads.head_tensors import canonical_names, structure
+from specdec.heads.parsed import Context, Parsed, flag, whole
+from specdec.heads.rope_fields import of_one_layer, read_rope
+from specdec.heads.strict_files import TensorInfo
+from specdec.heads.tensor_sizes import read_sizes, read_target_width
 
 DIALECTS = ("specforge", "safeailab", "speculators", "modelopt", "nemo")
 """Formats of head checkpoints, by the project that writes them."""
@@ -30,7 +32,6 @@ _ARCHITECTURES = {
     "Eagle3Speculator": "speculators",
     "LlamaEagle3DraftModel": "nemo",
 }
-_MODEL_TYPES = ("llama", "qwen2", "qwen3")
 _MODELOPT_FIELDS = (
     "use_last_layernorm",
     "use_input_layernorm_in_first_layer",
@@ -38,13 +39,8 @@ _MODELOPT_FIELDS = (
 )
 # What would change the numbers and is not built here: field -> values that change nothing.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "num_hidden_layers": (1,),
-    "mlp_bias": (False, None),
-    "partial_rotary_factor": (1, None),
-    "logit_scale": (1, None),
     "parallel_drafting": (False, None),
     "is_causal": (True, None),
-    "quantization_config": (None,),
 }
 _ONLY_IN_EAGLE_CONFIG: dict[str, tuple[Any, ...]] = {
     "use_aux_hidden_state": (True, None),
@@ -53,76 +49,58 @@ _ONLY_IN_EAGLE_CONFIG: dict[str, tuple[Any, ...]] = {
     "use_mtp_layernorm": (False, None),
     "parallel_draft_step": (0, 1, None),
 }
-_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-_PROBE = "`specdec inspect --target NAME --probe` tries both"
+_MOST_LAYERS = 4096
+_WITH_WINDOWS = ("speculators",)  # dialects whose trainers build a layer with a window
+# Override -> the fields of a checkpoint that say the same, where their names differ.
+_SAID_BY = {
+    "aux_output_layers": (AUX_IDS, "num_aux_hidden_states"),
+    "feed_post_norm": ("feed_post_norm", "norm_output"),
+    "rope": ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
+    "sliding_window": ("sliding_window", "use_sliding_window", "layer_types"),
+}
 
 
-@dataclass(frozen=True)
-class Context:
-    """What is known about the target besides the checkpoint.
-
-    Attributes:
-        num_layers: Its layers, or None.
-        model_type: Its class by Hugging Face's name, or None.
-        for_sglang: The checkpoint was written for SGLang, whose count depends on the class.
-        layers_given: Somebody else says which layers it reads, if the checkpoint does not.
-    """
-
-    num_layers: int | None = None
-    model_type: str | None = None
-    for_sglang: bool = False
-    layers_given: bool = False
-
-
-@dataclass
-class Parsed:
-    """What a configuration says.
-
-    Attributes:
-        dialect: One of `DIALECTS`.
-        settings: Fields of `Eagle3Config`; `aux_output_layers` is left out when nobody knows them.
-        stated: Those that the checkpoint itself states.
-        assumed: Field -> a sentence on what was assumed, and why.
-        lm_head_optional: The dialect lets a head use the target's output matrix.
-    """
-
-    dialect: str
-    settings: dict[str, Any]
-    stated: set[str]
-    assumed: dict[str, str] = field(default_factory=dict)
-    lm_head_optional: bool = False
-
-    def assume(self, name: str, value: Any, sentence: str) -> None:
-        """Takes a value that the checkpoint does not say."""
-        self.settings[name] = value
-        self.assumed[name] = sentence
-
-
-def parse(raw: Mapping[str, Any], tensor_names: Iterable[str], context: Context) -> Parsed:
+def parse(raw: Mapping[str, Any], infos: Mapping[str, TensorInfo], context: Context) -> Parsed:
     """Reads a `config.json`.
 
     Args:
         raw: Its content.
-        tensor_names: Of the checkpoint, as the file has them.
-        context: What is known about the target.
+        infos: Tensors of the checkpoint, as the file names them.
+        context: What is known about the target, and what a user says.
 
     Raises:
         ConfigError: It is no EAGLE-3 head, or one that this library cannot run; names the field.
     """
-    names = list(tensor_names)
-    dialect = detect(raw, names)
-    layer = raw
+    dialect = detect(raw, infos)
+    layer: Mapping[str, Any] = raw
     if dialect == "speculators":
         layer = _object(raw, "transformer_layer_config")
+    elif isinstance(raw.get("text_config"), dict):  # of a target with several modalities
+        layer = raw["text_config"] | {name: one for name, one in raw.items() if one is not None}
     extra = _object(raw, "eagle_config") if raw.get("eagle_config") is not None else {}
+    raw, layer, extra = (_with_chosen(one, context.chosen) for one in (raw, layer, extra))
     for fields, only in ((layer, _ONLY), (raw, _ONLY), (extra, _ONLY_IN_EAGLE_CONFIG)):
         _check_only(fields, only)
+    _check_copied(layer)
+    ours = {name: infos[theirs] for name, theirs in canonical_names(infos).items()}
     parsed = Parsed(dialect, {}, set())
-    _read_sizes(parsed, raw, layer)
+    read_sizes(parsed, raw, layer, ours, context.chosen.get("head_dim"))
     _read_numbers(parsed, layer)
-    _read_flags(parsed, raw, extra, structure(canonical(name) or "" for name in names))
+    _read_window(parsed, layer)
+    _read_flags(parsed, raw, extra, structure(ours))
     _read_layers(parsed, raw, extra, context)
+    read_target_width(parsed, raw, ours, _count_layers(raw, parsed, context))
+    for name, value in context.chosen.items():
+        parsed.state(name, value)
+        parsed.assumed.pop(name, None)
     return parsed
+
+
+def _with_chosen(fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields as if whoever wrote them had known what the user says."""
+    replaced = {said for name in chosen for said in _SAID_BY.get(name, (name,))}
+    found = {name: value for name, value in fields.items() if name not in replaced}
+    return found | {name: value for name, value in chosen.items() if name not in _SAID_BY}
 
 
 def detect(raw: Mapping[str, Any], names: Iterable[str]) -> str:
@@ -180,54 +158,26 @@ def _same(found: Any, value: Any) -> bool:
     return bool(found == value) and isinstance(found, bool) == isinstance(value, bool)
 
 
-def _whole(fields: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    found = fields.get(name)
-    if found is None and default is not None:
-        return default
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        if found is None:
-            raise ConfigError(f"{name} is missing from config.json")
+def _check_copied(layer: Mapping[str, Any]) -> None:
+    """Refuses nonsense in fields that are the target's as often as the head's, and not used."""
+    layers, kind = layer.get("num_hidden_layers", 1), layer.get("model_type", "llama")
+    whole_number = isinstance(layers, int) and not isinstance(layers, bool)
+    if layers is not None and not (whole_number and 1 <= layers <= _MOST_LAYERS):
         raise ConfigError(
-            f"{name} in config.json must be a whole number above 0, got {found!r:.60}"
+            f"num_hidden_layers in config.json must be a whole number from 1 to {_MOST_LAYERS}, "
+            f"got {layers!r:.60}"
         )
-    return found
-
-
-def _flag(fields: Mapping[str, Any], name: str) -> bool | None:
-    found = fields.get(name)
-    if found is not None and not isinstance(found, bool):
-        raise ConfigError(f"{name} in config.json must be true or false, got {found!r:.60}")
-    return found
-
-
-def _read_sizes(parsed: Parsed, raw: Mapping[str, Any], layer: Mapping[str, Any]) -> None:
-    settings = parsed.settings
-    kind = layer.get("model_type", "llama")
-    if kind not in _MODEL_TYPES:
-        raise ConfigError(
-            f"model_type in config.json must be one of {', '.join(_MODEL_TYPES)}, got {kind!r:.60}"
-        )
-    settings.update({name: _whole(layer, name) for name in _SIZES})
-    heads = settings["num_attention_heads"]
-    settings["num_key_value_heads"] = _whole(layer, "num_key_value_heads", heads)
-    usual = 128 if kind == "qwen3" else max(settings["hidden_size"] // heads, 1)
-    settings["head_dim"] = _whole(layer, "head_dim", usual)
-    if parsed.dialect == "speculators":
-        settings["draft_vocab_size"] = _whole(raw, "draft_vocab_size")
-    else:
-        settings["draft_vocab_size"] = _whole(raw, "draft_vocab_size", settings["vocab_size"])
-    settings["target_hidden_size"] = _whole(raw, "target_hidden_size", settings["hidden_size"])
-    parsed.stated |= set(settings)
-    # Where no size of the draft vocabulary is given, SGLang takes the target's output matrix.
-    parsed.lm_head_optional = parsed.dialect == "modelopt" or raw.get("draft_vocab_size") is None
+    if kind is not None and not isinstance(kind, str):
+        raise ConfigError(f"model_type in config.json must be a name, got {kind!r:.60}")
 
 
 def _read_numbers(parsed: Parsed, layer: Mapping[str, Any]) -> None:
+    rope, left_out = of_one_layer(layer, parsed.dialect)
     found: dict[str, Any] = {
         "rms_norm_eps": layer.get("rms_norm_eps"),
-        "hidden_act": layer.get("hidden_act"),
+        "hidden_act": layer.get("hidden_act", layer.get("hidden_activation")),
         "max_position_embeddings": layer.get("max_position_embeddings"),
-        "rope": read_rope(layer),
+        "rope": read_rope(rope),
     }
     eps, activation = found["rms_norm_eps"], found["hidden_act"]
     if isinstance(eps, int) and not isinstance(eps, bool):
@@ -242,24 +192,40 @@ def _read_numbers(parsed: Parsed, layer: Mapping[str, Any]) -> None:
     }
     for name, value in found.items():
         if value is None:
-            shown = "rotary parameters" if name == "rope" else name
-            parsed.assume(name, usual[name], f"{shown} not stated; {usual[name]} as in Llama")
+            parsed.assume(name, usual[name], f"{name} not stated; {usual[name]} as in Llama")
         else:
-            parsed.settings[name] = value
-            parsed.stated.add(name)
-    parsed.settings["sliding_window"] = _sliding_window(layer)
+            parsed.state(name, value)
+    if left_out:
+        parsed.assumed["rope"] = left_out
+    scale = layer.get("logit_scale")
+    if scale not in (None, 1) and parsed.dialect != "nemo":
+        parsed.assumed["logit_scale"] = (
+            f"logit_scale {scale!r:.20} is taken for the target's and left out, as trainers do"
+        )
 
 
-def _sliding_window(layer: Mapping[str, Any]) -> int | None:
+def _read_window(parsed: Parsed, layer: Mapping[str, Any]) -> None:
+    """The window of the head's layer; most trainers build none, whatever the target had."""
+    parsed.settings["sliding_window"] = None
     types = layer.get("layer_types")
-    if types is None:
+    if parsed.dialect in _WITH_WINDOWS:
+        parsed.settings["sliding_window"] = _stated_window(types, layer)
+    elif parsed.dialect != "nemo" and types == ["sliding_attention"]:
+        # A list of one is the head's own and no target's; whoever wrote it had an engine in mind.
+        size = _stated_window(types, layer)
+        sentence = f"sliding_window is {size}, as vLLM reads it; trainers of this dialect have none"
+        parsed.assume("sliding_window", size, sentence)
+
+
+def _stated_window(types: Any, layer: Mapping[str, Any]) -> int | None:
+    if types is None or layer.get("use_sliding_window") is False:
         return None
     if not isinstance(types, list) or types[:1] not in (["full_attention"], ["sliding_attention"]):
         raise ConfigError(
             "layer_types in config.json must begin with full_attention or sliding_attention, got "
             f"{types!r:.80}"
         )
-    return None if types[0] == "full_attention" else _whole(layer, "sliding_window")
+    return None if types[0] == "full_attention" else whole(layer, "sliding_window")
 
 
 def _read_flags(
@@ -269,59 +235,68 @@ def _read_flags(
     shown: Mapping[str, bool],
 ) -> None:
     """The flags: those that the tensors show, and those that only the configuration can say."""
+
+    def said(name: str) -> bool | None:
+        return flag(extra if extra.get(name) is not None else raw, name)
+
     for name, there in shown.items():
-        # `attention_bias` and `bias` are copied from the target's configuration and mean nothing.
-        said = _flag(extra, name) if name in extra else _flag(raw, name)
-        if name in ("fc_norm", "norm_before_fc") and said is not None and said != there:
-            raise ConfigError(
-                f"{name} is {str(said).lower()} in config.json, and its tensors are "
-                f"{'there' if there else 'missing'}"
-            )
-        parsed.settings[name] = there
-    parsed.stated |= set(shown)
+        # `attention_bias`, `mlp_bias` and `bias` are copied from the target and mean nothing.
+        if name in ("fc_norm", "norm_before_fc") and said(name) and not there:
+            raise ConfigError(f"{name} is true in config.json, and its tensors are missing")
+        parsed.state(name, there)
     if shown["fc_norm"] and shown["norm_before_fc"]:
         raise ConfigError("fc_norm and norm_before_fc are both on; their order is not defined")
-    residual = _flag(raw, "norm_before_residual")
+    residual = said("norm_before_residual")
     if residual is None:
         parsed.assume("norm_before_residual", *_residual_default(parsed.dialect))
     else:
-        parsed.settings["norm_before_residual"] = residual
-        parsed.stated.add("norm_before_residual")
-    _read_norm_output(parsed, _flag(raw, "norm_output"))
+        parsed.state("norm_before_residual", residual)
+    _read_feedback(parsed, flag(raw, "feed_post_norm"), said("norm_output"))
 
 
 def _residual_default(dialect: str) -> tuple[bool, str]:
     if dialect == "speculators":
         return True, (
             "norm_before_residual not stated; true, as vLLM takes it in this format, although the "
-            f"class of speculators 0.9 takes false; {_PROBE}"
+            "class of speculators 0.9 takes false"
         )
     if dialect == "modelopt":
         return False, (
             "norm_before_residual not stated; false, as ModelOpt's own layer has it, although its "
-            f"template for vLLM says true; {_PROBE}"
+            "template for vLLM says true"
         )
-    return False, f"norm_before_residual not stated; false, as trainers of this dialect; {_PROBE}"
+    return False, "norm_before_residual not stated; false, as trainers of this dialect"
 
 
-def _read_norm_output(parsed: Parsed, said: bool | None) -> None:
-    """`norm_output`: post-norm feedback in two dialects, and something else in SpecForge."""
-    if parsed.dialect in ("nemo", "speculators"):
-        parsed.settings["feed_post_norm"] = bool(said)
-        if said is not None:
-            parsed.stated.add("feed_post_norm")
-        return
-    parsed.settings["feed_post_norm"] = False
-    if said is None:
-        return
-    reason = (
-        "norm_output is true, by which SpecForge means the norm before lm_head and engines mean "
-        "that later steps read the state after the final norm; taken as SpecForge's"
-        if said
-        else "norm_output is false, by which SpecForge leaves out the norm before lm_head and "
-        "engines feed back the state before it; taken as the engines'"
-    )
-    parsed.assume("feed_post_norm", False, f"{reason}, so feed_post_norm is false; {_PROBE}")
+def _read_feedback(parsed: Parsed, ours: bool | None, said: bool | None) -> None:
+    """`feed_post_norm`, by our own field or by `norm_output`.
+
+    Engines, NeMo and speculators mean by `norm_output` that later steps read the state after the
+    final norm (EAGLE-3.1). SpecForge meant the norm before `lm_head`, until its change of September
+    2026 (its pull request 879) gave it the same meaning; no version in a file tells which.
+    """
+    if ours is not None or parsed.dialect in ("nemo", "speculators"):
+        value = said if ours is None else ours
+        parsed.settings["feed_post_norm"] = bool(value)
+        parsed.stated |= set() if value is None else {"feed_post_norm"}
+    elif said:
+        parsed.assume(
+            "feed_post_norm",
+            True,
+            "norm_output is true, taken as engines mean it and SpecForge since September 2026: "
+            "feed_post_norm is true; SpecForge before then meant the norm before lm_head, and "
+            "feed_post_norm is false",
+        )
+    elif said is not None:
+        parsed.assume(
+            "feed_post_norm",
+            False,
+            "norm_output is false, taken as engines mean it and SpecForge since September 2026: "
+            "feed_post_norm is false; SpecForge before then left out the norm before lm_head, and "
+            "such heads are not supported",
+        )
+    else:
+        parsed.settings["feed_post_norm"] = False
 
 
 def _read_layers(
@@ -340,7 +315,7 @@ def _read_layers(
         if context.model_type and counts_apart(context.model_type) and not context.for_sglang:
             parsed.assumed["aux_output_layers"] = (
                 f"{name} {ids} taken as layers whose output is read; for model_type "
-                f"{context.model_type} SGLang may count from one lower; {_PROBE}"
+                f"{context.model_type} SGLang may count from one lower"
             )
     if len(set(found.values())) > 1:
         both = " and ".join(f"{name} means output layers {v}" for name, v in found.items())
@@ -353,17 +328,19 @@ def _read_layers(
         parsed.assume(
             "aux_output_layers",
             layers,
-            f"target layers not stated; output layers {list(layers)} of {context.num_layers}, as "
-            f"all trainers and engines take by default; {_PROBE}",
+            f"aux_output_layers not stated; output layers {list(layers)} of {context.num_layers}, "
+            "as all trainers and engines take by default",
         )
-    _check_count(parsed, raw)
-
-
-def _check_count(parsed: Parsed, raw: Mapping[str, Any]) -> None:
-    layers = parsed.settings.get("aux_output_layers")
     count = raw.get("num_aux_hidden_states")
-    if count is not None and count != (3 if layers is None else len(layers)):
+    layers_read = parsed.settings.get("aux_output_layers")
+    if count is not None and count != (3 if layers_read is None else len(layers_read)):
         raise ConfigError(
-            f"num_aux_hidden_states is {count!r:.60}, and {layers or 'the default three'} are the "
-            "layers that config.json names"
+            f"num_aux_hidden_states is {count!r:.60}, and {layers_read or 'the default three'} are "
+            "the layers that config.json names"
         )
+
+
+def _count_layers(raw: Mapping[str, Any], parsed: Parsed, context: Context) -> int:
+    """How many layers of the target the head reads."""
+    layers = context.chosen.get("aux_output_layers", parsed.settings.get("aux_output_layers"))
+    return len(layers) if isinstance(layers, list | tuple) and layers else 3

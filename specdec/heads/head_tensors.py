@@ -99,6 +99,8 @@ def structure(names: Iterable[str]) -> dict[str, bool]:
         "fc_norm": "fc_norm.0.weight" in found,
         "qk_norm": f"{_LAYER}self_attn.q_norm.weight" in found,
         "attention_bias": f"{_LAYER}self_attn.q_proj.bias" in found,
+        "output_bias": f"{_LAYER}self_attn.o_proj.bias" in found,
+        "mlp_bias": f"{_LAYER}mlp.gate_proj.bias" in found,
         "fc_bias": "fc.bias" in found,
     }
 
@@ -119,6 +121,8 @@ def shapes(config: Eagle3Config) -> dict[str, tuple[int, ...]]:
     }
     if config.attention_bias:
         attention |= {"q_proj.bias": (queries,), "k_proj.bias": (keys,), "v_proj.bias": (keys,)}
+    if config.output_bias:
+        attention["o_proj.bias"] = (size,)
     if config.qk_norm:
         attention |= {"q_norm.weight": (config.head_dim,), "k_norm.weight": (config.head_dim,)}
     found: dict[str, tuple[int, ...]] = {"fc.weight": (size, config.feature_width)}
@@ -128,6 +132,9 @@ def shapes(config: Eagle3Config) -> dict[str, tuple[int, ...]]:
     wide = config.intermediate_size
     found |= {f"{_LAYER}mlp.{name}_proj.weight": (wide, size) for name in ("gate", "up")}
     found[f"{_LAYER}mlp.down_proj.weight"] = (size, wide)
+    if config.mlp_bias:
+        found |= {f"{_LAYER}mlp.{name}_proj.bias": (wide,) for name in ("gate", "up")}
+        found[f"{_LAYER}mlp.down_proj.bias"] = (size,)
     found |= {"norm.weight": (size,), LM_HEAD: (config.draft_vocab_size, size)}
     found[EMBEDDINGS] = (config.vocab_size, size)
     if config.fc_bias:
@@ -170,6 +177,23 @@ def check_tensors(
         if name in wanted and info.dtype not in FLOATS:
             raise ConfigError(f"tensor {name!r} is {info.dtype}; a quantised head cannot be read")
     _check_vocabulary(infos, config)
+
+
+def check_numbers(tensors: Mapping[str, Tensor]) -> None:
+    """Raises `ConfigError` for a head with a weight that is no finite number.
+
+    Args:
+        tensors: By the names that a user knows them by.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.is_meta or bool(torch.isfinite(tensor).all()):
+            continue
+        count = int((~torch.isfinite(tensor)).sum())
+        raise ConfigError(
+            f"tensor {name!r:.80} of the draft head holds {count:,} of {tensor.numel():,} values "
+            "that are NaN or infinite; the file is damaged or its training diverged: use another "
+            "checkpoint of this head"
+        )
 
 
 def _check_vocabulary(infos: Mapping[str, TensorInfo], config: Eagle3Config) -> None:

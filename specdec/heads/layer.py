@@ -67,7 +67,7 @@ class Eagle3Attention(nn.Module):
         self.qkv_proj = nn.Linear(
             2 * config.hidden_size, (queries + 2 * keys) * dim, bias=config.attention_bias
         )
-        self.o_proj = nn.Linear(queries * dim, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(queries * dim, config.hidden_size, bias=config.output_bias)
         if config.qk_norm:
             self.q_norm = RmsNorm(dim, config.rms_norm_eps)
             self.k_norm = RmsNorm(dim, config.rms_norm_eps)
@@ -79,8 +79,9 @@ class Eagle3Mlp(nn.Module):
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        size, wide, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up_proj = nn.Linear(size, 2 * wide, bias=bias)
+        self.down_proj = nn.Linear(wide, size, bias=bias)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, states: Tensor) -> Tensor:

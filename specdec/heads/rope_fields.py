@@ -16,6 +16,9 @@ from specdec.heads.config import Eagle3Config
 from specdec.heads.layer import RotaryTable
 
 _TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+_OTHER_NAMES = {"mrope": "default", "su": "longrope"}  # mrope turns text as the default does
+_OF_IMAGES = ("mrope_section", "mrope_interleaved")
+_FULL = "full_attention"
 _MOST_FIELDS, _MOST_FACTORS = 24, 4096
 _DEFAULT_THETA = 10_000.0
 
@@ -44,6 +47,46 @@ def read_rope(raw: Mapping[str, Any]) -> dict[str, Any] | None:
             )
         found = rope
     return found or _normal({}, theta, "rope_theta")
+
+
+def of_one_layer(raw: Mapping[str, Any], dialect: str) -> tuple[dict[str, Any], str]:
+    """Rotary fields as the one layer of a head has them, and a sentence on what was left out.
+
+    Targets keep what a head has no use for, and some trainers copy it: parameters by type of layer
+    (Gemma), a share of each head that is rotated (Phi, Gemma), scaling that the trainer's own layer
+    does not know. The sentence is empty where nothing was.
+
+    Args:
+        raw: The configuration of the layer.
+        dialect: Whose trainer wrote it.
+    """
+    found = {n: raw.get(n) for n in ("rope_parameters", "rope_scaling", "rope_theta")}
+    left: list[str] = []
+    for name in ("rope_parameters", "rope_scaling"):
+        given = found[name]
+        if not isinstance(given, dict):
+            continue
+        types = {kind: one for kind, one in given.items() if one is not None}
+        if types and all(isinstance(one, dict) for one in types.values()):
+            kind = _FULL if _FULL in types else next(iter(types))
+            if any(one != types[kind] for one in types.values()):
+                left.append(f"{name} has an entry for each type of layer, of which {kind} is taken")
+            given = types[kind]
+            found["rope_theta"] = given.get("rope_theta", found["rope_theta"])
+        found[name] = given = dict(given)
+        if given.get("rope_type", given.get("type")) == "proportional":
+            given["rope_type"] = "default"  # the default turn, of a share of each head
+        if dialect == "nemo" and given.get("rope_type", given.get("type")) in ("longrope", "su"):
+            left.append("rope_type longrope is left out, which NeMo's layer does not know")
+            found[name] = given = {"rope_theta": given.get("rope_theta")}
+        share = given.pop("partial_rotary_factor", None)
+        left += [] if share in (None, 1) else [f"partial_rotary_factor {share!r:.20} is left out"]
+    share = raw.get("partial_rotary_factor")
+    left += [] if share in (None, 1) else [f"partial_rotary_factor {share!r:.20} is left out"]
+    if not left:
+        return found, ""
+    said = "; ".join(dict.fromkeys(left))
+    return found, f"rope: {said}; the head's layer turns whole heads by one set of parameters"
 
 
 def write_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,8 +120,10 @@ def _object(raw: Mapping[str, Any], name: str) -> dict[str, Any] | None:
 def _normal(given: dict[str, Any], theta: Any, name: str) -> dict[str, Any]:
     if len(given) > _MOST_FIELDS:
         raise ConfigError(f"{name} has {len(given)} fields")
-    rope = {key: value for key, value in given.items() if value is not None and key != "type"}
+    skipped = ("type", *_OF_IMAGES)
+    rope = {key: value for key, value in given.items() if value is not None and key not in skipped}
     kind = given.get("rope_type", given.get("type", "default"))
+    kind = _OTHER_NAMES.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in _TYPES:
         raise ConfigError(
             f"rope_type in {name} must be one of {', '.join(_TYPES)}, got {kind!r:.60}"

@@ -24,6 +24,8 @@ _KEYS = {
     "format", "version", "dialect", "engine", "num_target_layers", "config", "fingerprint", "facts",
 }  # fmt: skip
 _MOST_LAYERS = 4096
+_NOTHING: Mapping[str, Any] = {}
+_LATER = ("output_bias", "mlp_bias")  # fields that older files lack, and are written only when on
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Sidecar:
         Raises:
             ConfigError: `facts` holds what JSON cannot.
         """
-        config = asdict(self.config)
+        config = {n: v for n, v in asdict(self.config).items() if v or n not in _LATER}
         config["aux_output_layers"] = list(self.config.aux_output_layers)
         found = {
             "format": _FORMAT,
@@ -68,8 +70,12 @@ class Sidecar:
         return json.dumps(plain, indent=2).encode("ascii") + b"\n"
 
 
-def read_sidecar(folder: Path) -> Sidecar | None:
+def read_sidecar(folder: Path, chosen: Mapping[str, Any] = _NOTHING) -> Sidecar | None:
     """The file in this folder, or None where there is none.
+
+    Args:
+        folder: A checkpoint.
+        chosen: Fields of the configuration that win over the file's, however wrong those are.
 
     Raises:
         ConfigError: It makes no sense; names the field.
@@ -100,23 +106,28 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         )
     if not isinstance(raw["facts"], dict):
         raise ConfigError(f"facts in {NAME} must be an object, got {raw['facts']!r:.40}")
-    config = config_of(raw["config"])
+    config = config_of(raw["config"], chosen)
     check_layers(config.aux_output_layers, layers, f"aux_output_layers in {NAME}")
     return Sidecar(
         config, raw["dialect"], raw["engine"], layers, _fingerprint(raw, layers), raw["facts"]
     )
 
 
-def config_of(given: Any) -> Eagle3Config:
+def config_of(given: Any, chosen: Mapping[str, Any] = _NOTHING) -> Eagle3Config:
     """A configuration from plain values, each of them checked.
+
+    Args:
+        given: Every field, by name.
+        chosen: Those that win over them.
 
     Raises:
         ConfigError: A field is missing, unknown or out of range.
     """
     if not isinstance(given, Mapping):
         raise ConfigError(f"config in {NAME} must be an object, got {given!r:.60}")
+    given = {**given, **chosen}
     known = {one.name for one in fields(Eagle3Config)}
-    unknown, missing = sorted(set(given) - known), sorted(known - set(given))
+    unknown, missing = sorted(set(given) - known), sorted(known - set(given) - {*_LATER})
     if unknown or missing:
         raise ConfigError(f"config in {NAME} lacks or does not know {(unknown + missing)[0]!r:.60}")
     check_flags(given)

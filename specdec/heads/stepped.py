@@ -34,8 +34,10 @@ class SteppedLayer:
         if attention.qk_norm:
             self._qk_norms = attention.q_norm.weight, attention.k_norm.weight
         self._norms = torch.stack([layer.input_layernorm.weight, layer.hidden_norm.weight])
-        self._o, self._entry = attention.o_proj.weight, layer.post_attention_layernorm.weight
-        self._gate_up, self._down = mlp.gate_up_proj.weight, mlp.down_proj.weight
+        self._o = attention.o_proj.weight, attention.o_proj.bias
+        self._entry = layer.post_attention_layernorm.weight
+        self._gate_up = mlp.gate_up_proj.weight, mlp.gate_up_proj.bias
+        self._down = mlp.down_proj.weight, mlp.down_proj.bias
         self._act = mlp.act
         self._embeddings, self._norm, self._output = embeddings, norm, output
 
@@ -90,10 +92,10 @@ class SteppedLayer:
             attn_mask=None if visible is None else visible[:, None],
             enable_gqa=query.shape[1] != keys.shape[1],
         )
-        residual = residual + functional.linear(attended.transpose(1, 2).flatten(2), self._o)
+        residual = residual + functional.linear(attended.transpose(1, 2).flatten(2), *self._o)
         entry = rms_norm(residual, self._entry, self._eps)
-        gate, up = functional.linear(entry, self._gate_up).chunk(2, -1)
-        return residual + functional.linear(self._act(gate) * up, self._down)
+        gate, up = functional.linear(entry, *self._gate_up).chunk(2, -1)
+        return residual + functional.linear(self._act(gate) * up, *self._down)
 
     def predict(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """(after the final norm [B, n, H], logits [B, n, D]) of what `leave` found."""

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import foreign_heads as foreign
+from helpers.foreign_heads import small_target
 from helpers.trained_heads import NEW_TOKENS, PROMPTS, trained_head
 from specdec import demo
 from specdec.commands.heads import run_convert, run_inspect, settings
@@ -32,19 +33,6 @@ def legacy(folder: Path, content: Any = None) -> Path:
         content = foreign.renamed(foreign.tensors(foreign.Variant(draft=foreign.V)), "safeailab")
     torch.save(content, source / "pytorch_model.bin")
     return source
-
-
-def small_target(folder: Path) -> Path:
-    """A target of the size that the hand-written heads are made for."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=foreign.V, hidden_size=foreign.H, intermediate_size=16, num_hidden_layers=12,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=4096,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def test_inspect_says_everything_that_a_head_says(

@@ -35,6 +35,8 @@ class Variant:
     qk_norm: bool = False
     bias: bool = False
     fc_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
     target: int = HT
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -48,6 +50,7 @@ VARIANTS = {
     "norm_before_residual": Variant(nbr=True),
     "qk_norm": Variant(qk_norm=True, kv=1),
     "biases": Variant(bias=True, fc_bias=True),
+    "all biases": Variant(bias=True, output_bias=True, mlp_bias=True),
 }
 
 
@@ -90,6 +93,11 @@ def tensors(kind: Variant, seed: int = 0) -> dict[str, Tensor]:
         found["layers.0.self_attn.v_proj.bias"] = matrix(kv)
     if kind.fc_bias:
         found["fc.bias"] = matrix(H)
+    if kind.output_bias:
+        found["layers.0.self_attn.o_proj.bias"] = matrix(H)
+    if kind.mlp_bias:
+        for name, size in (("gate", MLP), ("up", MLP), ("down", H)):
+            found[f"layers.0.mlp.{name}_proj.bias"] = matrix(size)
     if kind.draft < V:
         ids = torch.randperm(V, generator=gen)[: kind.draft].sort().values
         found["d2t"] = ids - torch.arange(kind.draft)
@@ -172,6 +180,70 @@ def config(kind: Variant, dialect: str) -> dict[str, Any]:
     return {**flat, **kind.extra}
 
 
+def nemo_targets() -> dict[str, Any]:
+    """Configurations of targets, of the classes that NeMo Automodel takes its draft's from."""
+    from transformers import (
+        Gemma3TextConfig,
+        GptOssConfig,
+        LlamaConfig,
+        Phi3Config,
+        Qwen2_5_VLTextConfig,
+        Qwen3MoeConfig,
+    )
+
+    sizes: dict[str, Any] = {
+        "hidden_size": H, "intermediate_size": MLP, "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": V,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 256, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    local = {"rope_type": "default", "rope_theta": 77.0}
+    return {
+        "llama": LlamaConfig(**sizes, rope_parameters=rope),
+        "phi3": Phi3Config(**sizes, rope_parameters=rope, sliding_window=2),
+        "qwen3_moe": Qwen3MoeConfig(
+            **{**sizes, "intermediate_size": 7}, rope_parameters=rope, moe_intermediate_size=MLP
+        ),
+        "gemma": Gemma3TextConfig(
+            **sizes,
+            rope_parameters={"full_attention": rope, "sliding_attention": local},
+            sliding_window=2,
+            hidden_activation="silu",
+        ),
+        "gpt-oss": GptOssConfig(**sizes, rope_parameters=rope, sliding_window=2),
+        "vision": Qwen2_5_VLTextConfig(
+            **{**sizes, "head_dim": None}, rope_parameters={**rope, "mrope_section": [1, 1]}
+        ),
+    }
+
+
+def nemo_head(folder: Path, target: str, kind: Variant, **fields: Any) -> Path:
+    """A checkpoint as NeMo Automodel's `train_eagle3.py` saves it.
+
+    The draft's configuration is made from the target's: of its class, with a few fields replaced.
+    """
+    of = nemo_targets()[target]
+    replaced = {
+        "architectures": ["LlamaEagle3DraftModel"],
+        "draft_vocab_size": kind.draft,
+        "target_hidden_size": H,
+        "tie_word_embeddings": False,
+        "attn_implementation": "eager",
+        "fc_norm": kind.fc_norm,
+        "norm_output": kind.post,
+        "parallel_drafting": False,
+        **fields,
+    }
+    raw = json.loads(
+        type(of).from_dict({**of.to_dict(), **replaced}).to_json_string(use_diff=False)
+    )
+    weights = {**tensors(kind), "embed_tokens.weight": embeddings()}
+    outside = ("lm_head.weight", "d2t", "t2d")
+    named = {name if name in outside else f"model.{name}": x for name, x in weights.items()}
+    return write(folder, raw, named)
+
+
 def layers_of(dialect: str) -> tuple[int, ...]:
     """Output layers that the checkpoint means, with a target of 12 layers."""
     return (1, 5, 8) if dialect in ("safeailab", "nemo") else (2, 5, 9)
@@ -207,3 +279,16 @@ def foreign_head(folder: Path, dialect: str, kind: Variant | None = None) -> Pat
     """A checkpoint of this dialect."""
     kind = kind or Variant()
     return write(folder, config(kind, dialect), renamed(tensors(kind), dialect))
+
+
+def small_target(folder: Path) -> Path:
+    """A target of the size that the hand-written heads are made for."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=H, intermediate_size=16, num_hidden_layers=12,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
