@@ -31,3 +31,7 @@ class UntestedVersionWarning(UserWarning):
 
 class DraftWarning(UserWarning):
     """A drafter proposes nothing for some row from here on; the message says why."""
+
+
+class HeadWarning(UserWarning):
+    """A draft head was read with something assumed, or drafts far worse than it promises."""

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from specdec.drafters.base import BatchState, Needs, RoundResult, Shape, TargetFacts
 from specdec.errors import ConfigError
 from specdec.heads.eagle3 import Eagle3Head, HeadState
-from specdec.heads.ready import ready_head
+from specdec.heads.ready import ReadyHead, ready_head
 from specdec.tree import MAX_NODES, TreeBatch, bucket_size
 
 _FIRST_ROOM = 4096  # new tokens that the head's cache is allocated for at once
@@ -107,6 +107,7 @@ class Eagle3:
         self._config = config
         self.needs = Needs()
         self.max_nodes = min(config.nodes, config.depth) if config.top_k == 1 else config.nodes
+        self._ready: ReadyHead
         self._head: Eagle3Head
         self._state: HeadState
         self._prompt: list[tuple[Sequence[int], Tensor, Tensor]] = []
@@ -120,7 +121,8 @@ class Eagle3:
             ConfigError: It cannot be loaded, or belongs to another target.
         """
         config = self._config
-        self._head = ready_head(config.draft, config.tokenizer, target)
+        self._ready = ready_head(config.draft, config.tokenizer, target)
+        self._head = self._ready.head
         self.needs = Needs(taps=self._head.config.aux_output_layers)
 
     def start(self, state: BatchState) -> None:
@@ -174,6 +176,11 @@ class Eagle3:
         nodes = pad(path, (1, 0))[:, :, None].expand(-1, -1, features.shape[-1])
         tokens = round_result.verdict.tokens[:, :width]
         self._fresh.append((tokens, self._head.features(features.gather(1, nodes)), counts))
+        self._ready.promise.see(round_result)
+
+    def end(self, state: BatchState) -> None:
+        """Ends a call: the place to say that the head does not keep what it promises."""
+        self._ready.warn_if_broken()
 
     def _depth(self, state: BatchState, budget: int) -> int:
         """Levels that some row can still use."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from specdec.drafters.base import TargetFacts
-from specdec.errors import ConfigError
+from specdec.errors import ConfigError, HeadWarning
 from specdec.heads.checkpoint import load_head
 from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.promise import Promise
 from specdec.target_fingerprint import TargetFingerprint
 
 _MEMORY = "eagle3.heads"
@@ -20,18 +23,42 @@ _CACHED_BYTES = 4 * 2**20  # largest matrix of a head that a processor's cache h
 
 
 @dataclass
-class _Kept:
-    """A head that was made ready: where it came from, and the tokenizer it was compared with."""
+class ReadyHead:
+    """A head that was made ready.
+
+    Attributes:
+        source: Where it came from.
+        tokenizer: The target's, with which it was compared.
+        head: On the target's device, with embeddings.
+        probe: The command that finds out how it was trained.
+        promise: What it promises and keeps on this target.
+    """
 
     source: Any
     tokenizer: Any
     head: Eagle3Head
+    probe: str
+    promise: Promise
+
+    def warn_if_broken(self) -> None:
+        """Warns, once, of a head that drafts far worse than it promises."""
+        found = self.promise.broken()
+        if found:
+            name = f" {self.source!r}" if isinstance(self.source, str) else ""
+            warnings.warn(
+                f"specdec: the draft head{name} drafts far worse than it promises: {found}. The "
+                "text is right all the same; the head may be run with a wrong flag or the wrong "
+                f"layers, or be another target's: `{self.probe}` tells",
+                HeadWarning,
+                stacklevel=2,
+            )
 
 
-def ready_head(draft: str | Eagle3Head, tokenizer: Any, target: TargetFacts) -> Eagle3Head:
+def ready_head(draft: str | Eagle3Head, tokenizer: Any, target: TargetFacts) -> ReadyHead:
     """The head, on the target's device and with its embeddings.
 
-    One that is loaded takes the target's dtype, or float32 where a CPU drafts faster in it.
+    One that is loaded takes the target's dtype, or float32 where a CPU drafts faster in it. What
+    had to be assumed about it is said in one warning.
 
     Args:
         draft: A folder, a hub id, or the head itself, which is used in its own dtype.
@@ -41,21 +68,43 @@ def ready_head(draft: str | Eagle3Head, tokenizer: Any, target: TargetFacts) -> 
     Raises:
         ConfigError: It cannot be loaded, or was not made for this target.
     """
-    kept: list[_Kept] = target.memory.setdefault(_MEMORY, [])
+    kept: list[ReadyHead] = target.memory.setdefault(_MEMORY, [])
     for found in kept:
         same = found.source is draft or (isinstance(draft, str) and found.source == draft)
         if same and found.tokenizer is tokenizer and _is_here(found.head, target):
-            return found.head
+            return found
+    probe = _probe_command(draft, target)
     if isinstance(draft, str):
         fingerprint = TargetFingerprint.of(target.config, tokenizer)
         loaded = load_head(draft, target=fingerprint, dtype=target.dtype, device=target.device)
+        _say_assumed(draft, loaded.assumed, probe)
         head = _in_faster_dtype(loaded.head)
     else:
         head = _own_copy(draft)
     check_fit(head, target)
     head.attach(target.embeddings, target.output_embeddings)
-    kept[:] = [*kept[-_MOST_KEPT + 1 :], _Kept(draft, tokenizer, head)]
-    return head
+    ready = ReadyHead(draft, tokenizer, head, probe, Promise(head.t2d))
+    kept[:] = [*kept[-_MOST_KEPT + 1 :], ready]
+    return ready
+
+
+def _probe_command(draft: str | Eagle3Head, target: TargetFacts) -> str:
+    head = draft if isinstance(draft, str) else "HEAD"
+    name = getattr(target.config, "_name_or_path", "") or "TARGET"
+    return f"specdec inspect {head} --target {name} --probe"
+
+
+def _say_assumed(name: str, assumed: Sequence[str], probe: str) -> None:
+    if assumed:
+        listed = "; ".join(f"({i}) {sentence}" for i, sentence in enumerate(assumed, 1))
+        warnings.warn(
+            f"specdec: the draft head {name!r} leaves something unsaid, which was assumed: "
+            f"{listed}. The text is right all the same, but with a wrong flag or wrong layers a "
+            f"head drafts badly: `{probe}` tries the likely ones, and `specdec convert --set "
+            "NAME=VALUE` writes a head that says what is right",
+            HeadWarning,
+            stacklevel=2,
+        )
 
 
 def _in_faster_dtype(head: Eagle3Head) -> Eagle3Head:

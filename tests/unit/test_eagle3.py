@@ -355,7 +355,7 @@ def test_a_head_of_a_bf16_target_drafts_in_what_is_faster(
         target.config, target.get_input_embeddings().weight, target.lm_head.weight,
         torch.device("cpu"), torch.bfloat16, {},
     )  # fmt: skip
-    found = ready.ready_head(str(tmp_path / "head"), None, facts)
+    found = ready.ready_head(str(tmp_path / "head"), None, facts).head
     assert found.fc.weight.dtype == wanted
     assert found.embed_tokens is not None
     lent = target.get_input_embeddings().weight
