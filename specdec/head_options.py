@@ -52,7 +52,7 @@ class ConvertOptions:
     source: Annotated[tyro.conf.Positional[str], _arg("SOURCE")]
     """Folder or hub id of the draft head; the one command that reads a legacy .bin."""
     destination: Annotated[tyro.conf.Positional[Path], _arg("FOLDER")]
-    """Where the new head goes: a new folder, or one that specdec wrote."""
+    """Where the new head goes: a new folder, or with --overwrite one that specdec wrote."""
     to: Literal["specforge", "safeailab", "speculators", "modelopt", "nemo"] = "specforge"
     """Dialect to write; specforge is what SGLang and vLLM both load."""
     engine: Annotated[Literal["any", "sglang", "vllm"], _arg("sglang|vllm", "no promise")] = "any"
@@ -61,6 +61,8 @@ class ConvertOptions:
     """Folder or hub id of the target, for what the head leaves unsaid; demo is the bundled toy."""
     set: _Settings = ()
     """Flag of the head that wins over the checkpoint, for example norm_before_residual=true."""
+    overwrite: _Flag = False
+    """Replace a head that specdec wrote to FOLDER before; never the one that is read."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights; auto keeps them as they are."""
     no_colour: _Flag = False

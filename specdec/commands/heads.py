@@ -28,8 +28,9 @@ from specdec.heads.checkpoint import (
     save_head,
 )
 from specdec.heads.dialect_writing import unknown_flags
-from specdec.heads.head_tensors import EMBEDDINGS, LM_HEAD
+from specdec.heads.head_tensors import EMBEDDINGS, LM_HEAD, check_numbers
 from specdec.heads.legacy import has_legacy_weights, legacy_tensors
+from specdec.heads.saving import check_destination
 from specdec.heads.strict_files import LEGACY, StoredTensors, stored_tensors
 from specdec.target_fingerprint import TargetFingerprint
 from specdec.terminal import colour_wanted, facts, say, wrapped
@@ -37,7 +38,7 @@ from specdec.terminal import colour_wanted, facts, say, wrapped
 _RED, _YELLOW, _RESET = "\x1b[31m", "\x1b[33m", "\x1b[0m"
 _FLAGS = (
     "norm_before_residual", "norm_before_fc", "fc_norm", "feed_post_norm", "qk_norm",
-    "attention_bias", "fc_bias",
+    "attention_bias", "fc_bias", "output_bias", "mlp_bias",
 )  # fmt: skip
 # Of these, a larger `max_position_embeddings` leaves the rotary table as it is.
 _ROPES_OF_ANY_LENGTH = ("default", "llama3", "linear")
@@ -56,6 +57,8 @@ def run_inspect(options: InspectOptions) -> int:
     folder = locate_head(options.head)
     stored = stored_tensors(folder)
     found = describe_head(folder, stored, overrides=chosen, layers_needed=False)
+    for name in stored.infos:
+        check_numbers(stored.read([name]))
     target, problem = _target(options.target), ""
     if target is not None:
         try:
@@ -64,7 +67,7 @@ def run_inspect(options: InspectOptions) -> int:
             )
         except ConfigError as refusal:
             problem = str(refusal)
-    _show(options.head, found, target, colour)
+    _show(options, found, target, colour)
     if problem:
         say(_paint(wrapped(f"{options.target}: {problem}"), _RED, colour))
         return 1
@@ -79,6 +82,7 @@ def run_convert(options: ConvertOptions) -> int:
     """Runs `specdec convert`."""
     colour = colour_wanted(sys.stdout, options.no_colour)
     folder = locate_head(options.source, legacy=True)
+    check_destination(options.destination, folder, options.overwrite)
     stored = _stored(folder, colour)
     target = _target(options.target)
     found = describe_head(folder, stored, target=target, overrides=settings(options.set))
@@ -211,7 +215,7 @@ def _assumed(sentences: Sequence[str], colour: bool) -> None:
 
 
 def _show(
-    name: str, found: HeadDescription, target: TargetFingerprint | None, colour: bool
+    options: InspectOptions, found: HeadDescription, target: TargetFingerprint | None, colour: bool
 ) -> None:
     config = found.config
     engine = f", written for {found.engine}" if found.engine else ""
@@ -237,7 +241,7 @@ def _show(
         ("draft ids", f"{config.draft_vocab_size:,} of the target's {config.vocab_size:,}"),
         ("target", _made_for(found)),
     ]
-    say(f"draft head {name}")
+    say(f"draft head {options.head}")
     say("\n".join(facts(lines, indent=2)))
     say("layers of the target that it reads")
     say("\n".join(facts(_layers(found, target), indent=2)))
@@ -247,6 +251,9 @@ def _show(
         say("facts")
         say("\n".join(facts([(n, f"{v}"[:200]) for n, v in found.facts.items()], indent=2)))
     _assumed(found.assumed, colour)
+    if found.assumed and not options.probe:
+        name = options.target or "NAME"
+        say(f"`specdec inspect {options.head} --target {name} --probe` tries what can be tried")
 
 
 def _rope(rope: Mapping[str, Any]) -> str:

@@ -117,7 +117,7 @@ def _tensors(head: Eagle3Head, dialect: str, dtype: torch.dtype | None) -> dict[
 
 
 def _write(folder: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tensor]) -> None:
-    folder = folder.expanduser().absolute()
+    folder = place_of(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
@@ -147,6 +147,54 @@ def _write(folder: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tenso
             with contextlib.suppress(OSError):
                 old.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def place_of(folder: Path) -> Path:
+    """The folder by its full name, without links on the way to it; it may be one itself.
+
+    Raises:
+        ConfigError: It cannot be the name of a new folder.
+    """
+    if "\0" in str(folder):
+        raise ConfigError(f"{str(folder)!r:.200} is no name of a folder")
+    try:
+        folder = folder.expanduser()
+        if folder.name in ("", ".."):  # of the root, of "." and of "../.."
+            folder = folder.resolve()
+        place = folder.parent.resolve() / folder.name
+    except (OSError, RuntimeError) as problem:
+        raise ConfigError(f"cannot write {str(folder)!r:.200}: {problem!s:.200}") from problem
+    if not folder.name:
+        raise ConfigError(f"{folder} cannot become a head; name a new folder")
+    return place
+
+
+def check_destination(folder: Path, source: Path, overwrite: bool) -> None:
+    """Refuses to write over what a head is read from, and over another head unless told to.
+
+    Args:
+        folder: Where a head is to go.
+        source: The folder that it is read from.
+        overwrite: Whether a head that specdec wrote may be replaced.
+
+    Raises:
+        ConfigError: Names the folder, and what to do.
+    """
+    place, origin = place_of(folder), source.resolve()
+    try:
+        real = place.resolve()
+        if real == origin or real in origin.parents:
+            raise ConfigError(
+                f"{folder} is where the head is read from, or holds it; name another folder"
+            )
+        _check_free(place)
+        taken = place.is_dir() and any(place.iterdir())
+    except OSError as problem:
+        raise ConfigError(f"cannot write {folder}: {problem.strerror or problem}") from problem
+    if taken and not overwrite:
+        raise ConfigError(
+            f"{folder} holds a draft head already; --overwrite replaces it, or name a new folder"
+        )
 
 
 def _check_free(folder: Path) -> None:
