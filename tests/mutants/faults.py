@@ -10,6 +10,7 @@ from mutants.faults_chain import CHAIN
 from mutants.faults_data import DATA
 from mutants.faults_drafters import DRAFTERS
 from mutants.faults_files import FILES
+from mutants.faults_foreign import FOREIGN
 from mutants.faults_heads import HEADS
 from mutants.faults_live import LIVE
 from mutants.faults_rejection import REJECTION
@@ -21,4 +22,5 @@ FAULTS: tuple[Fault, ...] = (
     *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH,
     *DATA, *FILES, *SPEED,
     *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH, *LIVE,
+    *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *FOREIGN, *BENCH,
 )  # fmt: skip
