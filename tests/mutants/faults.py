@@ -20,7 +20,5 @@ from mutants.faults_target import TARGET
 
 FAULTS: tuple[Fault, ...] = (
     *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH,
-    *DATA, *FILES, *SPEED,
-    *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH, *LIVE,
-    *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *FOREIGN, *BENCH,
+    *DATA, *FILES, *FOREIGN, *LIVE, *SPEED,
 )  # fmt: skip
