@@ -106,7 +106,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with _opened(path) as stream:
-            for number, line in enumerate(stream, 1):
+            while line := stream.readline(_MOST_CHARS + 1):
+                number += 1
                 if len(line) > _MOST_CHARS:
                     raise ConfigError(f"{path}, line {number}: longer than {_MOST_CHARS:,}")
                 if line.strip():

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.errors import ConfigError
+from specdec.input_files import MOST_TEMPLATE, read_input_text
 from specdec_training.answer_spans import Conversation, prefix_spans, tagged_spans
 from specdec_training.bad_rows import BadRow
 from specdec_training.token_spans import OwnedTokens, owned_tokens
@@ -236,7 +237,7 @@ def template_options(pairs: Iterable[str]) -> dict[str, Any]:
 def _value(text: str) -> Any:
     try:
         return json.loads(text.lower() if text.lower() in ("true", "false") else text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -254,14 +255,7 @@ def chat_template(tokenizer: Any, override: Any | None) -> str | None:
         own = getattr(tokenizer, "chat_template", None)
         own = own.get("default") if isinstance(own, dict) else own
         return str(own) if own else None
-    try:
-        text = str(override.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise ConfigError(
-            f"cannot read --chat-template {override}: {problem.strerror}"
-        ) from problem
-    except UnicodeDecodeError as problem:
-        raise ConfigError(f"--chat-template {override} is not UTF-8: {problem.reason}") from problem
+    text = read_input_text(override, "--chat-template", MOST_TEMPLATE)
     if not text.strip():
         raise ConfigError(f"--chat-template {override} is empty")
     return text

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from specdec.errors import ConfigError
+from specdec.input_files import MOST_TEXT, read_input_text, too_large
 from specdec.options import GenerateOptions
 from specdec.terminal import say
 
@@ -62,23 +63,33 @@ def chat_lines() -> Iterator[str]:
 
 def _line(prompt: str) -> str | None:
     try:
-        return input(prompt)
+        if prompt:  # a person, who may edit the line
+            return input(prompt)
+        line = sys.stdin.readline(MOST_TEXT + 1)
     except EOFError:
         return None
     except UnicodeDecodeError as problem:
         raise ConfigError(f"--chat reads UTF-8 text, got: {problem.reason}") from problem
+    except OSError as problem:
+        raise ConfigError(f"cannot read --chat: {problem.strerror or problem}") from problem
+    if len(line) > MOST_TEXT:
+        raise ConfigError(too_large("a line of --chat", MOST_TEXT))
+    return line or None
 
 
 def _read(path: Path, source: str) -> str:
+    if str(path) != "-":
+        return read_input_text(path, "--file")
     try:
-        if str(path) != "-":
-            return path.read_text(encoding="utf-8")
         check_input(source)
-        return sys.stdin.read()
+        text = sys.stdin.read(MOST_TEXT + 1)
     except OSError as problem:
         raise ConfigError(f"cannot read {source}: {problem.strerror or problem}") from problem
     except UnicodeDecodeError as problem:
         raise ConfigError(f"{source} is not UTF-8 text: {problem.reason}") from problem
+    if len(text) > MOST_TEXT:
+        raise ConfigError(too_large(source, MOST_TEXT))
+    return text
 
 
 def _checked(text: str, source: str) -> str:

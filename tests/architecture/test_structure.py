@@ -16,9 +16,9 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 LAYERS = (
     {"errors", "tree", "config", "stats", "sources", "verify", "options", "terminal", "tokenizers"}
     | {"rejection", "atomic_files", "target_fingerprint", "head_options", "loops"}
-    | {"source_revision", "sealed", "broken_weights"},
+    | {"source_revision", "sealed", "broken_weights", "places", "hub", "input_files"},
     {"sampling", "tree_cache", "state_cache", "hf_compat", "hf_states", "hf_cache", "hf_steps"}
-    | {"hf_names", "model_state"},
+    | {"hf_names", "model_state", "model_files"},
     {"target", "chain_target", "capability", "exactness", "drafters.base", "registry"}
     | {"stop_rules"}
     | {"draft_loading", "draft_runner", "randomness", "self_test"}
@@ -26,7 +26,7 @@ LAYERS = (
     {"loop"},
     {"drafters", "heads", "tuning", "tuned_file"},
     {"augmentation", "hf_generate", "hf_call", "hf_fallback", "hf_outputs", "trace_file"},
-    {"demo", "commands"},
+    {"demo", "commands", "option_checks"},
     {"cli"},
 )
 WITHOUT_TRANSFORMERS = (

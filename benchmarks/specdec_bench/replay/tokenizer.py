@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.errors import ConfigError, SpecdecError
+from specdec.input_files import read_start
 from specdec.tokenizers import tokenizer_fingerprint
 from specdec_bench.json_rows import is_rows, read_rows
 from specdec_bench.replay.traces import Message
@@ -124,7 +125,7 @@ def training_texts(sources: Sequence[str], most: int) -> Iterator[str]:
     """
     for source in sources:
         left = most
-        for text in _source(source):
+        for text in _source(source, most):
             yield text[:left]
             left -= len(text)
             if left <= 0:
@@ -136,7 +137,7 @@ def _joining(encode: Callable[[str], list[int]]) -> Callable[[Sequence[Message]]
     return lambda said: encode("\n".join(text for _, text in said))
 
 
-def _source(name: str) -> Iterator[str]:
+def _source(name: str, most: int) -> Iterator[str]:
     if name == STDLIB:
         yield from _library()
         return
@@ -145,16 +146,7 @@ def _source(name: str) -> Iterator[str]:
         for row in read_rows(path):
             yield "\n".join(_strings(row.value))
         return
-    try:
-        yield path.read_text(encoding="utf-8")
-    except OSError as problem:
-        raise ConfigError(
-            f"cannot read --tokenizer-text {name!r}: {problem.strerror or problem}"
-        ) from problem
-    except UnicodeDecodeError as problem:
-        raise ConfigError(
-            f"--tokenizer-text {name!r} is no UTF-8 text: {problem.reason}"
-        ) from problem
+    yield read_start(path, "--tokenizer-text", most)
 
 
 def _library() -> Iterator[str]:

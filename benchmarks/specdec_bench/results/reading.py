@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from specdec.errors import SpecdecError
+from specdec.input_files import read_input
 from specdec_bench.results.records import (
     KINDS,
     SCHEMA,
@@ -35,6 +36,7 @@ _ADDED = {  # fields that files from before do not have
     CurveRecord: {"prompt_tokens", "prefix"},
 }
 _LONGEST_LINE = 64 << 20  # bytes; a line of a real file has thousands
+_LONGEST_FILE = 512 << 20
 
 
 class BrokenRecordError(SpecdecError):
@@ -88,10 +90,7 @@ def read_lines(path: Path) -> Lines:
     Raises:
         SpecdecError: The file cannot be read, or a whole line is wrong.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as problem:
-        raise SpecdecError(f"cannot read {path}: {problem.strerror}") from problem
+    content = read_input(path, "the results", _LONGEST_FILE)
     whole = content.rfind(b"\n") + 1
     reader, records = _Reader(path), []
     for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
