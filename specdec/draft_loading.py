@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from specdec.broken_weights import first_broken_parameter
 from specdec.capability import evaluating
-from specdec.errors import ConfigError, VocabularyMismatchError
+from specdec.errors import ConfigError, SpecdecError, VocabularyMismatchError
 from specdec.hf_compat import unwrap, vocabulary_size
+from specdec.model_files import read_draft_model, read_tokenizer
+from specdec.places import DRAFT_MODEL, locate
 from specdec.self_test import WatchedTest
 from specdec.tokenizers import tokenizer_fingerprint, tokenizer_in
 
@@ -57,7 +57,7 @@ def check_draft(draft: Any) -> None:
         ConfigError: It is neither a causal language model nor the name of one.
     """
     if isinstance(draft, str):
-        _check_name(draft)
+        locate(draft, DRAFT_MODEL)
         return
     config = getattr(draft, "config", None)
     wanted = "draft_model takes draft=: a loaded causal language model, a folder or a hub id"
@@ -67,17 +67,6 @@ def check_draft(draft: Any) -> None:
         raise ConfigError(
             f"{wanted}; {type(draft).__name__} is none; load it with AutoModelForCausalLM"
         )
-
-
-def _check_name(name: str) -> None:
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"draft {name!r} holds no model: there is no config.json in it")
-    elif name and path.exists():
-        raise ConfigError(f"draft {name!r} is a file; name the model's folder or a hub id")
-    elif not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"there is no folder {name!r} for draft; name a folder or a hub id")
 
 
 def ready_draft(
@@ -104,7 +93,7 @@ def ready_draft(
     key = f"{draft} on {device}" if isinstance(draft, str) else f"object {id(draft)}"
     found = drafts.get(key)
     if found is None or not (found.source is draft or found.source == key):
-        model = _load(draft, device) if isinstance(draft, str) else unwrap(draft)
+        model = _loaded(draft, device) if isinstance(draft, str) else unwrap(draft)
         _check_weights(model, draft)
         source = key if isinstance(draft, str) else draft
         found = ReadyDraft(source, model, vocabulary_size(model))
@@ -124,17 +113,11 @@ def ready_draft(
     return found
 
 
-def _load(name: str, device: torch.device) -> Any:
-    """The checkpoint, in its own dtype. Code that comes with a checkpoint is never run."""
+def _loaded(name: str, device: torch.device) -> Any:
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name,
-            dtype="auto",
-            trust_remote_code=False,
-        )
-        return model.eval().to(device)
-    except Exception as problem:  # any failure to read foreign files means that they are wrong
-        raise ConfigError(f"cannot load draft {name!r}: {_brief(problem)}") from problem
+        return read_draft_model(name).to(device)
+    except SpecdecError as problem:
+        raise ConfigError(str(problem)) from problem  # it names the draft
 
 
 def _check_weights(model: Any, draft: Any) -> None:
@@ -180,15 +163,8 @@ def _compare_sizes(found: ReadyDraft, target_vocab: int) -> None:
 
 def _tokenizer_of(name: str) -> Any:
     """The tokenizer beside a checkpoint, or None where there is none."""
-    path = Path(name).expanduser()
     try:
-        found = transformers.AutoTokenizer.from_pretrained(
-            str(path) if path.is_dir() else name, trust_remote_code=False
-        )
-        return found if len(found) > _NO_VOCABULARY else None
-    except Exception:  # noqa: BLE001 - without one, the sizes have to do
+        found = read_tokenizer(locate(name, DRAFT_MODEL))
+    except SpecdecError:  # without one, the sizes have to do
         return None
-
-
-def _brief(problem: BaseException) -> str:
-    return " ".join(str(problem).split())[:200] or type(problem).__name__
+    return found if len(found) > _NO_VOCABULARY else None

@@ -26,7 +26,7 @@ class InspectOptions:
     """Show what a draft head checkpoint is: dialect, sizes, flags, what had to be assumed."""
 
     head: Annotated[tyro.conf.Positional[str], _arg("HEAD")]
-    """Folder or hub id of the draft head."""
+    """Folder or hub id of the draft head; demo is the bundled one."""
     target: Annotated[str | None, _arg("NAME")] = None
     """Folder or hub id of the target, to compare with; demo is the bundled toy."""
     probe: _Flag = False
@@ -50,7 +50,7 @@ class ConvertOptions:
     """Write a draft head in another dialect, or for a serving engine."""
 
     source: Annotated[tyro.conf.Positional[str], _arg("SOURCE")]
-    """Folder or hub id of the draft head; the one command that reads a legacy .bin."""
+    """Folder or hub id of the draft head, or demo; the one command that reads a legacy .bin."""
     destination: Annotated[tyro.conf.Positional[Path], _arg("FOLDER")]
     """Where the new head goes: a new folder, or with --overwrite one that specdec wrote."""
     to: Literal["specforge", "safeailab", "speculators", "modelopt", "nemo"] = "specforge"

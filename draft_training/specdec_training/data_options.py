@@ -75,7 +75,7 @@ class DataPrepareOptions(ReadOptions):
     draft_vocab: Annotated[int, _N] = 32000
     """Size of the draft vocabulary; at least the target's vocabulary means all of it."""
     draft_vocab_of: Annotated[str | None, _arg("HEAD", "the most frequent tokens")] = None
-    """Take the draft vocabulary of this head instead, to train it further."""
+    """Take the draft vocabulary of this head, or of demo, instead, to train it further."""
     held_out: Annotated[int, _N] = 64
     """Prompts kept out of training, to measure acceptance on; at most a tenth of the rows."""
     held_out_input: Annotated[

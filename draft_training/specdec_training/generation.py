@@ -71,6 +71,11 @@ class Writer:
         """Tokens of a prompt that leaves room for the longest answer; None without a limit."""
         return None if self._context is None else self._context - self._sampling.max_new_tokens
 
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the model has embeddings for."""
+        return len(self._model.get_input_embeddings().weight)
+
     def room(self, prompt_length: int) -> int:
         """Tokens that an answer to a prompt of this length can have."""
         most = self._sampling.max_new_tokens

@@ -198,6 +198,8 @@ class Asker:
             raise BadRow("prompt_too_long", f"{len(ids):,} tokens")
         if not ids:
             raise BadRow("no_prompt")
+        if not 0 <= min(ids) <= max(ids) < self._writer.vocab_size:
+            raise BadRow("token_out_of_vocabulary", f"{max(ids)} of {self._writer.vocab_size}")
         return ids
 
 

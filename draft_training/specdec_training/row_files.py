@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 from specdec.demo.corpus import fingerprint, read_sources
 from specdec.errors import ConfigError
+from specdec.hub import require_hub
 from specdec_training.bad_rows import BadRow, shown
 from specdec_training.conversations import Row, parse_row
 from specdec_training.data_options import ReadOptions
@@ -261,6 +262,7 @@ def _in_folder(path: Path) -> list[Any]:
 def _from_hub(name: str, options: ReadOptions) -> Any:
     import datasets
 
+    require_hub(name, "data set")
     try:
         return datasets.load_dataset(name, options.subset, split=options.split)
     except Exception as problem:  # any failure to get foreign data means that they are not there

@@ -134,7 +134,7 @@ def settings(pairs: Sequence[str]) -> dict[str, Any]:
             )
         try:
             found[name.strip().replace("-", "_")] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name.strip().replace("-", "_")] = text
     return found
 

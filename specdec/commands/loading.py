@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import MISSING, fields
-from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import torch
-import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
+from torch import Tensor
 
-from specdec import demo
-from specdec.errors import ConfigError, SpecdecError, UnsupportedModelError
+from specdec.errors import ConfigError, SpecdecError
+from specdec.hf_compat import vocabulary_size
+from specdec.model_files import read_config, read_model, read_tokenizer, sentence
+from specdec.places import TOY, Place, locate
 from specdec.registry import NoOptions, methods
 
-TOY = "demo"
-"""Names the bundled model where a model is asked for."""
+__all__ = [
+    "TOY", "check_ids", "check_model", "check_special_tokens", "context_length", "load_config",
+    "load_model", "load_tokenizer", "method_options", "pick_device", "sentence", "with_tokenizer",
+]  # fmt: skip
 
-_LONG_LOAD_BYTES = 1_000_000_000  # above it, loading takes seconds and deserves its bar
-_MESSAGE_CHARS = 200
 _TOKEN_IDS = (
     "bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id",
     "suppress_tokens", "begin_suppress_tokens",
@@ -35,7 +32,7 @@ def check_model(name: str | None) -> None:
     Raises:
         SpecdecError: The model is missing, broken, or not a decoder-only language model.
     """
-    _read_config(*_locate(name))
+    load_config(name)
 
 
 def load_config(name: str | None) -> Any:
@@ -44,7 +41,7 @@ def load_config(name: str | None) -> Any:
     Raises:
         SpecdecError: As `check_model`.
     """
-    return _read_config(*_locate(name))
+    return read_config(_place(name))
 
 
 def load_model(name: str | None, dtype: str, device: str, device_map: str | None = None) -> Any:
@@ -59,16 +56,13 @@ def load_model(name: str | None, dtype: str, device: str, device_map: str | None
     Raises:
         SpecdecError: As `check_model`; or the device or the weights cannot be used.
     """
-    source, local = _locate(name)
-    config = _read_config(source, local)
+    place = _place(name)
+    config = read_config(place)
     if name in (None, TOY) and dtype == "auto":
         dtype = "float32"  # where identical text is a promise; the file holds bfloat16
     where = pick_device(device) if device_map is None else None
-    with _loading(source, local) as how:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, device_map=device_map, **how
-        )
-        return model.eval() if where is None else model.eval().to(where)
+    model = read_model(place, config, dtype, device_map)
+    return model if where is None else model.to(where)
 
 
 def load_tokenizer(name: str | None) -> Any:
@@ -77,38 +71,11 @@ def load_tokenizer(name: str | None) -> Any:
     Raises:
         SpecdecError: There is none, or it is broken.
     """
-    source, local = _locate(name)
-    with _loading(source, local, "the tokenizer of ") as how:
-        return transformers.AutoTokenizer.from_pretrained(source, **how)
+    return read_tokenizer(_place(name))
 
 
-def _read_config(source: str, local: bool) -> Any:
-    with _loading(source, local) as how:
-        config = transformers.AutoConfig.from_pretrained(source, **how)
-        _check_causal(source, config)
-        return config
-
-
-@contextmanager
-def _loading(source: str, local: bool, what: str = "") -> Iterator[dict[str, bool]]:
-    """Yields how to call `from_pretrained`; its output and errors become brief."""
-    transformers_logging.set_verbosity_error()
-    if local and _size(Path(source)) < _LONG_LOAD_BYTES:
-        transformers_logging.disable_progress_bar()
-    try:
-        # Without trust_remote_code=False, transformers would ask on the terminal whether to run
-        # the repository's own code; we never do.
-        yield {"local_files_only": local, "trust_remote_code": False}
-    except SpecdecError:
-        raise
-    except Exception as problem:  # any failure to read foreign files means that they are wrong
-        if "custom code" in str(problem):
-            raise UnsupportedModelError(
-                f"{source!r} brings its own code (trust_remote_code), which specdec never runs"
-            ) from problem
-        raise SpecdecError(f"cannot load {what}{source!r}: {sentence(problem)}") from problem
-    finally:
-        transformers_logging.enable_progress_bar()
+def _place(name: str | None) -> Place:
+    return locate(TOY if name is None else name)
 
 
 def pick_device(name: str) -> torch.device:
@@ -124,7 +91,9 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as problem:
-        raise ConfigError(f"--device {name} cannot be used: {sentence(problem)}") from problem
+        raise ConfigError(
+            f"--device {name or repr(name)} cannot be used: {sentence(problem)}"
+        ) from problem
 
 
 def check_special_tokens(name: str, model: Any) -> None:
@@ -147,6 +116,26 @@ def check_special_tokens(name: str, model: Any) -> None:
             else:
                 continue
             raise SpecdecError(f"{option} of {name!r} must be {wanted}, got {value!r}")
+
+
+def check_ids(ids: Tensor, model: Any, what: str) -> None:
+    """Refuses token ids for which the model has no embeddings: the tokenizer is another model's.
+
+    Args:
+        ids: Of any shape.
+        model: That is to read them.
+        what: Holds them, in the message.
+
+    Raises:
+        SpecdecError: Names the first such id.
+    """
+    rows = vocabulary_size(model)
+    unknown = ids[ids >= rows]
+    if len(unknown):
+        raise SpecdecError(
+            f"{what} has token id {int(unknown[0])}, and the model has embeddings for {rows:,} "
+            "ids; its tokenizer is another model's"
+        )
 
 
 def context_length(model: Any) -> int | None:
@@ -222,59 +211,3 @@ def _convert(name: str, text: str, wanted: Any) -> Any:
                 message = f"option {name} must be {described}, got {text!r}"
                 raise ConfigError(message) from None
     return text
-
-
-def _locate(name: str | None) -> tuple[str, bool]:
-    """(folder or hub id, whether it is a folder)."""
-    if name is None or name == TOY:
-        return str(demo.target_path()), True
-    if not name:
-        raise SpecdecError("the model's name is empty; give a folder or a hub id")
-    try:
-        path = Path(name).expanduser()
-        is_folder, exists = path.is_dir(), path.exists()
-        holds_model = is_folder and (path / "config.json").is_file()
-    except (OSError, RuntimeError, ValueError) as problem:  # RuntimeError: no such user after ~
-        reason = getattr(problem, "strerror", None) or problem
-        raise SpecdecError(f"cannot look for the model {name!r}: {reason}") from problem
-    if is_folder:
-        if not holds_model:
-            raise SpecdecError(f"{name!r} holds no model: there is no config.json in it")
-        return str(path), True
-    if exists:
-        raise SpecdecError(f"{name!r} is a file; give the model's folder or a hub id")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-        raise SpecdecError(f"there is no folder {name!r}; give the model's folder or a hub id")
-    return name, False
-
-
-def _check_causal(name: str, config: Any) -> None:
-    """Refuses what `AutoModelForCausalLM` would load with an untrained head, or not at all."""
-    found = ", ".join(config.architectures or []) or type(config).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{name!r} is an encoder-decoder model ({found}); specdec needs a decoder-only one"
-        )
-    causal: set[str] = set()
-    for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        causal.update([entry] if isinstance(entry, str) else entry)
-    is_known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not is_known or (config.architectures and not causal & set(config.architectures)):
-        raise UnsupportedModelError(
-            f"{name!r} is not a causal language model ({found}); specdec needs one that "
-            "AutoModelForCausalLM loads with its own head"
-        )
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def sentence(problem: BaseException) -> str:
-    """The beginning of a library's message, on one line."""
-    text = " ".join(str(problem).split()) or type(problem).__name__
-    if len(text) <= _MESSAGE_CHARS:
-        return text
-    start = text[:_MESSAGE_CHARS]
-    whole, stop, _ = start.rpartition(". ")
-    return whole + stop.strip() if whole else start.rsplit(" ", 1)[0] + " ..."

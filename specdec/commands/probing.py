@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from specdec.commands.loading import TOY, load_model, load_tokenizer
+from specdec.commands.loading import TOY, check_ids, load_model, load_tokenizer
 from specdec.demo.prompts import PROMPTS
 from specdec.errors import ConfigError
 from specdec.head_options import InspectOptions
 from specdec.heads.checkpoint import HeadDescription
 from specdec.heads.eagle3 import Eagle3Head
 from specdec.heads.flag_probe import STEPS, Score, candidates, probe
+from specdec.input_files import read_input_text
 from specdec.terminal import bold, colour_wanted, columns, say, wrapped
 
 _PROMPTS = (
@@ -30,7 +31,7 @@ _PROMPTS = (
     "In 1905, Albert Einstein published",
     "Dear Ms Lee,\n\nthank you for your letter of",
 )
-_MOST_PROMPTS, _MOST_TOKENS, _MOST_BYTES = 64, 256, 16 << 20
+_MOST_PROMPTS, _MOST_TOKENS = 64, 256
 _SHOWN = 12  # candidates in the table
 _POOR = 0.1  # agreement at the first step below which no candidate fits
 
@@ -58,6 +59,8 @@ def show_probe(options: InspectOptions, head: Eagle3Head, found: HeadDescription
             "for example --set aux_output_layers=[1,2,3]"
         )
     prompts = _token_ids(options)
+    for ids in prompts:
+        check_ids(ids, model, "a prompt of --probe")
     say(f"probing {len(tried)} candidates on the target's own text after {len(prompts)} prompts")
     with tqdm(total=len(prompts), unit="prompt", file=sys.stderr, leave=False) as bar:
         scores = probe(head, model, tried, prompts, options.new_tokens, bar.update)
@@ -122,14 +125,7 @@ def _token_ids(options: InspectOptions) -> list[Tensor]:
 
 
 def _read(path: Path) -> list[str]:
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ConfigError(f"--prompts {path} is larger than {_MOST_BYTES:,} bytes")
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as problem:
-        raise ConfigError(f"cannot read --prompts {path}: {problem.strerror}") from problem
-    except UnicodeDecodeError as problem:
-        raise ConfigError(f"--prompts {path} is not UTF-8 text: {problem.reason}") from problem
+    lines = read_input_text(path, "--prompts").splitlines()
     lines = [line for line in lines if line.strip()]
     if path.suffix not in (".jsonl", ".json"):
         return lines
@@ -145,4 +141,10 @@ def _prompt(line: str, number: int, path: Path) -> str:
         row = row.get("prompt", row.get("text"))
     if not isinstance(row, str):
         raise ConfigError(f'line {number} of --prompts {path} has no "prompt" or "text"')
+    try:
+        row.encode("utf-8")
+    except UnicodeEncodeError as problem:  # JSON can name half a character
+        raise ConfigError(
+            f"line {number} of --prompts {path} is no text: {problem.reason}"
+        ) from problem
     return row

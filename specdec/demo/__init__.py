@@ -7,45 +7,14 @@ on the models you use, which load by name or path. The card beside its weights s
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specdec.errors import SpecdecError
+from specdec.places import head_path, target_path
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["head_path", "load_target", "load_tokenizer", "target_path"]
-
-
-def target_path() -> Path:
-    """Folder of the bundled model, in Hugging Face's format.
-
-    Raises:
-        SpecdecError: The folder is not there, or has no model in it.
-    """
-    path = Path(__file__).parent / "target"
-    if not (path / "config.json").is_file():
-        raise SpecdecError(
-            f"the bundled demo target is missing: no model in {path}; install specdec again, or "
-            "train it with `python -m specdec.demo.build_target`"
-        )
-    return path
-
-
-def head_path() -> Path:
-    """Folder of the bundled EAGLE-3 head, trained for the bundled model.
-
-    Raises:
-        SpecdecError: The folder is not there, or has no head in it.
-    """
-    path = Path(__file__).parent / "head"
-    if not (path / "config.json").is_file():
-        raise SpecdecError(
-            f"the bundled draft head is missing: nothing in {path}; install specdec again, or "
-            "train it with `make demo-head`"
-        )
-    return path
 
 
 def load_target(dtype: torch.dtype | str | None = None) -> Any:

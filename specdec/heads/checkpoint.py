@@ -40,6 +40,8 @@ from specdec.heads.strict_files import (
     read_object,
     stored_tensors,
 )
+from specdec.hub import from_hub
+from specdec.places import DRAFT_HEAD, locate
 from specdec.target_fingerprint import TargetFingerprint
 
 __all__ = [
@@ -151,38 +153,28 @@ def locate_head(source: str | Path, legacy: bool = False) -> Path:
     """The folder of a checkpoint; one on the hub is fetched, without any code.
 
     Args:
-        source: A folder or a hub id.
+        source: A folder, a hub id, or "demo" for the bundled head.
         legacy: Fetch `pytorch_model.bin` as well.
 
     Raises:
         ConfigError: There is none.
     """
-    name = str(source)
-    try:
-        path = Path(name).expanduser()
-        if path.is_dir() and name:
-            if not (path / "config.json").is_file():
-                raise ConfigError(f"{name!r} holds no draft head: there is no config.json in it")
-            return path
-        exists = bool(name) and path.exists()
-    except (OSError, RuntimeError) as problem:
-        raise ConfigError(f"cannot look for the draft head {name!r:.200}: {problem}") from problem
-    except ValueError as problem:
-        if isinstance(problem, ConfigError):
-            raise
-        raise ConfigError(f"{name!r:.200} is no name of a draft head: {problem}") from problem
-    if exists:
-        raise ConfigError(f"{name!r} is a file; name the draft head's folder or a hub id")
-    if not name or name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name:
-        raise ConfigError(f"there is no folder {name!r:.200}; name a draft head's folder or hub id")
-    return _fetched(name, [*_FILES, LEGACY] if legacy else [*_FILES])
+    place = locate(str(source), DRAFT_HEAD)
+    if place.is_folder:
+        return Path(place.name)
+    return _fetched(place.name, [*_FILES, LEGACY] if legacy else [*_FILES])
 
 
 def _fetched(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        with from_hub(name, DRAFT_HEAD.what) as cached_only:
+            return Path(
+                snapshot_download(name, allow_patterns=patterns, local_files_only=cached_only)
+            )
+    except ConfigError:
+        raise
     except Exception as problem:  # any failure to fetch foreign files: the reason goes on
         text = " ".join(str(problem).split())[:200] or type(problem).__name__
         raise ConfigError(f"cannot fetch the draft head {name!r}: {text}") from problem
@@ -210,6 +202,7 @@ def describe_head(
     """
     chosen = chosen_settings(overrides)
     raw = read_object(inside(folder, "config.json"))
+    _refuse_model(folder, raw, stored)
     sidecar = read_sidecar(folder, chosen)
     parsed = parse(raw, stored.infos, _context(sidecar, target, chosen))
     if sidecar is not None:
@@ -277,6 +270,18 @@ def build_head(
         found.facts,
         found.num_target_layers,
     )
+
+
+def _refuse_model(folder: Path, raw: Mapping[str, Any], stored: StoredTensors) -> None:
+    """Says so where a whole model was named: it has a second layer, and nothing that joins taps."""
+    parts = [name.split(".") for name in stored.infos]
+    has_layers = any(one[index : index + 2] == ["layers", "1"] for one in parts
+                     for index in range(len(one)))  # fmt: skip
+    if has_layers and not any("fc" in one for one in parts):
+        raise ConfigError(
+            f"{str(folder)!r} holds a whole model ({raw.get('architectures')!s:.80}) and no draft "
+            "head; --method draft_model drafts with it"
+        )
 
 
 def _check_activation(name: str) -> None:

@@ -18,8 +18,8 @@ import specdec
 import specdec_bench.tune.tuner as tune_module
 from helpers.families import model_of
 from specdec.commands.loading import load_model, load_tokenizer
-from specdec.demo import head_path
 from specdec.errors import ConfigError, SpecdecError
+from specdec.places import DRAFT_HEAD, DRAFT_MODEL, head_path, target_path
 from specdec.tuned_file import read_tuned
 from specdec_bench.measure.arms import Workbench
 from specdec_bench.measure.runner import clear_generation_config
@@ -443,9 +443,11 @@ def test_a_draft_is_named_by_its_whole_path(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "head").mkdir()
-    assert tune_module.located("head") == str(tmp_path / "head")
-    assert tune_module.located("someone/head") == "someone/head"
-    assert tune_module.located(None) is None
+    (tmp_path / "head" / "config.json").write_text("{}")
+    assert tune_module.located("head", DRAFT_HEAD) == str(tmp_path / "head")
+    assert tune_module.located("someone/head", DRAFT_HEAD) == "someone/head"
+    assert tune_module.located("demo", DRAFT_HEAD) == str(head_path())
+    assert tune_module.located("demo", DRAFT_MODEL) == str(target_path())
 
 
 def test_a_race_that_nobody_survives_is_empty(bench: Bench) -> None:

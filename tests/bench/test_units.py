@@ -41,6 +41,9 @@ class Script:
         )
         self.generation_config = SimpleNamespace(pad_token_id=0)
 
+    def get_input_embeddings(self) -> Any:
+        return SimpleNamespace(num_embeddings=1_000_000)
+
     def generate(self, ids: Any, attention_mask: Any, max_new_tokens: int, **_: Any) -> Any:
         prompts = [row[mask > 0].tolist() for row, mask in zip(ids, attention_mask, strict=True)]
         self.asked.append(prompts)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from helpers.heads import head_for
-from specdec import demo, register_drafter
+from specdec import demo, places, register_drafter
 from specdec.capability import Capability
 from specdec.config import SpecConfig
 from specdec.demo import race, show
@@ -172,7 +172,7 @@ def test_bad_input(
 def test_a_missing_target_says_what_to_do(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(places, "__file__", str(tmp_path / "places.py"))
     with pytest.raises(SpecdecError, match="bundled demo target is missing"):
         demo.target_path()
     failed = run("demo")

@@ -173,7 +173,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         (tmp_path / "empty", "no config.json in it"),
         (tmp_path / "file", "is a file"),
         (tmp_path / "nothing", "there is no folder"),
-        ("", "there is no folder"),
+        ("", "name is empty"),
         ("only-a-name", "there is no folder"),
         ("a/b/c", "there is no folder"),
         ("a\0b", "folder|name"),
@@ -192,6 +192,7 @@ def test_a_hub_id_is_fetched_without_code(source: Path, monkeypatch: pytest.Monk
             raise OSError("no such repository")
         return str(source)
 
+    monkeypatch.setattr("specdec.hub.why_silent", lambda: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fake)
     assert load_head("some/head").dialect == "specforge"
     patterns = asked[0][1]["allow_patterns"]

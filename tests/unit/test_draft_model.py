@@ -421,7 +421,7 @@ def test_a_folder_is_loaded_and_tested_once(
 ) -> None:
     llama().save_pretrained(tmp_path)
     made: list[str] = []
-    for module, name in ((draft_loading, "_load"), (self_test, "self_test")):
+    for module, name in ((draft_loading, "read_draft_model"), (self_test, "self_test")):
         plain = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *a, plain=plain, name=name: made.append(name) or plain(*a)
@@ -432,12 +432,12 @@ def test_a_folder_is_loaded_and_tested_once(
     for _ in range(3):
         assert torch.equal(target.generate(**prompts(4), max_new_tokens=20), wanted)
         assert specdec.last_stats(target).drafted_nodes > 20
-    assert made == ["_load", "self_test"]
+    assert made == ["read_draft_model", "self_test"]
     others = [draft_of("llama"), target]
     for draft in [*others, *others]:
         target.generate(**prompts(1), max_new_tokens=4,
                         specdec=SpecConfig("draft_model", {"draft": draft}))  # fmt: skip
-    assert made == ["_load", *["self_test"] * 3]
+    assert made == ["read_draft_model", *["self_test"] * 3]
 
 
 def test_an_augmented_model_with_a_draft_can_be_copied() -> None:
@@ -453,7 +453,7 @@ def test_an_augmented_model_with_a_draft_can_be_copied() -> None:
     ({"draft": torch.nn.Linear(2, 2)}, "got Linear"),
     ({"draft": "./not-here"}, "no folder './not-here'"),
     ({"draft": "/not/here"}, "no folder"),
-    ({"draft": ""}, "no folder ''"),
+    ({"draft": ""}, "name is empty"),
     ({"draft": "pyproject.toml"}, "is a file"),
     ({"draft": "specdec"}, "no config.json in it"),
     ({"draft": "x/y", "num_draft_tokens": 0}, "num_draft_tokens >= 1"),
@@ -486,7 +486,7 @@ def test_what_cannot_draft_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="LlamaForCausalLM cannot draft, because "):
         call(case, draft=draft)
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
-    with pytest.raises(ConfigError, match="cannot load draft"):
+    with pytest.raises(ConfigError, match="cannot load"):
         call(case, draft=str(tmp_path))
     assert torch.equal(case.generate(specdec=SpecConfig("none"))[0], reference(case)[0])
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from specdec.commands.loading import sentence
+from specdec.commands.loading import check_ids, sentence
 from specdec.errors import ConfigError, SpecdecError
 from specdec.hf_compat import input_device
 from specdec.loops import loop_start
@@ -141,6 +141,7 @@ class Maker:
             ids = list(self.tokenizer(before + text).input_ids)
         if not ids:
             raise ConfigError(f"prompt {prompt.id!r} has no tokens; leave it out of the task")
+        check_ids(torch.tensor(ids), self.model, f"prompt {prompt.id!r}")
         room = self._room()
         if room is not None and len(ids) > room:
             self._shortened += 1

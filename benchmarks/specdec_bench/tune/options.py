@@ -35,9 +35,9 @@ class TuneOptions:
     methods: Annotated[str | None, _arg("NAMES", _METHODS + ", and eagle3 with a head")] = None
     """Methods to choose from, with commas."""
     head: Annotated[str | None, _arg("HEAD", "the bundled one, for demo")] = None
-    """Draft head of eagle3: a folder or a hub id."""
+    """Draft head of eagle3: a folder, a hub id, or demo: the bundled one."""
     draft: Annotated[str | None, _arg("NAME", "none")] = None
-    """Draft model of draft_model: a folder or a hub id."""
+    """Draft model of draft_model: a folder, a hub id, or demo: the bundled toy."""
     output: Annotated[Path | None, _arg("FILE", "required")] = None
     """File of the choice."""
     overwrite: _Flag = False
@@ -67,6 +67,10 @@ class TuneOptions:
     """Torch device; auto takes a CUDA device where there is one."""
     threads: Annotated[int | None, _arg("N", "1 on a CPU")] = None
     """Torch threads; tune with as many as you will run with."""
+
+    def check(self) -> None:
+        """Raises `ConfigError` as `check_tune_options`."""
+        check_tune_options(self)
 
     @property
     def method_list(self) -> tuple[str, ...]:

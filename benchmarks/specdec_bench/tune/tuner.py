@@ -18,8 +18,8 @@ import torch
 from specdec.atomic_files import make_folder
 from specdec.augmentation import augment, capability
 from specdec.commands.loading import TOY, check_model, load_model, load_tokenizer
-from specdec.demo import head_path
 from specdec.errors import ConfigError, SpecdecError
+from specdec.places import DRAFT_HEAD, DRAFT_MODEL, Kind, locate
 from specdec.target_fingerprint import TargetFingerprint
 from specdec.tuned_file import TunedChoice, TunedFile, conditions, write_tuned
 from specdec_bench.measure.arms import Workbench
@@ -184,19 +184,17 @@ def _choose(race: Race, every: Sequence[Forecast], options: TuneOptions) -> Tune
     predicted = next(f.speedup for f in every if f.candidate == winner)
     chosen = winner.mapping
     if winner.method == "eagle3":
-        chosen["draft"] = located(options.head) or str(head_path())
-    if winner.method == "draft_model":
-        chosen["draft"] = located(options.draft)
+        chosen["draft"] = located(options.head or TOY, DRAFT_HEAD)
+    if winner.method == "draft_model" and options.draft is not None:
+        chosen["draft"] = located(options.draft, DRAFT_MODEL)
     high = min(gain.high, 1e9)  # without an interval it is infinite, which JSON is not
     return TunedChoice(winner.method, chosen, predicted, (gain.value, gain.low, high))
 
 
-def located(name: str | None) -> str | None:
+def located(name: str, kind: Kind) -> str:
     """A folder by its whole path, so that the file can be used from elsewhere; hub ids stay."""
-    if name is None:
-        return None
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
+    place = locate(name, kind)
+    return str(Path(place.name).resolve()) if place.is_folder else place.name
 
 
 def _details(
@@ -253,7 +251,7 @@ def _drafts(options: TuneOptions, model: Any) -> dict[str, Callable[[], Any]]:
     """Method -> its head or draft model, made when first asked for."""
     found: dict[str, Callable[[], Any]] = {}
     if options.head is not None or options.target == TOY:
-        found["eagle3"] = lambda: options.head or str(head_path())
+        found["eagle3"] = lambda: options.head or TOY
     if options.draft is not None:
         made: list[Any] = []
 
