@@ -16,7 +16,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ _PREFIX = 128
 _ALWAYS = 2  # sizes up to this one are measured however slow the model is
 _WARMING, _WARMING_SECONDS = 8, 0.1  # the first that is reached
 _IN_A_ROW = 4
+_TICK = 1e-9  # seconds; no clock tells less
 _FORWARD, _VERIFY = "forward", "verify"
 _REST = ("verify", "commit", "observe")
 
@@ -85,7 +86,7 @@ class CurveMeter:
 
     def record(self) -> CurveRecord:
         """Medians of what was measured."""
-        found = {str(q): statistics.median(taken) for q, taken in self._times.items() if taken}
+        found = {str(q): _typical(taken) for q, taken in self._times.items() if taken}
         return CurveRecord(self._dtype, self._batch, found, self._prompt_tokens, self._prefix)
 
     def _in_a_row(self, size: int) -> list[float]:
@@ -107,6 +108,11 @@ class CurveMeter:
                 times.append(taken)
             warming += 1
         return times
+
+
+def _typical(seconds: Sequence[float]) -> float:
+    """The median, or the mean where most forwards are shorter than a tick of the clock."""
+    return statistics.median(seconds) or max(statistics.fmean(seconds), _TICK)
 
 
 def measure_curve(
