@@ -12,6 +12,7 @@ from transformers import TextStreamer
 
 from specdec.augmentation import augment, last_stats
 from specdec.commands.loading import (
+    check_ids,
     check_model,
     check_special_tokens,
     context_length,
@@ -23,28 +24,29 @@ from specdec.commands.loading import (
 )
 from specdec.commands.reading import chat_lines, check_input, prompt_text
 from specdec.config import SpecConfig
-from specdec.demo import head_path
 from specdec.demo.race import bundled_head_options
 from specdec.errors import ConfigError, SpecdecError
 from specdec.options import GenerateOptions
+from specdec.places import TOY
 from specdec.stats import GenerationStats
 from specdec.terminal import bar, facts, say
 
 _DEFAULT_NEW_TOKENS = 128
 _DEFAULT_SEED = 0
+_ANSWER_SHARE = 4  # of the context, what a chat leaves for an answer where nothing is said
 
 
 def run_generate(options: GenerateOptions) -> int:
     """Runs the command."""
-    _check(options)
     if options.chat:
         check_input("--chat")
     text = None if options.chat else prompt_text(options)
     check_model(options.model)
     tokenizer = load_tokenizer(options.model)
-    pairs, own_head = options.option, options.method == "eagle3" and options.model is None
+    pairs = options.option
+    own_head = options.method == "eagle3" and options.model in (None, TOY)
     if own_head and not any(pair.partition("=")[0].strip() == "draft" for pair in pairs):
-        pairs = (f"draft={head_path()}", *pairs)  # the toy has a head of its own
+        pairs = (f"draft={TOY}", *pairs)  # the toy has a head of its own
     chosen = method_options(options.method, pairs, tokenizer)
     if own_head:
         chosen = bundled_head_options(pick_device(options.device), chosen)
@@ -90,8 +92,10 @@ class Session:
 
     def encode(self, text: str) -> Tensor:
         """[1, S] ids of a text to continue."""
-        ids: Tensor = self.tokenizer(text, return_tensors="pt").input_ids
-        return ids.long()  # without a token, the tokenizer gives floats
+        # Without a token, the tokenizer gives floats.
+        ids: Tensor = self.tokenizer(text, return_tensors="pt").input_ids.long()
+        check_ids(ids, self.model, "the prompt")
+        return ids
 
     def encode_chat(self, messages: list[dict[str, str]]) -> Tensor:
         """[1, S] ids of a conversation, up to where the model is to speak.
@@ -109,6 +113,37 @@ class Session:
                 f"the chat template of {name!r} fails: {kind}: {sentence(problem)}"
             ) from problem
         ids: Tensor = encoded["input_ids"]
+        check_ids(ids, self.model, "the chat")
+        return ids
+
+    def encode_newest(self, messages: list[dict[str, str]]) -> Tensor:
+        """[1, S] ids of as much of a conversation as leaves room for an answer.
+
+        Turns that do not fit are taken out of `messages`, the oldest first; a system turn and the
+        newest one stay. One line says how many are gone.
+
+        Raises:
+            SpecdecError: As `encode_chat`.
+        """
+        ids, context, gone = self.encode_chat(messages), context_length(self.model), 0
+        if context is None:
+            return ids
+        wanted = self.options.max_new_tokens or min(_DEFAULT_NEW_TOKENS, context // _ANSWER_SHARE)
+        while ids.shape[1] + wanted > context:
+            first = int(messages[0]["role"] == "system")
+            # A question goes with its answer: many templates want the two in turn.
+            oldest = slice(first, min(first + 2, len(messages) - 1))
+            if not messages[oldest]:
+                break
+            gone += len(messages[oldest])
+            del messages[oldest]
+            ids = self.encode_chat(messages)
+        if gone:
+            say(
+                f"specdec: warning: the chat has outgrown the model's context of {context:,} "
+                f"tokens; its {gone} oldest turns are forgotten",
+                sys.stderr,
+            )
         return ids
 
     def answer(self, ids: Tensor) -> str:
@@ -127,8 +162,12 @@ class Session:
                 return_dict_in_generate=False,
                 **self._sampling,
             )
+        except SpecdecError:
+            raise
         except ValueError as problem:  # what generate says of its arguments and the model's own
-            raise SpecdecError(str(problem)) from problem
+            raise SpecdecError(
+                f"generate refuses the settings of {_name(self.options)!r}: {problem}"
+            ) from problem
         except (TypeError, IndexError, KeyError, AttributeError, OverflowError) as problem:
             kind, name = type(problem).__name__, _name(self.options)
             raise SpecdecError(
@@ -162,51 +201,12 @@ class Session:
         return wanted or min(_DEFAULT_NEW_TOKENS, room)
 
 
-def _check(options: GenerateOptions) -> None:
-    given = [
-        flag
-        for flag, is_given in (
-            ("--prompt", options.prompt is not None),
-            ("--file", options.file is not None),
-            ("--chat", options.chat),
-        )
-        if is_given
-    ]
-    if len(given) != 1:
-        got = " and ".join(given) or "none of them"
-        raise ConfigError(f"give one of --prompt, --file and --chat, got {got}")
-    limits = (
-        ("--max-new-tokens", options.max_new_tokens, 1),
-        ("--budget", options.budget, 0),
-        ("--top-k", options.top_k, 0),
-        ("--seed", options.seed, 0),
-    )
-    for flag, value, least in limits:
-        if value is not None and value < least:
-            raise ConfigError(f"{flag} must be at least {least}, got {value}")
-    _check_sampling(options)
-
-
-def _check_sampling(options: GenerateOptions) -> None:
-    temperature, top_p = options.temperature, options.top_p
-    if temperature is not None and not 0 < temperature < float("inf"):
-        raise ConfigError(
-            f"--temperature must be above 0, got {temperature}; leave out --sample for greedy"
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError(f"--top-p must be above 0 and at most 1, got {top_p}")
-    for name in ("temperature", "top_p", "top_k", "seed"):
-        if getattr(options, name) is not None and not options.sample:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} needs --sample: without it the likeliest token is taken")
-
-
 def _chat(session: Session) -> int:
     """Reads a line, answers, until the input ends."""
     messages: list[dict[str, str]] = []
     for text in chat_lines():
         messages.append({"role": "user", "content": text})
-        answer = session.answer(session.encode_chat(messages))
+        answer = session.answer(session.encode_newest(messages))
         messages.append({"role": "assistant", "content": answer})
     return 0
 
