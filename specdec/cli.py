@@ -75,6 +75,7 @@ _PLAIN_WORDS = (  # tyro's words -> ours
     (r"no type matching (\S+) could be instantiated from \['(.*?)'\].*", r"expected \1, got '\2'"),
     (r"invalid literal for int\(\) with base 10: ", "expected INT, got "),
     (r"could not convert string to float: ", "expected FLOAT, got "),
+    (r"Could not parse arguments (\[.*?\]) into tuple type .*?\]", r"expected numbers, got \1"),
     (r"\. Expected 1 values", ""),
 )
 _EXTRAS = {  # package -> the extra of ours that installs it
@@ -144,6 +145,9 @@ def _explain(problem: BaseException) -> int:
     if isinstance(problem, OSError) and problem.errno in _WRITE_ERRORS and not problem.filename:
         _silence(sys.stdout)
         return _fail(f"cannot write the output: {problem.strerror}")
+    if isinstance(problem, OSError) and problem.errno is not None:  # the system's, not ours
+        place = "" if problem.filename is None else f" {str(problem.filename)!r:.200}"
+        return _fail(f"the system refuses{place}: {problem.strerror}")
     package = (getattr(problem, "name", None) or "").partition(".")[0]
     is_missing = isinstance(problem, ModuleNotFoundError) and package != ""
     if is_missing and not package.startswith("specdec"):
@@ -171,7 +175,7 @@ def _run(arguments: list[str]) -> int:
 
         print(f"specdec {__version__}")
         return 0
-    from specdec.options import check_ranges
+    from specdec.option_checks import check_options
 
     name, rest, known = "specdec", arguments, _COMMANDS
     if arguments and arguments[0] in _GROUPS:
@@ -179,7 +183,7 @@ def _run(arguments: list[str]) -> int:
     options, code = _parse(name, rest, known)
     if options is None:
         return code
-    check_ranges(options)
+    check_options(options)
     runs = {_load(kind): run for kind, run in known.values() if run}
     with _interrupts_end_the_process():
         run: Callable[[Any], int] = _load(runs[type(options)])
@@ -259,6 +263,8 @@ def _one_line(box: str, command: str) -> str:
 
 def _fail(message: str, code: int = _BAD_INPUT) -> int:
     text = " ".join(message.split())
+    # What was named may hold what a terminal obeys.
+    text = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
     if len(text) > _LINE_START + _LINE_END:
         text = f"{text[:_LINE_START]} ... {text[-_LINE_END:]}"
     try:

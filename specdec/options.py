@@ -14,7 +14,9 @@ import tyro
 
 from specdec.errors import ConfigError
 
-_MOST = {"threads": 1024, "seed": 2**64 - 1}  # more than these, torch cannot take
+_MOST = {  # more than these, torch or a token tree cannot take
+    "threads": 1024, "seed": 2**64 - 1, "budget": 4096,
+}  # fmt: skip
 _MOST_OF_OTHERS = 2**31 - 1
 
 _Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
@@ -125,7 +127,11 @@ def check_ranges(options: Any) -> None:
         value = getattr(options, option.name)
         most = _MOST.get(option.name, _MOST_OF_OTHERS)
         if isinstance(value, int) and value > most:
-            flag = "--" + option.name.replace("_", "-")
-            raise ConfigError(f"{flag} must be at most {most}, got {value}")
+            raise ConfigError(f"{flag_of(option.name)} must be at most {most}, got {value}")
     if getattr(options, "device", "").partition(":")[0] == "meta":
         raise ConfigError("--device meta cannot be used: it holds shapes and no numbers")
+
+
+def flag_of(name: str) -> str:
+    """How an option is written on the command line."""
+    return "--" + name.replace("_", "-")

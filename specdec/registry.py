@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, is_dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from specdec.drafters.base import Drafter
 from specdec.errors import ConfigError
+
+if TYPE_CHECKING:  # names are checked before torch is imported
+    from specdec.drafters.base import Drafter
 
 _BUILT_IN: Mapping[str, str] = {
     "none": "specdec.drafters.none:NoDraft",
@@ -51,9 +53,27 @@ class Registry:
         return list(self._entries)
 
     def register(self, name: str, drafter: Callable[[Any], Drafter]) -> None:
-        """Adds a method, or replaces one added before; raises `ConfigError` for a built-in name."""
+        """Adds a method, or replaces one that was added before.
+
+        Args:
+            name: An identifier, as `--method` and the arms of a benchmark write it.
+            drafter: Makes a drafter from its `Config`, a dataclass; without one, from `NoOptions`.
+
+        Raises:
+            ConfigError: The name is built in or no identifier, or the drafter no such thing.
+        """
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError(
+                f"a method's name is an identifier, for example 'my_drafter', got {name!r:.80}"
+            )
         if isinstance(self._entries.get(name), str):
             raise ConfigError(f"method {name!r} is built in; choose another name")
+        config = getattr(drafter, "Config", NoOptions)
+        if not callable(drafter) or not (isinstance(config, type) and is_dataclass(config)):
+            raise ConfigError(
+                f"method {name!r} needs a class that takes its Config, a dataclass, got "
+                f"{drafter!r:.80}"
+            )
         self._entries[name] = drafter
 
     def unregister(self, name: str) -> None:
@@ -62,11 +82,16 @@ class Registry:
             raise ConfigError(f"method {name!r} is built in")
         self._entries.pop(name, None)
 
+    def require(self, name: str) -> None:
+        """Raises `ConfigError` for a name that nobody registered, and imports nothing."""
+        if name not in self._entries:
+            known = ", ".join(self.names())
+            raise ConfigError(f"unknown method {name!r:.80}; choose one of {known}")
+
     def load(self, name: str) -> Callable[[Any], Drafter]:
-        """The drafter class of a method."""
-        entry = self._entries.get(name)
-        if entry is None:
-            raise ConfigError(f"unknown method {name!r}; choose one of {', '.join(self.names())}")
+        """The drafter class of a method; raises `ConfigError` for an unknown name."""
+        self.require(name)
+        entry = self._entries[name]
         if isinstance(entry, str):
             module, attribute = entry.split(":")
             loaded: Callable[[Any], Drafter] = getattr(import_module(module), attribute)

@@ -50,7 +50,7 @@ class TrainOptions:
     features: Annotated[Path | None, _arg("FOLDER", "computed by the target as needed")] = None
     """Hidden states that `specdec data features` recorded."""
     init_from: Annotated[str | None, _arg("HEAD", "a new head")] = None
-    """Folder or hub id of a head to start from; its shape replaces the options of the shape."""
+    """Folder or hub id of a head to start from, or demo; its shape replaces the shape's options."""
 
     steps: Annotated[int | None, _arg("N", "1000 when --minutes is not given")] = None
     """Optimiser steps."""
@@ -150,6 +150,10 @@ class TrainOptions:
     """Also write TensorBoard events."""
     no_colour: _Flag = False
     """Never colour the summary. Also when NO_COLOR is set or the output is no terminal."""
+
+    def check(self) -> None:
+        """Raises `ConfigError` as `check_train_options`."""
+        check_train_options(self)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the provenance and for comparison on resume."""

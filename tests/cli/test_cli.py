@@ -412,16 +412,16 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_a_hub_model_that_cannot_be_had(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(name: str, **how: object) -> None:
+    def refuse(name: str, **how: object) -> None:
         assert how == {"local_files_only": False, "trust_remote_code": False}
-        raise OSError(f"We couldn't connect to\n'https://huggingface.co' to load {name}.")
+        raise OSError(f"There is no\nrepository {name}.")
 
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
+    monkeypatch.setattr("specdec.hub.why_silent", lambda: None)
+    monkeypatch.setattr("transformers.PreTrainedConfig.get_config_dict", refuse)
     failed = run("generate", "--prompt", "x", "--model", "owner/name")
     assert failed.code == 2
     assert failed.err == (
-        "specdec: error: cannot load 'owner/name': We couldn't connect to "
-        "'https://huggingface.co' to load owner/name.\n"
+        "specdec: error: cannot load 'owner/name': There is no repository owner/name.\n"
     )
 
 

@@ -41,7 +41,7 @@ def assert_one_line(failed: SimpleNamespace, message: str) -> None:
         (("generate", "--prompt", "x", "--model", LONG), "File name too long"),
         (("doctor", "--model", "/" + LONG), "File name too long"),
         (("doctor", "--model", "~nosuchuser/x"), "cannot look for the model '~nosuchuser/x'"),
-        (("doctor", "--model", "a\udcff"), "cannot load"),
+        (("doctor", "--model", "a\udcff"), "surrogates not allowed"),
         ((LONG,), "choose one of demo"),
         (("demo", "--seed", "9" * 20), "--seed must be at most 18446744073709551615"),
         (("generate", "--prompt", "x", "--sample", "--seed", "9" * 20), "--seed must be at most"),

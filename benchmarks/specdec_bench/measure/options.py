@@ -48,9 +48,9 @@ class RunOptions:
     eagle3:depth=3,top_k=1, suffix+store, or server:URL. hf, plain generate, is always there, and
     so is loop0, our loop without speculation, twice: that row shows the machine's noise."""
     head: Annotated[str | None, _arg("HEAD", "the bundled one, for demo")] = None
-    """Draft head of the eagle3 arms: a folder or a hub id."""
+    """Draft head of the eagle3 arms: a folder, a hub id, or demo: the bundled one."""
     draft: Annotated[str | None, _arg("NAME", "the toy's first layer, for demo")] = None
-    """Draft model of hf_assisted and draft_model: a folder or a hub id."""
+    """Draft model of hf_assisted and draft_model: a folder, a hub id, or demo: the bundled toy."""
 
     tasks: Annotated[tuple[str, ...], *_each("TASK", "smoke")] = ()
     """Prompts: smoke, spec_bench, mt_bench, humaneval, gsm8k, a JSONL file, or a folder."""
@@ -105,6 +105,10 @@ class RunOptions:
     """Torch threads; processor time means little with more than one."""
     no_colour: _Flag = False
     """Never colour the table. Also when NO_COLOR is set or the output is no terminal."""
+
+    def check(self) -> None:
+        """Raises `ConfigError` as `check_run_options`."""
+        check_run_options(self)
 
     def to_json(self) -> dict[str, Any]:
         """What a result file keeps: plain values, as JSON reads them back."""

@@ -88,6 +88,10 @@ class ReplayOptions:
     overwrite: _Flag = False
     """Replace these files."""
 
+    def check(self) -> None:
+        """Raises `ConfigError` as `check_replay_options`."""
+        check_replay_options(self)
+
 
 _LEAST = {
     "ngram": 1, "draft": 1, "train_tokenizer": 257, "tokenizer_chars": 1, "turn": 1, "limit": 1,
