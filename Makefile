@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -q 
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-demo bench-smoke test compat check laws mutants models docs demo-target demo-head clean
+.PHONY: help demo train-demo bench-smoke test compat check laws mutants attack models docs demo-target demo-head clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ laws: .venv/.dev ## the law suite with its full grids (slow)
 
 mutants: .venv/.dev ## plants known faults; a test must catch each (ARGS="--only NAME", "--list")
 	$(TEST_ENV) PYTHONPATH=tests $(BIN)/python -m mutants.run $(ARGS)
+
+attack: .venv/.dev ## hostile input of every kind to every command, each in a fork (ARGS="--kind name --show")
+	$(TEST_ENV) PYTHONPATH=tests $(BIN)/python -m attack.run $(ARGS)
 
 models: .venv/.dev ## every causal LM class of transformers, built tiny: writes docs/models.md (slow)
 	$(TEST_ENV) $(BIN)/python tests/sweep/run.py --write docs/models.md $(ARGS)
