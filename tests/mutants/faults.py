@@ -7,8 +7,8 @@ from mutants.fault import Fault
 from mutants.faults_bench import BENCH
 from mutants.faults_call import CALL
 from mutants.faults_chain import CHAIN
-from mutants.faults_data import DATA
 from mutants.faults_cli import CLI
+from mutants.faults_data import DATA
 from mutants.faults_drafters import DRAFTERS
 from mutants.faults_files import FILES
 from mutants.faults_foreign import FOREIGN
@@ -21,6 +21,5 @@ from mutants.faults_target import TARGET
 
 FAULTS: tuple[Fault, ...] = (
     *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH,
-    *DATA, *FILES, *FOREIGN, *LIVE, *SPEED,
-    *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH, *CLI,
+    *CLI, *DATA, *FILES, *FOREIGN, *LIVE, *SPEED,
 )  # fmt: skip
