@@ -326,7 +326,7 @@ def _own_stop_strings(model: Any, kwargs: dict[str, Any]) -> None:
     """Builds the stop-string criterion here: `generate` drops the tokenizer before a callable."""
     strings = option(model, kwargs, "stop_strings")
     tokenizer = kwargs.get("tokenizer")
-    if not strings or tokenizer is None:
+    if strings is None or tokenizer is None:
         return  # without a tokenizer, generate raises its own clear error
     kwargs["stop_strings"] = None
     config = kwargs.get("generation_config")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from specdec import hf_cache, hf_compat, hf_steps, state_cache
+from specdec import hf_cache, hf_compat, hf_states, hf_steps, state_cache
 from specdec.capability import Capability
 from specdec.drafters.base import Shape
 from specdec.errors import FallbackWarning
@@ -81,12 +81,12 @@ def why_prepared_is_plain(call: Prepared, found: Capability, shape: Shape = "any
         found: The model's self-test.
         shape: Trees that the drafter proposes.
     """
-    if found.mode == "chain":
+    reason = _why_layout(call)  # what the checks after it read rows and slots from
+    if reason is None and found.mode == "chain":
         reason = _why_no_chains(call, found, shape)
-    else:
+    elif reason is None:
         reason = _why_no_trees(call, found)
-    checks = (_why_model, _why_mask, _why_batch)
-    reason = reason or next((why for check in checks if (why := check(call)) is not None), None)
+    reason = reason or _why_model(call) or _why_batch(call)
     return reason or (_why_inputs(call, found) if found.mode == "tree" else None)
 
 
@@ -107,6 +107,9 @@ def _why_no_trees(call: Prepared, found: Capability) -> str | None:
         return f"the model input {unknown[0]!r} is not one that a token tree can carry"
     if call.own_inputs and (reason := _why_positions(call)):
         return reason
+    streams = hf_states.streams_of_state(call.model.config)
+    if call.wanted_outputs().hidden_states and streams > 1:
+        return f"output_hidden_states was asked for and layers hand on {streams} streams of a state"
     slots = call.total + call.max_new_tokens - 1
     reason = hf_cache.unsupported_cache(call.cache, slots, call.model.config)
     windowed = hf_compat.MaskKinds.of(call.model.config)
@@ -176,12 +179,16 @@ def _why_model(call: Prepared) -> str | None:
     return None
 
 
-def _why_mask(call: Prepared) -> str | None:
-    if call.mask is None:
-        return None
-    if call.mask.shape[1] not in (call.given, call.past + call.given):
-        return f"the attention mask is {call.mask.shape[1]} wide for {call.given} tokens"
-    if bool((call.mask[:, -1] == 0).any()):
+def _why_layout(call: Prepared) -> str | None:
+    """Why rows, cache and mask of the call do not say together where its prompt stands."""
+    cached = state_cache.rows_held(call.cache) if call.keeps_cache else None
+    if not call.batch:
+        return "the batch has no rows"
+    if cached is not None and cached != call.batch:
+        return f"the user's cache holds {cached} rows and the call has {call.batch}"
+    if call.total not in (call.given, call.past + call.given):
+        return f"the attention mask is {call.total} wide for {call.given} tokens"
+    if call.mask is not None and bool((call.mask[:, -1] == 0).any()):
         return "the batch is padded on the right"
     return None
 

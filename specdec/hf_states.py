@@ -10,6 +10,8 @@ from torch import Tensor
 
 from specdec.errors import ConfigError
 
+_STREAMS = ("altup_num_inputs", "hc_mult")  # options that count the streams of a state
+
 
 def recorded_layers(config: Any) -> int:
     """Layers whose output a model reports.
@@ -19,6 +21,12 @@ def recorded_layers(config: Any) -> int:
     text = config.get_text_config()
     counts = (getattr(text, name, None) for name in ("num_hidden_layers", "num_layers"))
     return min(count for count in counts if isinstance(count, int))
+
+
+def streams_of_state(config: Any) -> int:
+    """Streams of every state that layers hand on: more than 1 with AltUp and hyper-connections."""
+    text = config.get_text_config()
+    return max(getattr(text, name, None) or 1 for name in _STREAMS)
 
 
 def tapped_states(hidden_states: Sequence[Tensor], taps: Sequence[int], config: Any) -> Tensor:

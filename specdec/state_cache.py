@@ -60,6 +60,17 @@ def why_not_revocable(cache: Any, padding: Sequence[int]) -> str | None:
     return None
 
 
+def rows_held(cache: Any) -> int | None:
+    """Rows of a user's cache, dynamic or static; None when nothing in it says how many."""
+    for layer in getattr(cache, "layers", ()):
+        states = [state for each in _folded(layer).values() for state in each.values()]
+        tensors = [layer.keys if _is_filled(layer) else None, *states]
+        found = next((tensor for tensor in tensors if tensor is not None), None)
+        if found is not None:
+            return len(found)
+    return None
+
+
 def _foreign(cache: Any) -> str | None:
     """Name of a kind of cache or layer whose inside is not known, if there is one."""
     kinds = [type(cache).__name__] if type(cache) is not cache_utils.DynamicCache else []

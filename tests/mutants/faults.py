@@ -12,6 +12,7 @@ from mutants.faults_data import DATA
 from mutants.faults_drafters import DRAFTERS
 from mutants.faults_files import FILES
 from mutants.faults_foreign import FOREIGN
+from mutants.faults_fuzz import FUZZ
 from mutants.faults_heads import HEADS
 from mutants.faults_live import LIVE
 from mutants.faults_rejection import REJECTION
@@ -22,4 +23,5 @@ from mutants.faults_target import TARGET
 FAULTS: tuple[Fault, ...] = (
     *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH,
     *CLI, *DATA, *FILES, *FOREIGN, *LIVE, *SPEED,
+    *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH, *FUZZ,
 )  # fmt: skip

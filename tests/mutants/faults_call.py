@@ -118,8 +118,8 @@ CALL: tuple[Fault, ...] = (
         "right_padding_is_not_noticed",
         "fallback missing",
         _FALLBACK,
-        "if bool((call.mask[:, -1] == 0).any()):",
-        "if bool((call.mask[:, -1] == 0).all()):",
+        "bool((call.mask[:, -1] == 0).any())",
+        "bool((call.mask[:, -1] == 0).all())",
         "tests/hf/test_fallthrough.py -k 'right_padded or fell_through'",
     ),
     Fault(

@@ -1,0 +1,74 @@
+"""Faults that random calls of `generate` found: odd layouts, exceptions, what a call may ask for."""
+
+from mutants.fault import Fault
+
+_FALLBACK, _SAMPLING = "specdec/hf_fallback.py", "specdec/sampling.py"
+_LAYOUTS = "tests/hf/test_odd_layouts.py"
+_RAISES = "tests/hf/test_interruptions.py::test_a_call_that_ends_in_the_middle"
+
+FUZZ: tuple[Fault, ...] = (
+    Fault(
+        "a_cache_of_other_rows_is_adopted",
+        "fallback missing",
+        _FALLBACK,
+        "if cached is not None and cached != call.batch:",
+        "if cached is not None and cached > call.batch:",
+        f"{_LAYOUTS} -k 'other_rows'",
+    ),
+    Fault(
+        "a_dropped_mask_is_not_measured",
+        "fallback missing",
+        _FALLBACK,
+        "if call.total not in (call.given, call.past + call.given):",
+        "if call.mask is not None and call.total not in (call.given, call.past + call.given):",
+        f"{_LAYOUTS} -k 'mask_of_ones'",
+    ),
+    Fault(
+        "chains_are_asked_before_the_layout",
+        "fallback missing",
+        _FALLBACK,
+        "    reason = _why_layout(call)  # what the checks after it read rows and slots from\n",
+        "    reason = None if found.mode == 'chain' else _why_layout(call)\n",
+        f"{_LAYOUTS} -k 'without_a_token'",
+    ),
+    Fault(
+        "an_empty_batch_is_decoded",
+        "fallback missing",
+        _FALLBACK,
+        "if not call.batch:",
+        "if call.batch is None:",
+        f"{_LAYOUTS} -k 'without_rows'",
+    ),
+    Fault(
+        "streams_are_taken_for_rows",
+        "scores of the wrong row",
+        _FALLBACK,
+        "if call.wanted_outputs().hidden_states and streams > 1:",
+        "if call.wanted_outputs().hidden_states and streams < 1:",
+        f"{_LAYOUTS} -k 'streams'",
+    ),
+    Fault(
+        "empty_stop_strings_are_dropped",
+        "other errors than plain's",
+        "specdec/augmentation.py",
+        "if strings is None or tokenizer is None:",
+        "if not strings or tokenizer is None:",
+        f"{_LAYOUTS} -k 'stop_strings'",
+    ),
+    Fault(
+        "a_failed_walk_gives_its_noise_back",
+        "state after an exception",
+        _SAMPLING,
+        "self._noise.finish(max(steps, self._chosen))",
+        "self._noise.finish(steps)",
+        f"{_RAISES} -k 'processor and sampled'",
+    ),
+    Fault(
+        "the_first_token_of_a_failed_call_is_undrawn",
+        "state after an exception",
+        _SAMPLING,
+        "self._chosen = max(self._chosen, *steps, 0)",
+        "self._chosen = 0",
+        f"{_RAISES} -k 'criterion and sampled'",
+    ),
+)
