@@ -187,6 +187,7 @@ class TokenPicker:
         self._everywhere: Tensor | None = None  # scores at all nodes of the last round, or
         self._walked: dict[tuple[int, int], Tensor] = {}  # at those that the lazy walk visited
         self._drafted: tuple[Tensor, Tensor] | None = None  # sampled child of each node, its law
+        self._chosen = 0  # steps that were drawn for sure, those of a failed round included
 
     def picks(
         self, trees: TreeBatch, logits: Tensor, state: WalkContext, stops: StopCheck
@@ -249,6 +250,9 @@ class TokenPicker:
             picks = rejection.draw(law, draft_law, drafted)
             return torch.where(law.sum(-1) > 0, picks, NOT_A_NUMBER)
         levels = trees.max_depth + 1
+        if trees.size == 1:  # drawn for certain; of a tree's levels only those that are accepted
+            steps = (state.emitted(row) + 1 for row, active in enumerate(state.active) if active)
+            self._chosen = max(self._chosen, *steps, 0)
         noise = [  # each row stands at its own step
             [self._noise.step(state.emitted(row) + level, scores.shape[-1])[row]
              for level in range(levels)] if state.active[row]
@@ -308,6 +312,7 @@ class TokenPicker:
             drafted, draft_law = (each[row, node] for each in self._drafted)
             return int(rejection.draw(rejection.law_of(scores), draft_law, drafted))
         noise = self._noise.step(index, scores.shape[-1])[row]
+        self._chosen = max(self._chosen, index + 1)
         return int((probabilities / noise).argmax(-1))
 
     def release(self, emitted: Sequence[int]) -> None:
@@ -316,6 +321,10 @@ class TokenPicker:
             self._noise.release(min(emitted))
 
     def finish(self, steps: int) -> None:
-        """Sets the generator where plain `generate` leaves it after `steps` steps."""
+        """Sets the generator where plain `generate` leaves it after `steps` steps.
+
+        When a processor or a criterion raised in the walk, plain's would have raised after as many
+        draws as the walk has made.
+        """
         if self._noise is not None:
-            self._noise.finish(steps)
+            self._noise.finish(max(steps, self._chosen))

@@ -1,7 +1,8 @@
 """Calls that end in the middle: a failing streamer, a failing layer, Ctrl-C wherever it strikes.
 
 The exception arrives unchanged, the cache stands at the last commit, the generator where plain
-`generate` stands after as many tokens, and the next call says what plain says.
+`generate` stands after as many tokens (after as many draws, when a processor or a criterion
+raised), and the next call says what plain says.
 """
 
 from __future__ import annotations
@@ -178,7 +179,11 @@ def test_a_call_that_ends_in_the_middle(
         committed(calls[-1], llama, free, 9)
         steps = max(map(calls[-1].call.state.emitted, range(len(free))))
     torch.manual_seed(1)
-    if steps:
+    if one_row:  # plain's own generator, when they raise there
+        again = plant(where, Fuse(at, error), llama, ExitStack(), monkeypatch)
+        with pytest.raises(error):
+            plain(llama, **call, **again)
+    elif steps:
         plain(llama, **{**call, "max_new_tokens": steps})
     assert torch.equal(torch.get_rng_state(), state)
     if isinstance(more.get("streamer"), Streamer):
