@@ -9,7 +9,8 @@ PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -q 
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-demo bench-smoke test compat check laws mutants attack models docs demo-target demo-head clean
+.PHONY: help demo train-demo bench-smoke test compat check laws mutants attack fuzz models docs \
+	demo-target demo-head clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +59,9 @@ compat-%: .compat/%/.done
 		tests/hf/test_seam.py tests/hf/test_hf_names.py tests/hf/test_caches.py \
 		tests/hf/test_static_cache.py tests/hf/test_chain_calls.py tests/hf/test_chain_caches.py \
 		tests/hf/test_outputs.py tests/hf/test_fallthrough.py tests/unit/test_eagle3.py
+
+fuzz: .venv/.dev ## random calls of generate against plain (slow; ARGS="--calls 3000 --jobs 2")
+	$(TEST_ENV) $(BIN)/python tests/fuzz/run.py $(ARGS)
 
 check: .venv/.dev ## lint, format, types, import direction and size limits
 	$(BIN)/ruff check .
