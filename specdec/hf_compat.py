@@ -103,11 +103,12 @@ def eos_token_ids(criterion: Any) -> list[int] | None:
     return [int(token) for token in criterion.eos_token_id.flatten()]
 
 
-def max_length_of(criterion: Any) -> int | None:
-    """The limit of a `MaxLengthCriteria`, None for any other criterion."""
+def max_length_of(criterion: Any) -> float | None:
+    """The limit of a `MaxLengthCriteria`, which may be a fraction; None for any other criterion."""
     if type(criterion) is not stopping_criteria.MaxLengthCriteria:
         return None
-    return int(criterion.max_length)
+    limit: float = criterion.max_length
+    return limit
 
 
 def stop_string_criterion(stop_strings: str | list[str], tokenizer: Any) -> Any:

@@ -65,6 +65,9 @@ def _why_options_are_plain(chosen: Callable[[str], Any]) -> str | None:
     for name in _OTHER_DECODERS:
         if chosen(name):
             return f"{name} is set"
+    chunk = chosen("prefill_chunk_size")
+    if chunk is not None and not (isinstance(chunk, int) and chunk > 0):
+        return f"prefill_chunk_size is {chunk!r}"
     if chosen("use_cache") is False:
         return "use_cache is False"
     implementation = chosen("cache_implementation")
@@ -188,6 +191,8 @@ def _why_layout(call: Prepared) -> str | None:
         return f"the user's cache holds {cached} rows and the call has {call.batch}"
     if call.total not in (call.given, call.past + call.given):
         return f"the attention mask is {call.total} wide for {call.given} tokens"
+    if call.embeds is not None and call.generation_config.prefill_chunk_size is not None:
+        return "prefill_chunk_size splits ids and inputs_embeds was given"
     if call.mask is not None and bool((call.mask[:, -1] == 0).any()):
         return "the batch is padded on the right"
     return None

@@ -110,6 +110,7 @@ class _Prompt:
     mask: str
     rows: int
     width: int
+    padded: bool
 
 
 class _Drawing:
@@ -146,13 +147,13 @@ class _Drawing:
         text = "longer" if whole or not with_cache else "new_ids"
         cut = "[:, 1:]" if self._is(0.05) else ""
         self._arguments["input_ids"] = f"{text}(before, {seed}, {count}){cut}"
-        if self._is(0.85):
+        if last.padded or self._is(0.85):
             self._arguments["attention_mask"] = f"grown(before, {last.mask}, {count})"
         if with_cache:
             self._arguments[self._random.choice([CACHE, CACHE, OLD])] = "held(before)"
             self._has_own_cache = True
         self._rows, self._width = last.rows, last.width + _LONGEST
-        return _Prompt(last.mask, last.rows, self._width)
+        return _Prompt(last.mask, last.rows, self._width, last.padded)
 
     def _fresh(self) -> _Prompt | None:
         random = self._random
@@ -176,7 +177,8 @@ class _Drawing:
         self._positions(mask)
         self._cache(ids, mask)
         of_ids = "inputs_embeds" not in self._arguments
-        return _Prompt(mask, self._rows, self._width) if of_ids else None
+        padded = len(set(lengths)) > 1 or ", [(" in mask
+        return _Prompt(mask, self._rows, self._width, padded) if of_ids else None
 
     def _mask(self, lengths: list[int]) -> str:
         holes = []

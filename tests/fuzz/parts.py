@@ -213,13 +213,17 @@ class FailAt(Nudge):
         super().__init__()
         self.step = step
 
+    @property
+    def has_failed(self) -> bool:
+        return len(self.seen) >= self.step
+
     def __call__(self, input_ids: Tensor, scores: Any) -> Any:
         self.put(input_ids)
         return scores if isinstance(scores, Tensor) else torch.zeros(len(input_ids)).bool()
 
     def put(self, value: Tensor) -> None:
         self.seen.append(value.tolist())
-        if len(self.seen) == self.step:
+        if self.has_failed:
             raise LookupError(f"call number {self.step}")
 
     def end(self) -> None:

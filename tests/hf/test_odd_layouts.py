@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
 
 from helpers.families import model_of
 from helpers.hf import fallbacks, ids_of, letter_tokenizer, plain, prompt
@@ -109,6 +110,30 @@ def test_odd_stop_strings(strings: Any, llama: Any) -> None:
     """An empty list is a mistake of the user's, of which plain says which."""
     call = {"stop_strings": strings, "tokenizer": letter_tokenizer(), "input_ids": prompt(6)}
     check(llama, lambda: {**call, "max_new_tokens": NEW, "do_sample": False})
+
+
+@pytest.mark.parametrize("size", [0, -4, 2.5])
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
+def test_odd_chunks(family: str, size: Any) -> None:
+    call = {"input_ids": prompt(6), "prefill_chunk_size": size, "max_new_tokens": NEW}
+    check(model_of(family), lambda: {**call, "do_sample": False}, f"prefill_chunk_size is {size}")
+
+
+@pytest.mark.parametrize("ids", [{}, {"input_ids": prompt(6)}], ids=["alone", "with ids"])
+def test_chunks_of_embeddings(ids: dict[str, Tensor], llama: Any) -> None:
+    embeds = llama.get_input_embeddings()(prompt(6)).detach()
+    call = {**ids, "inputs_embeds": embeds, "prefill_chunk_size": 2, "max_new_tokens": NEW}
+    check(llama, lambda: {**call, "do_sample": False}, "splits ids and inputs_embeds")
+
+
+@pytest.mark.parametrize("limit", [
+    {"max_new_tokens": 2.5}, {"max_length": 8.5},
+    {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(9.5)])},
+])  # fmt: skip
+def test_half_a_token(limit: dict[str, Any], llama: Any) -> None:
+    """Plain goes on until the limit is reached."""
+    found = check(llama, lambda: {"input_ids": prompt(6), "do_sample": False, **limit})
+    assert len(found[0]) in (9, 10)
 
 
 def test_hidden_states_of_several_streams() -> None:

@@ -1,4 +1,4 @@
-"""Faults that random calls of `generate` found: odd layouts, exceptions, what a call may ask for."""
+"""Faults that random calls of `generate` found: odd layouts, exceptions, odd requests."""
 
 from mutants.fault import Fault
 
@@ -38,6 +38,22 @@ FUZZ: tuple[Fault, ...] = (
         "if not call.batch:",
         "if call.batch is None:",
         f"{_LAYOUTS} -k 'without_rows'",
+    ),
+    Fault(
+        "an_odd_chunk_size_is_taken_for_none",
+        "fallback missing",
+        _FALLBACK,
+        "isinstance(chunk, int) and chunk > 0",
+        "isinstance(chunk, int) and chunk >= 0",
+        f"{_LAYOUTS} -k 'odd_chunks'",
+    ),
+    Fault(
+        "half_a_token_is_rounded_down",
+        "budget overshoot",
+        "specdec/hf_compat.py",
+        "limit: float = criterion.max_length",
+        "limit: float = int(criterion.max_length)",
+        f"{_LAYOUTS} -k 'half_a_token'",
     ),
     Fault(
         "streams_are_taken_for_rows",
