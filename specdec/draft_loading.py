@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from specdec.broken_weights import first_broken_parameter
+from specdec.broken_weights import check_weights
 from specdec.capability import evaluating
 from specdec.errors import ConfigError, SpecdecError, VocabularyMismatchError
 from specdec.hf_compat import unwrap, vocabulary_size
@@ -93,8 +93,7 @@ def ready_draft(
     key = f"{draft} on {device}" if isinstance(draft, str) else f"object {id(draft)}"
     found = drafts.get(key)
     if found is None or not (found.source is draft or found.source == key):
-        model = _loaded(draft, device) if isinstance(draft, str) else unwrap(draft)
-        _check_weights(model, draft)
+        model = _whole_model(draft, device)
         source = key if isinstance(draft, str) else draft
         found = ReadyDraft(source, model, vocabulary_size(model))
         while len(drafts) >= _MOST_KEPT:
@@ -113,22 +112,16 @@ def ready_draft(
     return found
 
 
-def _loaded(name: str, device: torch.device) -> Any:
+def _whole_model(draft: Any, device: torch.device) -> Any:
+    """The draft model, unwrapped or loaded, with weights that can draft."""
     try:
-        return read_draft_model(name).to(device)
+        if isinstance(draft, str):
+            return read_draft_model(draft).to(device)
+        model = unwrap(draft)
+        check_weights(model, f"draft {type(model).__name__}")
+        return model
     except SpecdecError as problem:
         raise ConfigError(str(problem)) from problem  # it names the draft
-
-
-def _check_weights(model: Any, draft: Any) -> None:
-    """Raises `ConfigError` for a draft of which no number can come."""
-    broken = first_broken_parameter(model.named_parameters())
-    if broken is not None:
-        name = repr(draft) if isinstance(draft, str) else type(model).__name__
-        raise ConfigError(
-            f"parameter {broken[0]!r} of draft {name} holds {broken[1]}; load the draft again, in "
-            "float32 or bfloat16, or choose another one"
-        )
 
 
 def _compare(found: ReadyDraft, draft: Any, tokenizers: tuple[Any, Any], target_vocab: int) -> None:

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from specdec.broken_weights import check_weights
 from specdec.errors import SpecdecError, UnsupportedModelError
 from specdec.hub import from_hub
 from specdec.places import DRAFT_MODEL, MODEL, TOY, Kind, Place, locate, shown
@@ -98,12 +98,7 @@ def read_model(
             f"{shown(place.name)} lacks weights of the {kind.what}: {missing[0]}{more}; give a "
             "whole checkpoint"
         )
-    name = first_not_finite(model)
-    if name is not None:
-        raise SpecdecError(
-            f"{name} of {shown(place.name)} holds NaN or infinity, so every text would be "
-            "nonsense; fetch or convert the checkpoint again"
-        )
+    check_weights(model, shown(place.name))
     return model.eval()
 
 
@@ -128,23 +123,6 @@ def read_draft_model(name: str) -> Any:
     place = locate(name, DRAFT_MODEL)
     config = read_config(place)
     return read_model(place, config, "float32" if name == TOY else "auto", kind=DRAFT_MODEL)
-
-
-def first_not_finite(model: Any) -> str | None:
-    """The first weight that holds NaN or infinity, by name; None when all are finite.
-
-    One pass over the weights; those that are quantised or lie elsewhere are not looked at.
-    """
-    for name, weight in model.named_parameters():
-        plain = weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-        if not plain or weight.device.type == "meta":
-            continue
-        # The sum keeps both, and needs no memory; 64 bits for the largest of 32.
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        total = weight.detach().sum(dtype=wide)
-        if not torch.isfinite(total) and not torch.isfinite(weight.detach()).all():
-            return str(name)
-    return None
 
 
 @contextmanager

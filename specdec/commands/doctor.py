@@ -13,7 +13,6 @@ import torch
 
 import specdec
 from specdec import tuning
-from specdec.broken_weights import check_weights
 from specdec.commands.loading import check_model, context_length, load_model, pick_device
 from specdec.hf_names import CACHE, tested_range
 from specdec.options import DoctorOptions
@@ -119,7 +118,6 @@ def _describe(method: str) -> str:
 
 def _diagnose(options: DoctorOptions) -> None:
     model = load_model(options.model, options.dtype, options.device)
-    check_weights(model, str(options.model))
     found = self_test(model)
     say(f"model {options.model}")
     context = context_length(model)

@@ -134,12 +134,11 @@ _HEAD_FILE = (
     r"^(tensor|tensors|weights) ",
     r"^'.*' holds no draft head: there is no config.json in it$",
     r"^\S+ in \S+ is a link out of the folder",
-    r"holds NaN or infinity",
-    r"(not finite|NaN)",
+    r"^tensor '.*' of the draft head holds [\d,]+ of [\d,]+ values that are NaN or infinite; ",
 )
 _NOT_FINITE = (
-    r"^[\w.]+ of '.*' holds NaN or infinity, so every text would be nonsense; ",
-    r"(not finite|NaN)",
+    r"^parameter '[\w.]+' of '.*' holds (NaN|inf), so that no text can come of it; ",
+    r"^tensor '.*' of the draft head holds [\d,]+ of [\d,]+ values that are NaN or infinite; ",
 )
 _TOKENIZER = (
     r"^tuning for batch 1 needs two batches of prompts",

@@ -22,6 +22,5 @@ from mutants.faults_target import TARGET
 
 FAULTS: tuple[Fault, ...] = (
     *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH,
-    *CLI, *DATA, *FILES, *FOREIGN, *LIVE, *SPEED,
-    *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH, *FUZZ,
+    *CLI, *DATA, *FILES, *FOREIGN, *FUZZ, *LIVE, *SPEED,
 )  # fmt: skip
