@@ -18,7 +18,7 @@ from specdec.prompt_check import why_not_trees
 
 _KNOWN_MODEL_KWARGS = frozenset({
     "attention_mask", "position_ids", "use_cache", "logits_to_keep", "inputs_embeds",
-    "output_hidden_states", "output_attentions", "return_dict", *CACHE_INPUTS,
+    "output_hidden_states", "output_attentions", *CACHE_INPUTS,
 })  # fmt: skip
 _CACHES = ("dynamic", "static", "hybrid", "hybrid_chunked", "sliding_window")
 _OTHER_DECODERS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "penalty_alpha",

@@ -136,6 +136,13 @@ def test_half_a_token(limit: dict[str, Any], llama: Any) -> None:
     assert len(found[0]) in (9, 10)
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_an_argument_that_plain_gives_itself(sampled: bool) -> None:
+    model = model_of("falcon_rope")  # others refuse it before the loop
+    call = {"input_ids": prompt(6), "return_dict": True, "do_sample": sampled}
+    check(model, lambda: dict(call), "model input 'return_dict'")
+
+
 def test_hidden_states_of_several_streams() -> None:
     """Gemma 3n hands on four streams of a state, before the rows."""
     model = model_of("gemma3n")
