@@ -142,7 +142,7 @@ def _compared(name: str, step: int, left: Tensor, right: Tensor, plain: Outcome)
         if plain.mask is None or left.ndim != 3:
             return torch.ones(rows, dtype=torch.bool)
         mask = plain.mask.repeat_interleave(rows // len(plain.mask), 0)
-        return mask[:, -left.shape[1] :].bool()
+        return mask[:, mask.shape[1] - left.shape[1] :].bool()
     sequences = plain.value.sequences
     steps = len(plain.value[name])
     ended = right.flatten(1).abs().sum(1) == 0
