@@ -3,10 +3,7 @@
 What differs by design is named here, and nowhere else:
 
 - A streamer is told of a round at its end: when it raises, generator and processors are ahead.
-- Once a row has ended, plain `generate` reports the scores, logits and hidden states of its
-  padding; ours holds zeros there.
 - Slots of padding in a returned cache hold nothing: a next turn has to mask them.
-- An `output_hidden_states` of the prompt holds at padding what attention to nothing gives.
 """
 
 from __future__ import annotations
@@ -99,7 +96,7 @@ def _returned(plain: Outcome, ours: Outcome, bound: float) -> Iterator[str]:
     for name, value in plain.value.items():
         other = ours.value[name]
         if name in _BY_STEP:
-            yield from _steps(name, value, other, plain, bound)
+            yield from _steps(name, value, other, bound)
         elif "cache" not in name and "past" not in name and name != "sequences":
             yield from _tensors(name, value, other, bound)
     yield from _next_turn(plain.next_turn, ours.next_turn, bound)
@@ -110,8 +107,8 @@ def _same_ids(one: Any, other: Any) -> bool:
     return both and one.dtype == other.dtype and torch.equal(one, other)
 
 
-def _steps(name: str, one: Any, other: Any, plain: Outcome, bound: float) -> Iterator[str]:
-    """Entries step by step: without rows that had ended, and without the prompt's padding."""
+def _steps(name: str, one: Any, other: Any, bound: float) -> Iterator[str]:
+    """Entries step by step, padding before the prompt and after a row's end included."""
     if one is None or other is None or len(one) != len(other):
         if one is not other:
             yield f"{name}: plain has {_length(one)} entries, ours {_length(other)}"
@@ -124,34 +121,11 @@ def _steps(name: str, one: Any, other: Any, plain: Outcome, bound: float) -> Ite
                     f"{right.dtype} {tuple(right.shape)}"
                 )
                 return
-            if left.ndim == 4:  # streams of a state come before the rows
-                left, right = left.transpose(0, 1), right.transpose(0, 1)
-            kept = _compared(name, step, left, right, plain)
-            if not _close(left[kept], right[kept], bound):
+            if not _close(left, right, bound):
                 yield (
-                    f"{name} of step {step}, layer {layer}, differ by "
-                    f"{_distance(left[kept], right[kept]):.1e}"
+                    f"{name} of step {step}, layer {layer}, differ by {_distance(left, right):.1e}"
                 )
                 return
-
-
-def _compared(name: str, step: int, left: Tensor, right: Tensor, plain: Outcome) -> Tensor:
-    """[B] or [B, S]: which entries are compared."""
-    if name == "hidden_states" and step == 0:
-        rows = left.shape[0]
-        if plain.mask is None or left.ndim != 3:
-            return torch.ones(rows, dtype=torch.bool)
-        mask = plain.mask.repeat_interleave(rows // len(plain.mask), 0)
-        return mask[:, mask.shape[1] - left.shape[1] :].bool()
-    sequences = plain.value.sequences
-    steps = len(plain.value[name])
-    ended = right.flatten(1).abs().sum(1) == 0
-    if len(ended) != len(sequences):  # of beams
-        return torch.ones_like(ended)
-    # Zeros are excused where the text is padding up to its end.
-    tail = sequences[:, sequences.shape[1] - steps + step :]
-    padded = (tail == tail[:, -1:]).all(1)
-    return ~(ended & padded & (len(sequences) > 1))
 
 
 def _layers(entry: Any) -> tuple[Tensor, ...]:

@@ -69,7 +69,7 @@ def _scores(ours: Outcome) -> None:
 
 
 def _unscored(ours: Outcome) -> None:
-    ours.value.scores[0][1] = 0  # only rows that have ended may hold zeros
+    ours.value.scores[0][1] = 0
 
 
 def _hidden(ours: Outcome) -> None:
