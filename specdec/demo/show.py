@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from specdec import demo
 from specdec.augmentation import capability
+from specdec.capability import Capability
 from specdec.demo.prompts import PROMPTS
 from specdec.demo.race import Arm, ArmResult, Race, choose_arms
 from specdec.errors import ConfigError, SpecdecError
@@ -51,10 +52,10 @@ def _run(options: DemoOptions) -> int:
             f"has {longest}"
         )
     say(bold("specdec demo", colour) + ": the same text in fewer forwards of the model")
-    say("\n".join(_setup(options, model)))
     arms, left_out = choose_arms(model)
     race = Race(model, prompts, options.seed, **_generation(options))
     found = capability(model)
+    say("\n".join(_setup(options, model, found)))
     if found.mode == "plain":
         raise SpecdecError(
             f"the toy cannot be verified tree by tree in {options.dtype} on {options.device}, so "
@@ -94,7 +95,7 @@ def _generation(options: DemoOptions) -> dict[str, Any]:
     return chosen
 
 
-def _setup(options: DemoOptions, model: Any) -> list[str]:
+def _setup(options: DemoOptions, model: Any, found: Capability) -> list[str]:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     how = f"sampled at {_TEMPERATURE}, seed {options.seed}" if options.sample else "greedy"
     threads = f"{options.threads} thread{'s' if options.threads > 1 else ''} (--threads)"
@@ -106,6 +107,7 @@ def _setup(options: DemoOptions, model: Any) -> list[str]:
             ),
             ("work", f"{options.prompts} prompts x {options.max_new_tokens} new tokens, {how}"),
             ("device", f"{options.device}, {options.dtype}, {threads}"),
+            ("mode", f"{found.mode}: {found.reason}"),
         ]
     )
 

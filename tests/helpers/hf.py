@@ -24,7 +24,7 @@ from specdec.errors import FallbackWarning
 VOCAB = 64
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,"
 STORIES = Path("../shared/models/stories260K/hf")
-ORACLE = "oracle-of-hf-tests"
+ORACLE = "oracle_of_hf_tests"
 
 needs_stories = pytest.mark.skipif(
     not (STORIES / "model.safetensors").exists(), reason=f"{STORIES} is not here"
