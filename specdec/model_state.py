@@ -115,7 +115,7 @@ def _hooks(behind: Mapping[int, Any], before: Mapping[int, Any]) -> list[object]
         (place, _reference(hook))
         for place, hooks in (("behind", behind), ("before", before))
         for hook in hooks.values()
-        if not str(getattr(hook, "__module__", "")).startswith("specdec.")
+        if not str(getattr(hook, "__module__", "")).startswith(("specdec.", "specdec_"))
     ]
 
 

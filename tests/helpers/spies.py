@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from helpers.laws import Case
 from helpers.names import CACHE, cache_of
 from specdec import hf_generate, loop
+from specdec.augmentation import capability
 from specdec.chain_target import ChainTarget
 from specdec.drafters.base import Drafter, RoundResult
 from specdec.loop import Call
@@ -119,10 +120,16 @@ def layer_states(cache: Any) -> list[LayerState]:
 
 @contextmanager
 def watched_forwards(model: Any, watcher: Callable[[dict[str, Any], Any], None]) -> Iterator[None]:
-    """Shows `watcher` the keyword arguments and the output of every forward of a block."""
+    """Shows `watcher` the keyword arguments and the output of every forward of a block.
+
+    A self-test that the hook makes due is not run in it.
+    """
+    known = capability(model) if "_specdec" in vars(model) else None
     hook = model.register_forward_hook(
         lambda _model, _args, kwargs, output: watcher(kwargs, output), with_kwargs=True
     )
+    if known is not None:
+        model._specdec.test.assume(model, known)
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ _CHECKS, _PLACES, _HUB = "specdec/option_checks.py", "specdec/places.py", "specd
 _GENERATE, _REGISTRY = "specdec/commands/generate.py", "specdec/registry.py"
 
 _BAD = "tests/cli/test_bad_input.py"
+_WEIGHTS = "specdec/broken_weights.py"
 
 CLI = (
     Fault(
@@ -37,18 +38,18 @@ CLI = (
     Fault(
         "infinite_weights_are_taken_for_large_ones",
         "nonsense instead of an error",
-        _MODEL,
-        "if not torch.isfinite(total) and not torch.isfinite(weight.detach()).all():",
-        "if torch.isnan(total):",
+        _WEIGHTS,
+        "if not math.isfinite(total):",
+        "if math.isnan(total):",
         f"{_BAD} -k 'not_finite_are_named'",
     ),
     Fault(
         "sums_that_overflow_are_taken_for_infinite_weights",
         "an error that is none",
-        _MODEL,
-        "if not torch.isfinite(total) and not torch.isfinite(weight.detach()).all():",
-        "if not torch.isfinite(total):",
-        f"{_BAD}::test_large_weights_are_finite",
+        _WEIGHTS,
+        "ends = torch.stack(tensor.detach().aminmax()).double()",
+        "ends = torch.stack(tensor.detach().aminmax()) * 2",
+        "tests/unit/test_broken_weights.py::test_large_and_odd_weights_are_no_broken_ones",
     ),
     Fault(
         "sizes_are_only_bounded_from_below",
