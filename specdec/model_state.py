@@ -22,7 +22,9 @@ from specdec.hf_compat import attention_function
 _SIMPLE = frozenset({bool, int, float, str, torch.dtype})
 _METHODS = frozenset({FunctionType, MethodType, BuiltinFunctionType, partial})
 _KEPT = _SIMPLE | _METHODS
-_OURS = ("generate", "_specdec")  # what `augment` sets on a model
+_ONLOOKERS = ("specdec.", "specdec_", "transformers.utils.output_capturing")  # modules of hooks
+_CAPTURES = "_output_capturing_hooks_installed"  # with those of transformers, at their first use
+_NO_STATE = ("generate", "_specdec", _CAPTURES)  # the first two are set by `augment`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,8 +61,8 @@ class ModelState:
                 if tensor is not None:
                     facts += (type(tensor), tensor.dtype, tensor.device)
             values = own.values()
-            if module is model:
-                values = {n: v for n, v in own.items() if n not in _OURS}.values()
+            if module is model or _CAPTURES in own:
+                values = {n: v for n, v in own.items() if n not in _NO_STATE}.values()
             note = [v if type(v) in _SIMPLE else _reference(v) for v in values if type(v) in _KEPT]
             notes.append(note + _inside(own) if looks_inside else note)
             for child in own["_modules"].values():
@@ -110,12 +112,12 @@ def _inside(own: Mapping[str, object]) -> list[object]:
 
 
 def _hooks(behind: Mapping[int, Any], before: Mapping[int, Any]) -> list[object]:
-    """References to hooks; those that specdec sets for the length of a call are left out."""
+    """References to hooks; those that only look on, ours and transformers', are left out."""
     return [
         (place, _reference(hook))
         for place, hooks in (("behind", behind), ("before", before))
         for hook in hooks.values()
-        if not str(getattr(hook, "__module__", "")).startswith(("specdec.", "specdec_"))
+        if not str(getattr(hook, "__module__", "")).startswith(_ONLOOKERS)
     ]
 
 
