@@ -15,7 +15,7 @@ from helpers.names import CACHE
 from specdec import RowDrafter, SpecConfig, TokenTree
 from specdec.registry import methods
 
-METHOD = "watcher of prompts"
+METHOD = "watcher_of_prompts"
 NEW = 6
 
 
