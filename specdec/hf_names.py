@@ -18,7 +18,7 @@ from transformers.generation import utils as generation_utils
 from specdec.errors import UntestedVersionWarning
 
 _OLD_NAMES = ("past_key_values", "cache_params")  # attention; Mamba, whose classes had their own
-_TESTED = ("5.16", "5.24")  # oldest and newest minor release that the whole suite has passed on
+_TESTED = ("5.16", "5.24")  # oldest and newest minor release of `make compat`
 
 _RENAMED = "cache" in generation_utils.ALL_CACHE_NAMES
 CACHE = "cache" if _RENAMED else "past_key_values"

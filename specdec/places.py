@@ -58,13 +58,8 @@ def target_path() -> Path:
     Raises:
         SpecdecError: The folder is not there, or has no model in it.
     """
-    path = Path(__file__).parent / "demo" / "target"
-    if not (path / "config.json").is_file():
-        raise SpecdecError(
-            f"the bundled demo target is missing: no model in {path}; install specdec again, or "
-            "train it with `python -m specdec.demo.build_target`"
-        )
-    return path
+    remedy = "python -m specdec.demo.build_target"
+    return _bundled("target", "the bundled demo target is missing: no model", remedy)
 
 
 def head_path() -> Path:
@@ -73,11 +68,14 @@ def head_path() -> Path:
     Raises:
         SpecdecError: The folder is not there, or has no head in it.
     """
-    path = Path(__file__).parent / "demo" / "head"
+    return _bundled("head", "the bundled draft head is missing: nothing", "make demo-head")
+
+
+def _bundled(folder: str, missing: str, remedy: str) -> Path:
+    path = Path(__file__).parent / "demo" / folder
     if not (path / "config.json").is_file():
         raise SpecdecError(
-            f"the bundled draft head is missing: nothing in {path}; install specdec again, or "
-            "train it with `make demo-head`"
+            f"{missing} in {path}; install specdec again, or train it with `{remedy}`"
         )
     return path
 
