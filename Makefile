@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -q -c constraints.txt
 
 # The models under test are small and two workers run side by side: one thread each.
-TEST_ENV := OMP_NUM_THREADS=1
+TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo train-demo bench-smoke test compat check laws mutants attack fuzz models docs \

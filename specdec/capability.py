@@ -22,6 +22,7 @@ from torch import Tensor
 from specdec.chain_target import ChainCall, ChainTarget
 from specdec.drafters.base import BatchState, RowDrafter
 from specdec.errors import UnsupportedModelError
+from specdec.hf_cache import Laid, laid_out
 from specdec.hf_compat import accepts_position_ids, has_experts, input_device
 from specdec.hf_names import CACHE, cache_of
 from specdec.hf_steps import keeps_state, plain_logits, prepared_call
@@ -52,6 +53,8 @@ class Capability:
         noise: The same for a path run in two ways that are both right; the model's own rounding.
         prompts: By kind of prompt that the model prepares itself, as with images, why it cannot be
             verified, or None; filled in by the first call with such a prompt.
+        laid: Per layer, heads and sizes of the keys and values that a tree's forward wrote; empty
+            where trees are not verified.
     """
 
     mode: Mode
@@ -63,6 +66,7 @@ class Capability:
     prompts: dict[tuple[str, ...], str | None] = field(
         default_factory=dict, compare=False, repr=False
     )
+    laid: tuple[Laid | None, ...] = field(default=(), compare=False, repr=False)
 
 
 class NoDrafter(RowDrafter):
@@ -105,7 +109,9 @@ def _try_trees(model: Any) -> Capability:
         return Capability("plain", why)
     if not accepts_position_ids(model):
         return Capability("plain", "its forward takes no position_ids, which a token tree needs")
-    return _attempt(model, "tree", "a token tree", _measure)
+    laid: list[Laid | None] = []
+    found = _attempt(model, "tree", "a token tree", partial(_measure, laid=laid))
+    return replace(found, laid=tuple(laid))
 
 
 def _try_chains(model: Any, rows: int) -> Capability:
@@ -136,8 +142,8 @@ def _attempt(
     return Capability(mode, f"its self-test verified {what}", error, noise)
 
 
-def _measure(model: Any) -> tuple[float, float]:
-    """(tree error, rounding noise), both relative to the largest logit."""
+def _measure(model: Any, laid: list[Laid | None]) -> tuple[float, float]:
+    """(tree error, rounding noise), relative to the largest logit; fills `laid`, see Capability."""
     device, vocab = input_device(model), model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocab, (n,), generator=generator).tolist() for n in _PROMPTS]
@@ -148,6 +154,7 @@ def _measure(model: Any) -> tuple[float, float]:
     cache = TreeCache(2, device, capacity=16)
     target = HFTarget(model, Prompt(ids, None, list(_PROMPTS)), cache)
     target.prefill(NoDrafter())
+    laid.extend(map(laid_out, cache.layers))
     others = [[d[0], d[1] + 1, d[2] + 1, d[3], d[4]] for d in drafts]  # another first branch
     others = [[token % vocab for token in row] for row in others]
     beside = TreeBatch.from_rows([TokenTree(row, _PARENTS) for row in others], device)

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import cache_utils
 
@@ -22,18 +23,34 @@ _DYNAMIC_LAYERS = (
 _STATIC_LAYERS = ("StaticLayer", "StaticSlidingWindowLayer", "DummyLayer")
 
 
+Laid = tuple[int, int, int, torch.dtype]
+"""Heads, size of a key, size of a value, and their dtype."""
+
+
+def laid_out(layer: Any) -> Laid | None:
+    """How a layer of a cache lies in memory; None while it holds nothing."""
+    if not layer.is_initialized or layer.keys is None:
+        return None
+    keys, values = layer.keys, layer.values
+    return keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype
+
+
 def is_static(cache: Any) -> bool:
     """Whether a cache is a `StaticCache`."""
     return type(cache) is cache_utils.StaticCache
 
 
-def unsupported_cache(cache: Any, slots: int, config: Any) -> str | None:
+def unsupported_cache(
+    cache: Any, slots: int, config: Any, laid: Sequence[Laid | None]
+) -> str | None:
     """Why a cache cannot be adopted into a `TreeCache`, or None when it can.
 
     Args:
         cache: The cache of the call.
         slots: Slots that plain `generate` may fill, those that are filled already included.
         config: Of the model.
+        laid: How the model lays out its layers; a static cache may be laid out before its first
+            token, and otherwise.
     """
     if cache is None:
         return "the call uses no KV cache"
@@ -51,6 +68,10 @@ def unsupported_cache(cache: Any, slots: int, config: Any) -> str | None:
         room = getattr(layer, "max_cache_len", slots)
         if room < slots and (name == "StaticLayer" or room not in spans):
             return f"the static cache has {room} slots and the call may need {slots}"
+    for index, (layer, own) in enumerate(zip(cache.layers, laid, strict=False)):
+        given = laid_out(layer) if is_static(cache) else None
+        if given is not None and given != own:
+            return f"layer {index} of the static cache is laid out for another model's keys"
     return None
 
 

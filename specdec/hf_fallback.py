@@ -114,7 +114,7 @@ def _why_no_trees(call: Prepared, found: Capability) -> str | None:
     if call.wanted_outputs().hidden_states and streams > 1:
         return f"output_hidden_states was asked for and layers hand on {streams} streams of a state"
     slots = call.total + call.max_new_tokens - 1
-    reason = hf_cache.unsupported_cache(call.cache, slots, call.model.config)
+    reason = hf_cache.unsupported_cache(call.cache, slots, call.model.config, found.laid)
     windowed = hf_compat.MaskKinds.of(call.model.config)
     if reason is None and call.mask is not None and _has_holes(call.mask):
         if call.keeps_cache and _has_holes(call.mask[:, call.past :]):

@@ -228,6 +228,37 @@ def test_a_cache_smaller_than_the_window(gemma3: Any) -> None:
     assert "the static cache has 6 slots" in texts[0]
 
 
+def laid_ahead(model: Any, dtype: torch.dtype = torch.float64, **other: int) -> StaticCache:
+    """A static cache with its memory laid out before a forward, as for an export."""
+    config = model.config
+    sizes = {"num_heads": config.num_key_value_heads, "head_dim": config.head_dim, **other}
+    cache = static_cache(model)
+    cache.early_initialization(1, **sizes, dtype=dtype, device=torch.device("cpu"))
+    return cache
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma3"], indirect=True)
+def test_a_cache_that_is_laid_out_ahead(model: Any) -> None:
+    caches = laid_ahead(model), laid_ahead(model)
+    pair = iter(caches)
+    run_both(model, lambda: {CACHE: next(pair)}, input_ids=prompt(), max_new_tokens=NEW)
+    same_static(caches[1], caches[0])
+
+
+@pytest.mark.parametrize("other", [{"num_heads": 3}, {"head_dim": 7}, {"dtype": torch.float16}])
+def test_a_cache_that_is_laid_out_for_another_model(llama: Any, other: dict[str, Any]) -> None:
+    """Plain `generate` cannot write to it, and says so in torch's words."""
+    errors = []
+    for call in (plain, llama.generate):
+        given = {CACHE: laid_ahead(llama, **other)}
+        before = (llama,) if call is plain else ()
+        with fallbacks() as texts, pytest.raises(RuntimeError) as failed:
+            call(*before, prompt(), max_new_tokens=NEW, **given)
+        errors.append(str(failed.value))
+    assert errors[0] == errors[1]
+    assert "is laid out for another model's keys" in texts[0]
+
+
 def test_offloaded_static_cache_runs_plain(llama: Any) -> None:
     if not torch.cuda.is_available():
         pytest.skip("plain generate itself needs an accelerator for an offloaded cache")

@@ -87,4 +87,12 @@ FUZZ: tuple[Fault, ...] = (
         "self._chosen = 0",
         f"{_RAISES} -k 'criterion and sampled'",
     ),
+    Fault(
+        "a_static_cache_of_another_shape_is_taken",
+        "other errors than plain's",
+        "specdec/hf_cache.py",
+        "if given is not None and given != own:",
+        "if given is not None and given == own == ():",
+        "tests/hf/test_static_cache.py -k 'another_model'",
+    ),
 )
