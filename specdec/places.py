@@ -114,10 +114,14 @@ def locate(name: str, kind: Kind = MODEL) -> Place:
         return Place(str(path), True)
     if exists:
         raise ConfigError(f"{shown(name)} is a file; give the {what}'s folder or a hub id")
-    is_id = len(name) <= _LONGEST_ID and _HUB_ID.fullmatch(name) is not None
-    if not is_id or (kind.has_owner and "/" not in name):
+    if not is_hub_id(name) or (kind.has_owner and "/" not in name):
         raise ConfigError(f"there is no folder {shown(name)}; give the {what}'s folder or a hub id")
     return Place(name, False)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be one on the Hugging Face hub."""
+    return len(name) <= _LONGEST_ID and _HUB_ID.fullmatch(name) is not None
 
 
 def shown(name: str) -> str:

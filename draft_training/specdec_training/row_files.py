@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from specdec.demo.corpus import fingerprint, read_sources
 from specdec.errors import ConfigError
 from specdec.hub import require_hub
+from specdec.places import is_hub_id
 from specdec_training.bad_rows import BadRow, shown
 from specdec_training.conversations import Row, parse_row
 from specdec_training.data_options import ReadOptions
@@ -225,8 +226,7 @@ def _sources(name: str, options: ReadOptions) -> list[Any]:
                 f"the input {name!r} is none of {', '.join(_SUFFIXES)} (or those .gz)"
             )
         return [_File(path)]
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if looks_local or _kind(path) in _SUFFIXES:
+    if not is_hub_id(name) or _kind(path) in _SUFFIXES:
         raise ConfigError(f"there is no file or folder {shown(name)!r} to read rows from")
     return [_Table(name, _from_hub(name, options))]
 
