@@ -261,7 +261,6 @@ def test_a_lossy_verifier_is_found_and_gets_no_speed_up(
 @pytest.mark.parametrize(
     ("arms", "wanted"),
     [
-        (("prompt_lookup",), ["hf", "prompt_lookup"]),
         (("none",), ["hf"]),
         (("prompt_lookup", "hf"), ["prompt_lookup", "hf"]),
     ],

@@ -156,15 +156,15 @@ def first_draft(law: torch.Tensor, step: int) -> torch.Tensor:
 @pytest.mark.statistical
 @pytest.mark.parametrize("vocabulary", [8, 300])
 def test_p_values_are_what_they_say(vocabulary: int) -> None:
-    """The true law: about a tenth of 60 seeds lies below 0.1, and none below the limit."""
+    """The true law: about a tenth of 30 seeds lies below 0.1, and none below the limit."""
     toy, values = Toy(vocabulary, 1.5), []
-    for seed in range(60):
+    for seed in range(30):
         plan = SamplingPlan([[1], [2]], 1.0, samples=200, tokens=4, seed=seed)
         arm = SampledArm("true", toy_sampler(toy), True)
         values.append(check_sampling(toy, arm.sample, [arm], plan)[0].p_value)
     assert min(values) > 1e-4
-    assert sum(value < 0.1 for value in values) <= 15
-    assert sum(value < 0.5 for value in values) >= 12
+    assert sum(value < 0.1 for value in values) <= 8
+    assert sum(value < 0.5 for value in values) >= 7
 
 
 @pytest.mark.parametrize("bend", [moved_mass, first_draft])

@@ -93,7 +93,7 @@ def test_replayed_rounds_are_the_real_ones(model: Any, batch: int, tried: Candid
         assert len(replayed.stages["draft"]) == len(replayed.sizes)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [2])
 def test_trees_of_all_sizes_come_from_one_pass(model: Any, batch: int) -> None:
     """Tokens and sizes of every round, but for the last ones of a text, where drafts are cut."""
     bench = make_bench(model, batch)

@@ -42,11 +42,13 @@ def model() -> Any:
 
 
 def lengths(short: int, *fast_when_long: str) -> list[object]:
-    """(method, tokens): all methods short, some long; the other long ones are slow."""
+    """(method, tokens): short, and long; what has models of its own or takes long is slow."""
     cases: list[object] = []
     for method in methods.names():
+        marks = [pytest.mark.slow] if method in ("draft_model", "eagle3") else []
+        cases.append(pytest.param(method, short, marks=marks))
         marks = [] if method in fast_when_long else [pytest.mark.slow]
-        cases += [(method, short), pytest.param(method, LONG, marks=marks)]
+        cases.append(pytest.param(method, LONG, marks=marks))
     return cases
 
 

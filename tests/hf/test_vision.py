@@ -63,8 +63,11 @@ def test_self_test(name: str) -> None:
 
 
 @every_family
-@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("sizes", [ONE, TWO, ((8, 8),)], ids=["one", "two", "large"])
+@pytest.mark.parametrize(
+    ("sizes", "decoding"),
+    [(ONE, SAMPLED), (TWO, GREEDY), (((8, 8),), SAMPLED)],
+    ids=["one", "two", "large"],
+)
 def test_text(name: str, sizes: Sequence[tuple[int, int]], decoding: dict[str, Any]) -> None:
     model, inputs = augmented_model(name), image_prompt(name, sizes)
     for method in ("none", "prompt_lookup", "lookahead"):

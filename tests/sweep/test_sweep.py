@@ -15,12 +15,10 @@ from sweep.situations import SITUATIONS, Situation, call, prompts
 
 pytestmark = pytest.mark.usefixtures("throw_away_methods")
 
-FEW = {  # what the self-test says, and the modes that calls had
-    "gemma3n_text": ("tree", {"tree"}),  # shared keys and values
-    "modernbert-decoder": ("tree", {"tree"}),  # windows
+# A kind each, beside the families of the laws: what the self-test says, and the modes calls had.
+FEW = {
     "git": ("tree", {"tree", "plain"}),  # its own padded batches are wrong
     "deepseek_v32": ("chain", {"plain"}),  # an indexer, beyond its top-k
-    "lfm2": ("chain", {"chain"}),  # convolutions
     "mamba2": ("chain", {"chain"}),  # a recurrence
     "bloom": ("chain", {"chain"}),  # ALiBi
     "rwkv": ("plain", {"plain"}),  # no cache that could be put back
