@@ -18,7 +18,7 @@ from helpers.heads import head_for
 from helpers.names import CACHE, cache_of
 from specdec import GenerationStats, SpecConfig
 
-NEW_TOKENS = 32
+NEW_TOKENS = 40
 PROMPT_LENGTHS = (11, 7, 4, 9)  # rows of a ragged batch
 _SEED = 1234
 

@@ -14,10 +14,6 @@ from helpers.chains import SLOW
 from helpers.drafters import THROW_AWAY
 from helpers.families import CHAIN_FAMILIES, FAMILIES, REPRESENTATIVE
 from helpers.laws import (
-    GREEDY,
-    MODES,
-    NEW_TOKENS,
-    SAMPLED,
     Case,
     Ledger,
     Mode,
@@ -36,10 +32,13 @@ pytestmark = [
 METHODS = [*methods.names(), *THROW_AWAY]
 TREES_ONLY = ("device_bigrams",)
 HYBRID = ("qwen3_5", "bloom")  # for the fast grid: states beside attention, and attention alone
-DEPTHS = range(9)
-BUDGETS = (0, 1, 2, 3, 5, 8)
+WHOLE = ("none", "lookahead", "oracle", "eagle3")  # for it: every mode, on one family
+DEPTHS = (0, 1, 2, 3, 5, 8)
+BUDGETS = (0, 1, 2, 4, 8)
 BATCHES = (1, 4)
-BOTH = [GREEDY, SAMPLED]
+NEW_TOKENS = 26  # enough for windows of 8 to be left behind, on prompts of 4 to 11 tokens
+GREEDY, SAMPLED, *OTHERS = [mode.with_options(max_new_tokens=NEW_TOKENS) for mode in laws.MODES]
+BOTH, MODES = [GREEDY, SAMPLED], [GREEDY, SAMPLED, *OTHERS]
 
 
 def grid(fast: Callable[[str, str, str], bool], modes: list[Mode]) -> Iterator[object]:
@@ -62,11 +61,10 @@ def in_turn(family: str, method: str, mode: str, modes: list[Mode]) -> bool:
 
 
 def chosen(family: str, method: str, mode: str) -> bool:
-    """One family whole; of the others every pair with a method, or with lookahead alone."""
-    if family == REPRESENTATIVE[0]:
-        return True
+    """Four methods on one family whole; else every pair of a family and a method, or lookahead."""
     if family in REPRESENTATIVE:
-        return in_turn(family, method, mode, MODES)
+        whole = family == REPRESENTATIVE[0] and method in WHOLE
+        return whole or in_turn(family, method, mode, MODES)
     in_short = (family in CHAIN_FAMILIES and family not in SLOW) or method == "lookahead"
     return in_short and in_turn(family, method, mode, BOTH)
 

@@ -20,7 +20,6 @@ FEW = {
     "git": ("tree", {"tree", "plain"}),  # its own padded batches are wrong
     "deepseek_v32": ("chain", {"plain"}),  # an indexer, beyond its top-k
     "mamba2": ("chain", {"chain"}),  # a recurrence
-    "bloom": ("chain", {"chain"}),  # ALiBi
     "rwkv": ("plain", {"plain"}),  # no cache that could be put back
 }
 
