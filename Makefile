@@ -5,7 +5,8 @@ BIN := .venv/bin
 # Python compiles what it imports, and keeps it; pip would compile all of torch: half the install.
 PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -q -c constraints.txt
 
-# The models under test are small and two workers run side by side: one thread each.
+# The models under test are small and two workers run side by side: one thread each. Where Python is
+# told not to keep what it compiles, every process under test would compile torch anew.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 .DEFAULT_GOAL := help
@@ -37,8 +38,9 @@ bench-smoke: .venv/.base ## a small benchmark of the bundled model, with its rep
 test: .venv/.dev ## the test suite without the slow grids
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests -m "not slow"
 
-laws: .venv/.dev ## the law suite with its full grids (slow)
+laws: .venv/.dev ## the law suite with its full grids, and every other slow test (hours)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/laws tests/hf/test_long.py
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/hf tests/unit tests/training -m slow
 
 mutants: .venv/.dev ## plants known faults; a test must catch each (ARGS="--only NAME", "--list")
 	$(TEST_ENV) PYTHONPATH=tests $(BIN)/python -m mutants.run $(ARGS)
