@@ -17,8 +17,8 @@ import tyro
 
 import specdec
 from loop_cost import code_prompts
+from specdec.audit.exactness import Audit, audit, reference_model, replay_noise
 from specdec.demo import load_target
-from specdec.exactness import Audit, audit, reference_model, replay_noise
 from specdec.registry import methods
 
 

@@ -28,11 +28,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import specdec
 from specdec import SpecConfig
-from specdec.drafters.base import BatchState
-from specdec.drafters.eagle3 import Eagle3, Eagle3DraftConfig
-from specdec.heads.config import Eagle3Config
-from specdec.heads.eagle3 import Eagle3Head
-from specdec.tree import TreeBatch
+from specdec.contracts import BatchState
+from specdec.drafters.head import Eagle3, Eagle3DraftConfig
+from specdec.heads.eagle3.config import Eagle3Config
+from specdec.heads.eagle3.head import Eagle3Head
+from specdec.round.tree import TreeBatch
 from specdec_bench import RunOptions, run
 from specdec_bench.measure.arms import parse_arm
 from specdec_bench.paired import ratio, time_arms

@@ -32,8 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdec.heads.config import Eagle3Config
-from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.eagle3.config import Eagle3Config
+from specdec.heads.eagle3.head import Eagle3Head
 from specdec_bench.paired import ratio
 from specdec_training.batches import collate
 from specdec_training.losses import LossKind

@@ -18,9 +18,10 @@ from typing import Literal
 import torch
 import tyro
 
-from specdec.heads import eagle3, unrolled
-from specdec.heads.config import Eagle3Config
-from specdec.heads.ttt_attention import dense_ttt_attention
+from specdec.heads.eagle3 import unrolled
+from specdec.heads.eagle3.config import Eagle3Config
+from specdec.heads.eagle3.head import Eagle3Head
+from specdec.heads.eagle3.ttt_attention import dense_ttt_attention
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def measure(options: Options) -> None:
         head_dim=32, vocab_size=4096, draft_vocab_size=2048, target_hidden_size=256,
         aux_output_layers=(1, 3, 4),
     )  # fmt: skip
-    head = eagle3.Eagle3Head(config, own_embeddings=True)
+    head = Eagle3Head(config, own_embeddings=True)
     if options.form == "dense":
         unrolled.ttt_attention = dense_ttt_attention  # type: ignore[attr-defined]
     tokens = torch.randint(4096, (1, options.length))

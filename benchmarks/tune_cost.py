@@ -25,9 +25,9 @@ import torch
 import tyro
 
 import specdec
-from specdec.commands.loading import TOY, load_model, load_tokenizer
+from specdec.cost.tuned_file import TunedChoice
 from specdec.demo import head_path
-from specdec.tuned_file import TunedChoice
+from specdec.loading import TOY, load_model, load_tokenizer
 from specdec_bench.measure.arms import Workbench
 from specdec_bench.measure.loaded import clear_generation_config, end_ids
 from specdec_bench.measure.units import Maker

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from specdec.cli import main
+from specdec.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main(["train", *sys.argv[1:]]))

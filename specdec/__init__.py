@@ -9,13 +9,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specdec.augmentation import augment, augmented, last_stats, restore
+    from specdec.api import augment, augmented, last_stats, restore
     from specdec.config import SpecConfig
-    from specdec.drafters.base import Drafter, Needs, RowDrafter
+    from specdec.contracts import Drafter, Needs
+    from specdec.drafters.row import RowDrafter
     from specdec.errors import SpecdecError
     from specdec.registry import register_drafter
+    from specdec.round.tree import TokenTree, TreeBatch
     from specdec.stats import GenerationStats
-    from specdec.tree import TokenTree, TreeBatch
 
 __version__ = "0.1.0"
 
@@ -37,13 +38,14 @@ __all__ = [
 ]
 
 _PLACES = {
-    "augmentation": ("augment", "augmented", "last_stats", "restore"),
+    "api": ("augment", "augmented", "last_stats", "restore"),
     "config": ("SpecConfig",),
-    "drafters.base": ("Drafter", "Needs", "RowDrafter"),
+    "contracts": ("Drafter", "Needs"),
+    "drafters.row": ("RowDrafter",),
     "errors": ("SpecdecError",),
     "registry": ("register_drafter",),
     "stats": ("GenerationStats",),
-    "tree": ("TokenTree", "TreeBatch"),
+    "round.tree": ("TokenTree", "TreeBatch"),
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from specdec.errors import ConfigError
+from specdec.round.tree import MAX_NODES
 from specdec.stats import RoundRecord
-from specdec.tree import MAX_NODES
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class SpecConfig:
 
     Attributes:
         method: Drafting method, or None for the default: lookahead with sizes chosen by a cost
-            probe of about a second on this device (`specdec.tuning`).
+            probe of about a second on this device (`specdec.cost.curve`).
         options: Options of the method, by name.
         budget: Nodes beyond the root that a round may verify, 4,096 at most; None for the method's
             own size.

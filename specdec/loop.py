@@ -5,12 +5,12 @@ Knows nothing about transformers, tokenizers or particular drafters.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Protocol
 
-from specdec.drafters.base import (
+from specdec.contracts import (
     BatchState,
     BudgetPolicy,
     Drafter,
@@ -18,11 +18,11 @@ from specdec.drafters.base import (
     TargetModel,
     TargetOutput,
 )
-from specdec.sampling import StopCheck, TokenPicker, kept_generators
-from specdec.sealed import sealed
-from specdec.stats import GenerationStats, RoundRecord
-from specdec.tree import TreeBatch
-from specdec.verify import CopyCounter, HostVerdict, verify
+from specdec.round.sampling import StopCheck, TokenPicker, kept_generators
+from specdec.round.sealed import sealed
+from specdec.round.tree import TreeBatch
+from specdec.round.verify import CopyCounter, HostVerdict, verify
+from specdec.stats import GenerationStats, RoundRecord, timed
 
 
 class StopRules(StopCheck, Protocol):
@@ -71,118 +71,131 @@ def speculative_generate(target: TargetModel, drafter: Drafter, call: Call) -> N
 
     The drafter sees a copy of the state, and a generator that it moves is put back (I5).
     """
-    state = call.state
-    state.shape = target.allowed_shape
-    seen = state.shown()
-    try:
-        with kept_generators(state.pending.device):
-            drafter.start(seen)
-        _prefill(target, drafter, call, seen)
-        while any(state.active):
-            clock = _Clock()
-            trees = _propose(target, drafter, call, seen)
-            clock.lap("draft")
-            output = target.forward_tree(trees)
-            clock.lap("forward")
-            result = _decide(drafter, call, trees, output)
-            clock.lap("verify")
-            target.commit(result.verdict.path, result.host.paths, result.rows)
-            state.advance(result.host.tokens, result.verdict.pending(), target.lengths)
-            seen.follow(state)
-            clock.lap("commit")
-            with kept_generators(state.pending.device):
-                drafter.observe(result)
-            clock.lap("observe")
-            record = _record(call, result, call.stats.rounds + 1, clock.seconds)
-            call.stats.add_round(record, result.host, drafter.source_names)
-            _report(call, result, record)
-    except BaseException:
-        target.rollback()
-        raise
-    finally:
-        call.picker.finish(max(map(state.emitted, range(len(state.tokens)))))
-        if hasattr(drafter, "end"):  # a drafter that is no RowDrafter need not have it
-            with kept_generators(state.pending.device):
-                drafter.end(seen)
+    with _Rounds(target, drafter, call) as rounds:
+        rounds.prefill()
+        while any(call.state.active):
+            trees = rounds.propose()
+            output = rounds.forward(trees)
+            result = rounds.decide(trees, output)
+            rounds.commit(result)
+            rounds.observe(result)
+            rounds.report(result)
 
 
-def _prefill(target: TargetModel, drafter: Drafter, call: Call, seen: BatchState) -> None:
-    """Round 0: the last prompt token is a tree of its own, already in the cache."""
-    with kept_generators(call.state.pending.device):
-        output = target.prefill(drafter)
-    result = _decide(drafter, call, TreeBatch.roots(call.state.pending), output)
-    call.state.advance(result.host.tokens, result.verdict.pending(), target.lengths)
-    seen.follow(call.state)
-    call.stats.add_prefill(result.host, target.prefill_forwards)
-    _report(call, result, _record(call, result, 0, {}))
+class _Rounds:
+    """The steps of a round, on one target with one drafter."""
 
-
-def _propose(target: TargetModel, drafter: Drafter, call: Call, seen: BatchState) -> TreeBatch:
-    """The drafter's trees, or bare roots where they reach beyond the last position."""
-    state = call.state
-    state.depth_limit = seen.depth_limit = target.depth_limit()
-    budget = call.budget.nodes(state) if state.depth_limit > 0 else 0
-    if target.refeed:  # never more than the method's own size, or re-feeding would grow with it
-        budget = max(min(budget, drafter.max_nodes) - target.refeed, 0)
-    with kept_generators(state.pending.device):
-        proposed = drafter.propose(seen, budget)
-    trees = sealed(
-        proposed,
-        state.pending,
-        state.vocab_size,
-        chain=state.shape == "chain",
-        sampled=call.sampled_drafts,
-        whose=type(drafter).__name__,
-    )
-    fits = trees.size > 1 and 0 < state.depth_limit >= trees.max_depth
-    return trees if fits else TreeBatch.roots(state.pending)
-
-
-def _decide(drafter: Drafter, call: Call, trees: TreeBatch, output: TargetOutput) -> RoundResult:
-    """Picks, walks, makes the round's one host copy, and cuts it by the stop rules (I3)."""
-    needs, state = drafter.needs, call.state
-    picks = call.picker.picks(trees, output.logits, state, call.stops)
-    verdict = verify(trees, picks)
-    node_picks = None
-    if needs.node_picks:
-        node_picks = picks if call.picker.picks_are_argmax else output.logits.float().argmax(-1)
-        node_picks = node_picks.to(picks.device)
-    node_topk = None
-    if needs.node_topk:
-        node_topk = output.logits.topk(needs.node_topk, -1).indices.to(picks.device)
-    extras = (node_picks, node_topk) if drafter.host_needs else (None, None)
-    counter = CopyCounter()
-    host = call.stops.cut(verdict.host(trees, *extras, counter=counter), state)
-    call.stats.device_to_host_copies += counter.copies
-    return RoundResult(trees, output, verdict, host, node_picks, node_topk)
-
-
-def _record(call: Call, result: RoundResult, index: int, seconds: dict[str, float]) -> RoundRecord:
-    return RoundRecord(
-        index=index,
-        nodes=result.trees.size,
-        tokens=result.host.tokens,
-        paths=result.host.paths,
-        seconds=seconds,
-        trees=result.trees.to_rows() if call.show_trees else None,
-    )
-
-
-def _report(call: Call, result: RoundResult, record: RoundRecord) -> None:
-    for observer in call.observers:
-        observer(result, record)
-    state = call.state
-    call.picker.release([state.emitted(row) for row, on in enumerate(state.active) if on])
-
-
-class _Clock:
-    """Adds the host seconds between laps to a dictionary."""
-
-    def __init__(self) -> None:
+    def __init__(self, target: TargetModel, drafter: Drafter, call: Call) -> None:
+        self.target, self.drafter, self.call, self.state = target, drafter, call, call.state
+        self.state.shape = target.allowed_shape
+        self.seen = self.state.shown()
         self.seconds: dict[str, float] = {}
-        self._last = perf_counter()
 
-    def lap(self, stage: str) -> None:
-        now = perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
+    def __enter__(self) -> _Rounds:
+        try:
+            with kept_generators(self.state.pending.device):
+                self.drafter.start(self.seen)
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        state = self.state
+        try:
+            if failed:
+                self.target.rollback()
+        finally:
+            self.call.picker.finish(max(map(state.emitted, range(len(state.tokens)))))
+            if hasattr(self.drafter, "end"):  # a drafter that is no RowDrafter need not have it
+                with kept_generators(state.pending.device):
+                    self.drafter.end(self.seen)
+
+    def prefill(self) -> None:
+        """Round 0: the last prompt token is a tree of its own, already in the cache."""
+        call, state = self.call, self.state
+        with kept_generators(state.pending.device):
+            output = self.target.prefill(self.drafter.observe_prefill)
+        result = self.decide(TreeBatch.roots(state.pending), output)
+        self._advance(result)
+        call.stats.add_prefill(result.host, self.target.prefill_forwards)
+        self.seconds.clear()
+        self._tell(result, 0)
+
+    @timed("draft")
+    def propose(self) -> TreeBatch:
+        """The drafter's trees, or bare roots where they reach beyond the last position."""
+        state, call, target = self.state, self.call, self.target
+        state.depth_limit = self.seen.depth_limit = target.depth_limit()
+        budget = call.budget.nodes(state) if state.depth_limit > 0 else 0
+        if target.refeed:  # never more than the method's own size, or re-feeding would grow with it
+            budget = max(min(budget, self.drafter.max_nodes) - target.refeed, 0)
+        with kept_generators(state.pending.device):
+            proposed = self.drafter.propose(self.seen, budget)
+        trees = sealed(
+            proposed,
+            state.pending,
+            state.vocab_size,
+            chain=state.shape == "chain",
+            sampled=call.sampled_drafts,
+            whose=type(self.drafter).__name__,
+        )
+        fits = trees.size > 1 and 0 < state.depth_limit >= trees.max_depth
+        return trees if fits else TreeBatch.roots(state.pending)
+
+    @timed("forward")
+    def forward(self, trees: TreeBatch) -> TargetOutput:
+        """The target's answer at every node."""
+        return self.target.forward_tree(trees)
+
+    @timed("verify")
+    def decide(self, trees: TreeBatch, output: TargetOutput) -> RoundResult:
+        """Picks, walks, makes the round's one host copy, and cuts it by the stop rules (I3)."""
+        call, needs = self.call, self.drafter.needs
+        picks = call.picker.picks(trees, output.logits, self.state, call.stops)
+        verdict = verify(trees, picks)
+        node_picks = None
+        if needs.node_picks:
+            node_picks = picks if call.picker.picks_are_argmax else output.logits.float().argmax(-1)
+            node_picks = node_picks.to(picks.device)
+        node_topk = None
+        if needs.node_topk:
+            node_topk = output.logits.topk(needs.node_topk, -1).indices.to(picks.device)
+        extras = (node_picks, node_topk) if self.drafter.host_needs else (None, None)
+        counter = CopyCounter()
+        host = call.stops.cut(verdict.host(trees, *extras, counter=counter), self.state)
+        call.stats.device_to_host_copies += counter.copies
+        return RoundResult(trees, output, verdict, host, node_picks, node_topk)
+
+    @timed("commit")
+    def commit(self, result: RoundResult) -> None:
+        """Keeps what was accepted, in the cache and in the text."""
+        self.target.commit(result.verdict.path, result.host.paths, result.rows)
+        self._advance(result)
+
+    @timed("observe")
+    def observe(self, result: RoundResult) -> None:
+        """Lets the drafter learn."""
+        with kept_generators(self.state.pending.device):
+            self.drafter.observe(result)
+
+    def report(self, result: RoundResult) -> None:
+        """Counts the round and tells whoever watches."""
+        self._tell(result, self.call.stats.rounds + 1)
+
+    def _advance(self, result: RoundResult) -> None:
+        pending, lengths = result.verdict.pending(), self.target.lengths
+        self.state.advance(result.host.tokens, pending, lengths)
+        self.seen.follow(self.state)
+
+    def _tell(self, result: RoundResult, index: int) -> None:
+        call, host = self.call, result.host
+        trees = result.trees.to_rows() if call.show_trees else None
+        seconds, self.seconds = self.seconds, {}
+        record = RoundRecord(index, result.trees.size, host.tokens, host.paths, seconds, trees)
+        if index:
+            call.stats.add_round(record, host, self.drafter.source_names)
+        for observer in call.observers:
+            observer(result, record)
+        going = [self.state.emitted(row) for row, on in enumerate(self.state.active) if on]
+        call.picker.release(going)

@@ -1,16 +1,24 @@
-"""Names of the drafting methods; a new one is one line here, imported only when asked for."""
+"""Names of the drafting methods, imported only when asked for.
+
+A method comes from here, from `register_drafter`, from a package with an entry point in the group
+"specdec.drafters", or is named where it lies: "module:Class".
+"""
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from specdec.errors import ConfigError
+from specdec.method_options import Option, declared
 
 if TYPE_CHECKING:  # names are checked before torch is imported
-    from specdec.drafters.base import Drafter
+    from specdec.contracts import Drafter
 
 _BUILT_IN: Mapping[str, str] = {
     "none": "specdec.drafters.none:NoDraft",
@@ -18,10 +26,12 @@ _BUILT_IN: Mapping[str, str] = {
     "jacobi": "specdec.drafters.jacobi:Jacobi",
     "prompt_lookup": "specdec.drafters.prompt_lookup:PromptLookup",
     "suffix": "specdec.drafters.suffix:Suffix",
-    "draft_model": "specdec.drafters.draft_model:DraftModel",
-    "eagle3": "specdec.drafters.eagle3:Eagle3",
+    "draft_model": "specdec.drafters.draft_model.drafter:DraftModel",
+    "eagle3": "specdec.drafters.head:Eagle3",
     "recycling": "specdec.drafters.recycling:Recycling",
 }
+_GROUP = "specdec.drafters"
+_PLACE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
@@ -29,35 +39,32 @@ class NoOptions:
     """Configuration of a registered drafter that declares none."""
 
 
-def _check_type(method: str, option: Field[Any], options: Mapping[str, Any]) -> None:
-    """Integers must be integers, and switches switches; both would fail late otherwise."""
-    value = options.get(option.name)
-    is_switch, is_integer = isinstance(value, bool), hasattr(value, "__index__")
-    wrong = (option.type in ("int", int) and (is_switch or not is_integer)) or (
-        option.type in ("bool", bool) and not is_switch
-    )
-    if option.name in options and wrong:
-        raise ConfigError(
-            f"option {option.name!r} of method {method!r} must be {option.type}, got {value!r}"
-        )
-
-
 class Registry:
     """Maps a method name to a drafter class. The class takes its `Config` as only argument."""
 
     def __init__(self, built_in: Mapping[str, str]) -> None:
+        self._built_in = dict(built_in)
         self._entries: dict[str, str | Callable[[Any], Drafter]] = dict(built_in)
+        self._knows_packages = False
 
     def names(self) -> list[str]:
-        """All method names."""
+        """All method names, those of installed packages last."""
+        if not self._knows_packages:
+            self._knows_packages = True
+            for entry in entry_points(group=_GROUP):
+                if entry.name.isidentifier():
+                    self._entries.setdefault(entry.name, entry.value)
         return list(self._entries)
 
-    def register(self, name: str, drafter: Callable[[Any], Drafter]) -> None:
+    def register(
+        self, name: str, drafter: Callable[[Any], Drafter] | None = None
+    ) -> Callable[[Any], Any]:
         """Adds a method, or replaces one that was added before.
 
         Args:
             name: An identifier, as `--method` and the arms of a benchmark write it.
             drafter: Makes a drafter from its `Config`, a dataclass; without one, from `NoOptions`.
+                Left out where this decorates the class.
 
         Raises:
             ConfigError: The name is built in or no identifier, or the drafter no such thing.
@@ -66,54 +73,61 @@ class Registry:
             raise ConfigError(
                 f"a method's name is an identifier, for example 'my_drafter', got {name!r:.80}"
             )
-        if isinstance(self._entries.get(name), str):
+        if name in self._built_in:
             raise ConfigError(f"method {name!r} is built in; choose another name")
-        config = getattr(drafter, "Config", NoOptions)
-        if not callable(drafter) or not (isinstance(config, type) and is_dataclass(config)):
-            raise ConfigError(
-                f"method {name!r} needs a class that takes its Config, a dataclass, got "
-                f"{drafter!r:.80}"
-            )
-        self._entries[name] = drafter
+        if drafter is None:
+            return lambda decorated: self.register(name, decorated)
+        self._entries[name] = _checked(name, drafter)
+        return drafter
 
     def unregister(self, name: str) -> None:
         """Removes a method that was registered at run time."""
-        if isinstance(self._entries.get(name), str):
+        if name in self._built_in:
             raise ConfigError(f"method {name!r} is built in")
         self._entries.pop(name, None)
 
     def require(self, name: str) -> None:
         """Raises `ConfigError` for a name that nobody registered, and imports nothing."""
-        if name not in self._entries:
+        if name not in self._entries and name not in self.names() and not _PLACE.fullmatch(name):
             known = ", ".join(self.names())
-            raise ConfigError(f"unknown method {name!r:.80}; choose one of {known}")
+            raise ConfigError(
+                f"unknown method {name!r:.80}; choose one of {known}, or name a class of your own "
+                "as module:Class"
+            )
 
     def load(self, name: str) -> Callable[[Any], Drafter]:
-        """The drafter class of a method; raises `ConfigError` for an unknown name."""
+        """The drafter class of a method; raises `ConfigError` for one that cannot be had."""
         self.require(name)
-        entry = self._entries[name]
-        if isinstance(entry, str):
-            module, attribute = entry.split(":")
-            loaded: Callable[[Any], Drafter] = getattr(import_module(module), attribute)
-            return loaded
-        return entry
+        entry = self._entries.get(name, name)
+        if not isinstance(entry, str):
+            return entry
+        if name not in self._built_in:
+            entry = self._entries[name] = _checked(name, _imported(name, entry))
+            return entry
+        module, attribute = entry.split(":")
+        loaded: Callable[[Any], Drafter] = getattr(import_module(module), attribute)
+        return loaded
 
     def configure(self, name: str, options: Mapping[str, Any]) -> Any:
         """The method's validated configuration; raises `ConfigError` for unknown options."""
         config_class = getattr(self.load(name), "Config", NoOptions)
-        known = [f.name for f in fields(config_class)]
+        known = self.options(name)
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise ConfigError(
                 f"method {name!r} has no option {unknown[0]!r}; it has "
                 f"{', '.join(known) if known else 'none'}"
             )
-        for option in fields(config_class):
-            _check_type(name, option, options)
+        for option, value in options.items():
+            known[option].check(value)
         try:
             return config_class(**options)
         except TypeError as problem:  # a required option is missing
             raise ConfigError(f"method {name!r}: {problem}") from problem
+
+    def options(self, name: str) -> Mapping[str, Option]:
+        """The options that a method declares, by name."""
+        return declared(getattr(self.load(name), "Config", NoOptions))
 
     def samples_drafts(self, name: str, config: Any) -> bool:
         """Whether the method samples its drafts, by its class and by the switch of its options."""
@@ -123,6 +137,29 @@ class Registry:
     def create(self, name: str, config: Any) -> Drafter:
         """A fresh drafter for one call."""
         return self.load(name)(config)
+
+
+def _checked(name: str, drafter: Any) -> Callable[[Any], Drafter]:
+    config = getattr(drafter, "Config", NoOptions)
+    if not callable(drafter) or not (isinstance(config, type) and is_dataclass(config)):
+        raise ConfigError(
+            f"method {name!r} needs a class that takes its Config, a dataclass, got {drafter!r:.80}"
+        )
+    return drafter  # type: ignore[no-any-return]
+
+
+def _imported(name: str, place: str) -> Any:
+    """The class at "module:Class"; modules are looked for in the working directory, too."""
+    module, attribute = place.split(":")
+    path = sys.path.copy()
+    sys.path.insert(0, "")
+    try:
+        return getattr(import_module(module), attribute)
+    except Exception as problem:  # whatever foreign code raises
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise ConfigError(f"cannot load method {name!r:.80}: {reason}") from problem
+    finally:
+        sys.path[:] = path
 
 
 methods = Registry(_BUILT_IN)

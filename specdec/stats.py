@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from time import perf_counter
+from typing import Any, ParamSpec, TypeVar
 
-from specdec.tree import TokenTree
-from specdec.verify import HostVerdict
+from specdec.round.tree import TokenTree
+from specdec.round.verify import HostVerdict
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +120,23 @@ class GenerationStats:
                 self.tokens_by_source[source_names[source] if known else "unnamed"] += 1
             self.tokens_by_source["target"] += len(tokens) - len(won)
         self.seconds.update(record.seconds)
+
+
+def timed(stage: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Adds a method's host seconds to its object's `seconds`, under the name of a stage."""
+
+    def decorate(method: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(method)
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            start, seconds = perf_counter(), args[0].seconds  # type: ignore[attr-defined]
+            try:
+                return method(*args, **kwargs)
+            finally:
+                seconds[stage] = seconds.get(stage, 0.0) + perf_counter() - start
+
+        return run
+
+    return decorate
 
 
 def _brief(value: object) -> str:

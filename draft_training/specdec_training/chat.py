@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from specdec.artifacts.input_files import MOST_TEMPLATE, read_input_text
 from specdec.errors import ConfigError
-from specdec.input_files import MOST_TEMPLATE, read_input_text
 from specdec_training.answer_spans import Conversation, prefix_spans, tagged_spans
 from specdec_training.bad_rows import BadRow
 from specdec_training.token_spans import OwnedTokens, owned_tokens

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from specdec.atomic_files import (
+from specdec.artifacts.atomic_files import (
     FULL,
     Digest,
     digest_of,

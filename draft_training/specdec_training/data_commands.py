@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from specdec.commands.loading import load_model
+from specdec.artifacts.terminal import colour_wanted, facts, say
 from specdec.errors import ConfigError
-from specdec.terminal import colour_wanted, facts, say
+from specdec.loading import load_model
 from specdec_training.bad_rows import BadDataError, Tally
 from specdec_training.data_doctor import examine, examine_with_target
 from specdec_training.data_options import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from specdec.terminal import bar, columns, dim, facts, say, wrapped
+from specdec.artifacts.terminal import bar, columns, dim, facts, say, wrapped
 from specdec_training.data_doctor import Findings, pieces
 from specdec_training.prepared import PreparedData
 

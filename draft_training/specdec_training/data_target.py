@@ -10,9 +10,9 @@ from typing import Any
 import transformers
 
 from specdec import demo
-from specdec.commands.loading import TOY, check_model, load_tokenizer, sentence
+from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError
-from specdec.target_fingerprint import TargetFingerprint
+from specdec.loading import TOY, check_model, load_tokenizer, sentence
 from specdec_training.chat import ChatFormat, chat_template, template_options
 
 

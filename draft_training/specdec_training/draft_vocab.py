@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError
-from specdec.heads.checkpoint import load_head
-from specdec.target_fingerprint import TargetFingerprint
+from specdec.heads.checkpoints.load import load_head
 
 _ROOM_FOR_SPECIALS = 16  # all special ids are taken when they fill at most a 16th
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import specdec
+from specdec.audit.loops import loop_start
 from specdec.config import SpecConfig
-from specdec.hf_compat import input_device
-from specdec.loops import loop_start
+from specdec.hf.compat import input_device
 from specdec.stats import RoundRecord
 
 SELECTION = "tree_t0"

@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from specdec.atomic_files import Digest, digest_of, from_json, read_small, to_json
+from specdec.artifacts.atomic_files import Digest, digest_of, from_json, read_small, to_json
+from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError, SpecdecError
-from specdec.target_fingerprint import TargetFingerprint
 from specdec_training.contracts import Document, FeatureBatch, TokenBatch
 from specdec_training.target_output import OutputMatrix
 from specdec_training.tensor_files import read_tensors

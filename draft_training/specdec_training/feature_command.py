@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from specdec.atomic_files import size_text
-from specdec.commands.loading import TOY, load_model
+from specdec.artifacts.atomic_files import size_text
+from specdec.artifacts.terminal import facts, say
 from specdec.errors import ConfigError, SpecdecError
-from specdec.terminal import facts, say
+from specdec.loading import TOY, load_model
 from specdec_training.data_target import open_target
 from specdec_training.feature_cache import FeatureError
 from specdec_training.feature_options import DataFeaturesOptions

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from specdec.atomic_files import (
+from specdec.artifacts.atomic_files import (
     FULL,
     Digest,
     digest_of,
@@ -24,8 +24,8 @@ from specdec.atomic_files import (
     replace_file,
     size_text,
 )
+from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError
-from specdec.target_fingerprint import TargetFingerprint
 from specdec_training.contracts import Document, TokenBatch
 from specdec_training.feature_cache import (
     DTYPES,

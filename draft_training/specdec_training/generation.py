@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from specdec.commands.loading import context_length
-from specdec.loops import loop_start
+from specdec.audit.loops import loop_start
+from specdec.loading import context_length
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from specdec.errors import ConfigError
-from specdec.heads.aux_layers import check_layers
-from specdec.heads.config import default_aux_layers
-from specdec.hf_states import recorded_layers
+from specdec.heads.checkpoints.aux_layers import check_layers
+from specdec.heads.eagle3.config import default_aux_layers
+from specdec.hf.states import recorded_layers
 
 _MOST_LAYERS = 16
 

@@ -14,12 +14,8 @@ import torch
 from torch import Tensor
 
 from specdec.errors import UnsupportedModelError
-from specdec.hf_compat import (
-    hidden_states_argument,
-    input_device,
-    supports_logits_to_keep,
-)
-from specdec.hf_states import tapped_states
+from specdec.hf.compat import hidden_states_argument, input_device, supports_logits_to_keep
+from specdec.hf.states import tapped_states
 from specdec_training.contracts import Document, FeatureBatch, TokenBatch
 
 _PADDING = 1.15  # slots over tokens that a forward may have

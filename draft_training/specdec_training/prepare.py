@@ -14,8 +14,8 @@ from typing import Any
 
 import datasets
 
+from specdec.artifacts.tokenizers import tokenizer_fingerprint
 from specdec.errors import ConfigError, SpecdecError
-from specdec.tokenizers import tokenizer_fingerprint
 from specdec_training import draft_vocab
 from specdec_training.bad_rows import BadDataError, Tally
 from specdec_training.data_options import DataPrepareOptions

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
+from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError, SpecdecError
-from specdec.target_fingerprint import TargetFingerprint
 
 FORMAT_VERSION = 1
 EXAMPLES, VOCABULARY, HELD_OUT, META = (

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from specdec.atomic_files import replace_file
+from specdec.artifacts.atomic_files import replace_file
+from specdec.artifacts.terminal import bold, columns, dim
 from specdec.errors import ConfigError
-from specdec.terminal import bold, columns, dim
 from specdec_training.evaluate import Acceptance
 
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"

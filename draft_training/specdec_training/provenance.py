@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import specdec
-from specdec.source_revision import source_revision
-from specdec.target_fingerprint import TargetFingerprint
+from specdec.artifacts.source_revision import source_revision
+from specdec.artifacts.target_fingerprint import TargetFingerprint
 
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "safetensors", "numpy")
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from specdec.augmentation import augmented
-from specdec.commands.loading import TOY, load_model
+from specdec.api import augmented
 from specdec.errors import ConfigError
+from specdec.loading import TOY, load_model
 from specdec_training.answers import AnswerFile, open_answers
 from specdec_training.bad_rows import BadRow, Tally
 from specdec_training.chat import ChatFormat

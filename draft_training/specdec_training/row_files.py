@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from specdec.artifacts.hub import require_hub
+from specdec.artifacts.places import is_hub_id
 from specdec.demo.corpus import fingerprint, read_sources
 from specdec.errors import ConfigError
-from specdec.hub import require_hub
-from specdec.places import is_hub_id
 from specdec_training.bad_rows import BadRow, shown
 from specdec_training.conversations import Row, parse_row
 from specdec_training.data_options import ReadOptions

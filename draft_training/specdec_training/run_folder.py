@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from specdec.atomic_files import replace_file, to_json
+from specdec.artifacts.atomic_files import replace_file, to_json
 from specdec.errors import ConfigError
 from specdec_training.evaluate import Acceptance, Selection
 from specdec_training.progress import write_metrics

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from specdec.atomic_files import is_running
+from specdec.artifacts.atomic_files import is_running
 from specdec.errors import SpecdecError
 
 try:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from specdec.atomic_files import from_json, read_small
+from specdec.artifacts.atomic_files import from_json, read_small
 from specdec.errors import ConfigError
 from specdec_training.optim import load_optimizer_tensors, optimizer_tensors, set_lr
 

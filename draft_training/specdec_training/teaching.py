@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.eagle3.head import Eagle3Head
 from specdec_training.contracts import FeatureSource, TokenBatch
 from specdec_training.losses import LossJob, lk_mix, simulated_length
 from specdec_training.stepping import make_stepper

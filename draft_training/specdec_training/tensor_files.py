@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from specdec.atomic_files import Digest, write_new
+from specdec.artifacts.atomic_files import Digest, write_new
 from specdec.errors import ConfigError, SpecdecError
 
 _NAMES = {

@@ -11,21 +11,15 @@ from typing import Any
 
 import torch
 
-from specdec.atomic_files import make_folder
-from specdec.commands.loading import (
-    load_config,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    sentence,
-)
+from specdec.artifacts.atomic_files import make_folder
+from specdec.artifacts.target_fingerprint import TargetFingerprint
+from specdec.artifacts.terminal import colour_wanted, say
 from specdec.errors import ConfigError, SpecdecError
-from specdec.heads.checkpoint import load_head, save_head
-from specdec.heads.config import Eagle3Config
-from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.checkpoints.load import load_head, save_head
+from specdec.heads.eagle3.config import Eagle3Config
+from specdec.heads.eagle3.head import Eagle3Head
 from specdec.heads.ready import has_bf16_products
-from specdec.target_fingerprint import TargetFingerprint
-from specdec.terminal import colour_wanted, say
+from specdec.loading import load_config, load_model, load_tokenizer, pick_device, sentence
 from specdec_training.batches import RowSampler, Sizes
 from specdec_training.contracts import FeatureSource
 from specdec_training.evaluate import Acceptance, AcceptanceMeter, DraftShape

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specdec.atomic_files import replace_file, to_json
+from specdec.artifacts.atomic_files import replace_file, to_json
 from specdec.errors import ConfigError
-from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.eagle3.head import Eagle3Head
 from specdec_training.batches import AnyExample, RowSampler, collate, own_batches
 from specdec_training.checkpoints import Checkpoint, CheckpointStore
 from specdec_training.contracts import FeatureSource, TokenBatch

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from specdec.heads.eagle3 import Eagle3Head
-from specdec.heads.ttt_attention import Spans
+from specdec.heads.eagle3.head import Eagle3Head
+from specdec.heads.eagle3.ttt_attention import Spans
 from specdec_training.contracts import FeatureSource, TokenBatch
 from specdec_training.losses import (
     LossJob,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from specdec.places import head_path, target_path
+from specdec.artifacts.places import head_path, target_path
 
 if TYPE_CHECKING:
     import torch

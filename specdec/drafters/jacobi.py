@@ -13,36 +13,37 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from specdec.drafters.base import BatchState, Needs, RowDrafter, RowRound
+from specdec.contracts import BatchState, Needs
+from specdec.drafters.row import RowDrafter, RowRound
 from specdec.errors import ConfigError
+from specdec.method_options import MethodOptions, Range
+from specdec.round.tree import MAX_NODES, TokenTree, TreeBuilder
 from specdec.sources.ngram_pool import NgramPool
-from specdec.tree import MAX_NODES, TokenTree, TreeBuilder
 
 _FIXED_POINT, _FILL, _RECYCLED = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class JacobiConfig:
+class JacobiConfig(MethodOptions):
     """Options of `jacobi`."""
 
-    block: int = 16
+    block: Annotated[int, Range(1, MAX_NODES, tries=(1, 2, 3, 5, 8, 16, 32))] = 16
     """Guessed tokens of the chain; models trained for Jacobi decoding take longer ones."""
-    recycle: int = 4
+    recycle: Annotated[int, Range(0, MAX_NODES, tries=(0, 2, 4))] = 4
     """n-grams kept for a token and verified as branches; 0 for the chain alone."""
-    ngram: int = 8
+    ngram: Annotated[int, Range(2, MAX_NODES, tries=(3, 4, 8))] = 8
     """Most tokens of a recycled n-gram, its first one included."""
     seed: int = 0
     """Seed of the guesses that fill the block; independent of torch's generators."""
 
-    def __post_init__(self) -> None:
-        """Checks the ranges; raises `ConfigError`."""
-        impossible = self.block < 1 or self.recycle < 0 or self.ngram < 2
-        if impossible or self.nodes > MAX_NODES:
+    def check(self) -> None:
+        """A step is no larger than a round may be."""
+        if self.nodes > MAX_NODES:
             raise ConfigError(
-                "jacobi needs block >= 1, recycle >= 0 and ngram >= 2, and at most "
-                f"{MAX_NODES} nodes, block + recycle * (ngram - 1), got block={self.block}, "
-                f"recycle={self.recycle}, ngram={self.ngram}"
+                f"jacobi verifies at most {MAX_NODES} nodes, block + recycle * (ngram - 1), got "
+                f"block={self.block}, recycle={self.recycle}, ngram={self.ngram}"
             )
 
     @property

@@ -18,26 +18,29 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass
+from typing import Annotated
 
-from specdec.drafters.base import BatchState, Needs, RowDrafter, RowRound
+from specdec.contracts import BatchState, Needs
+from specdec.drafters.row import RowDrafter, RowRound
 from specdec.errors import ConfigError
+from specdec.method_options import MethodOptions, Range
+from specdec.round.tree import MAX_NODES, TokenTree, TreeBuilder
 from specdec.sources.ngram_pool import NgramPool
-from specdec.tree import MAX_NODES, TokenTree, TreeBuilder
 
 _FROM_WINDOW, _FROM_TEXT, _WINDOW_NODE = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class LookaheadConfig:
+class LookaheadConfig(MethodOptions):
     """Options of `lookahead`; the paper's presets for large models on an A100 are W/N/G = 15/5/15
     (7B), 10/5/10 (13B) and 7/5/7 (33B).
     """
 
-    window: int = 7
+    window: Annotated[int, Range(0, MAX_NODES, tries=(0, 1, 2, 3, 5, 7, 10, 15))] = 7
     """Columns of the Jacobi window (W)."""
-    ngram: int = 5
+    ngram: Annotated[int, Range(2, MAX_NODES, tries=(2, 3, 4, 5))] = 5
     """Tokens of an n-gram, key included (N)."""
-    guesses: int = 7
+    guesses: Annotated[int, Range(0, MAX_NODES, tries=(1, 2, 3, 5, 7, 10, 15))] = 7
     """n-grams verified a round (G)."""
     pool_from_prompt: bool = True
     """Also collect n-grams from the prompt and the accepted text."""
@@ -50,14 +53,12 @@ class LookaheadConfig:
     seed: int = 0
     """Seed of the window's random start; independent of torch's generators."""
 
-    def __post_init__(self) -> None:
-        """Checks the ranges; raises `ConfigError`."""
-        impossible = self.window < 0 or self.ngram < 2 or self.guesses < 0
-        if impossible or self.nodes > MAX_NODES:
+    def check(self) -> None:
+        """A step is no larger than a round may be."""
+        if self.nodes > MAX_NODES:
             raise ConfigError(
-                "lookahead needs window >= 0, ngram >= 2 and guesses >= 0, and at most "
-                f"{MAX_NODES} nodes, (window + guesses) * (ngram - 1), got "
-                f"window={self.window}, ngram={self.ngram}, guesses={self.guesses}"
+                f"lookahead verifies at most {MAX_NODES} nodes, (window + guesses) * (ngram - 1), "
+                f"got window={self.window}, ngram={self.ngram}, guesses={self.guesses}"
             )
 
     @property

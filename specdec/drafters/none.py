@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specdec.drafters.base import BatchState, RowDrafter
-from specdec.tree import TreeBatch
+from specdec.contracts import BatchState
+from specdec.drafters.row import RowDrafter
+from specdec.round.tree import TreeBatch
 
 
 @dataclass(frozen=True)

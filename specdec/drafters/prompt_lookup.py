@@ -6,44 +6,35 @@ Saxena 2023, "Prompt Lookup Decoding". Free, and strong wherever the answer repe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from specdec.drafters.base import RowDrafter, RowRound
+from specdec.drafters.row import RowDrafter, RowRound
 from specdec.errors import ConfigError
+from specdec.method_options import MethodOptions, Range
+from specdec.round.tree import MAX_NODES, TokenTree
 from specdec.sources.ngram_index import NgramIndex
-from specdec.tree import MAX_NODES, TokenTree
 
 _LONGEST = 64  # an n-gram; every length below it has an index of its own
 
 
 @dataclass(frozen=True)
-class PromptLookupConfig:
+class PromptLookupConfig(MethodOptions):
     """Options of `prompt_lookup`."""
 
-    max_ngram: int = 4
+    max_ngram: Annotated[int, Range(1, _LONGEST, tries=(2, 3, 4, 6))] = 4
     """Longest suffix that is looked up."""
-    min_ngram: int = 1
+    min_ngram: Annotated[int, Range(1, _LONGEST, tries=(1, 2, 3))] = 1
     """Shortest suffix that is looked up."""
-    num_draft_tokens: int = 10
+    num_draft_tokens: Annotated[int, Range(1, MAX_NODES, tries=(1, 2, 3, 5, 7, 10, 16, 24))] = 10
     """Most tokens copied after a match."""
-    tokens_per_match: int = 3
+    tokens_per_match: Annotated[int, Range(1, tries=(1, 2, 3, 5, 10))] = 3
     """Tokens copied per matched token: a longer match is trusted further."""
 
-    def __post_init__(self) -> None:
-        """Checks the ranges; raises `ConfigError`."""
-        if not 1 <= self.min_ngram <= self.max_ngram <= _LONGEST:
+    def check(self) -> None:
+        """The shortest suffix is no longer than the longest."""
+        if self.min_ngram > self.max_ngram:
             raise ConfigError(
-                f"prompt_lookup needs 1 <= min_ngram <= max_ngram <= {_LONGEST}, got min_ngram="
-                f"{self.min_ngram}, max_ngram={self.max_ngram}"
-            )
-        if self.num_draft_tokens < 1 or self.tokens_per_match < 1:
-            raise ConfigError(
-                "prompt_lookup needs num_draft_tokens >= 1 and tokens_per_match >= 1, got "
-                f"{self.num_draft_tokens} and {self.tokens_per_match}"
-            )
-        if self.num_draft_tokens > MAX_NODES:
-            raise ConfigError(
-                f"prompt_lookup takes num_draft_tokens up to {MAX_NODES}, got "
-                f"{self.num_draft_tokens}"
+                f"min_ngram must be at most max_ngram, got {self.min_ngram} and {self.max_ngram}"
             )
 
 

@@ -11,39 +11,32 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import BatchState, Needs, RoundResult, Shape
-from specdec.errors import ConfigError
-from specdec.tree import MAX_NODES, TreeBatch, bucket_size
+from specdec.contracts import BatchState, Needs, RoundResult, Shape
+from specdec.method_options import MethodOptions, Range
+from specdec.round.tree import MAX_NODES, TreeBatch, bucket_size
 
 _UNKNOWN = -1
 
 
 @dataclass(frozen=True)
-class RecyclingConfig:
+class RecyclingConfig(MethodOptions):
     """Options of `recycling`; 8 candidates and 80 nodes are the paper's sizes."""
 
-    top_k: int = 8
+    top_k: Annotated[int, Range(1, tries=(2, 4, 8))] = 8
     """Candidates kept for every token id."""
-    nodes: int = 80
+    nodes: Annotated[int, Range(1, MAX_NODES, tries=(1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 80))] = 80
     """Most nodes of the tree below the root."""
-    depth: int = 8
+    depth: Annotated[int, Range(1)] = 8
     """Deepest level of the tree."""
     from_prompt: bool = True
     """Begin with what follows each token in the prompts."""
     keep_matrix: bool = False
     """Keep the matrix from call to call; text never depends on it, speed does."""
-
-    def __post_init__(self) -> None:
-        """Checks the ranges; raises `ConfigError`."""
-        if self.top_k < 1 or self.depth < 1 or not 1 <= self.nodes <= MAX_NODES:
-            raise ConfigError(
-                f"recycling needs top_k >= 1, depth >= 1 and 1 <= nodes <= {MAX_NODES}, got "
-                f"top_k={self.top_k}, depth={self.depth}, nodes={self.nodes}"
-            )
 
 
 def rank_weight(rank: int) -> float:

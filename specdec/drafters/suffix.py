@@ -10,15 +10,17 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from specdec.drafters.base import BatchState, RowDrafter, RowRound
+from specdec.artifacts.tokenizers import tokenizer_fingerprint, tokenizer_in
+from specdec.contracts import BatchState
+from specdec.drafters.row import RowDrafter, RowRound
 from specdec.errors import ConfigError
+from specdec.method_options import MethodOptions, Range
+from specdec.round.tree import MAX_NODES, TokenTree
 from specdec.sources.suffix_draft import Limits, View, draft_tree
 from specdec.sources.suffix_index import NO_MATCH, Match, SuffixIndex
 from specdec.sources.suffix_store import SuffixStore, check_names
-from specdec.tokenizers import tokenizer_fingerprint, tokenizer_in
-from specdec.tree import MAX_NODES, TokenTree
 
 _FROM_TEXT, _FROM_STORE = 0, 1
 _STORE_NOVELTY = 2.0  # other texts are less like this one; measured against 1 and 4
@@ -26,18 +28,18 @@ _STORE_CONTEXT = 64  # prompt tokens matched with the store; more would hardly c
 
 
 @dataclass(frozen=True)
-class SuffixConfig:
+class SuffixConfig(MethodOptions):
     """Options of `suffix`."""
 
-    max_depth: int = 24
+    max_depth: Annotated[int, Range(1, MAX_NODES)] = 24
     """Deepest level of a tree."""
-    max_nodes: int = 32
+    max_nodes: Annotated[int, Range(1, MAX_NODES, tries=(2, 4, 7, 11, 16, 32, 64))] = 32
     """Most nodes of a tree."""
-    nodes_per_match: float = 4.0
+    nodes_per_match: Annotated[float, Range(0, MAX_NODES, tries=(0.5, 1.0, 2.0, 4.0, 8.0))] = 4.0
     """Nodes allowed per matched token: a longer match is trusted further."""
-    extra_nodes: int = 4
+    extra_nodes: Annotated[int, Range(0, tries=(0, 1, 2, 4, 8))] = 4
     """Nodes allowed besides those."""
-    min_probability: float = 0.1
+    min_probability: Annotated[float, Range(1e-6, 1, tries=(0.05, 0.1, 0.2, 0.35, 0.5, 0.7))] = 0.1
     """Least estimated probability of a node, the path to it included."""
     store: str | Path | None = None
     """Folder in which generated texts are kept for other calls and processes; none by default."""
@@ -45,32 +47,13 @@ class SuffixConfig:
     """Part of the store; spaces share nothing."""
     tokenizer: Any = None
     """The model's tokenizer, or its fingerprint; a store needs it."""
-    store_tokens: int = 200_000
+    store_tokens: Annotated[int, Range(2)] = 200_000
     """Stored tokens held in memory, the newest."""
     store_update: bool = True
     """Whether the call's own texts are added to the store."""
 
-    def __post_init__(self) -> None:
-        """Checks the ranges; raises `ConfigError`."""
-        if not 1 <= self.max_depth <= MAX_NODES or not 1 <= self.max_nodes <= MAX_NODES:
-            raise ConfigError(
-                f"suffix takes max_depth and max_nodes from 1 to {MAX_NODES}, got "
-                f"{self.max_depth} and {self.max_nodes}"
-            )
-        if not _is_number(self.nodes_per_match, 0, MAX_NODES) or self.extra_nodes < 0:
-            raise ConfigError(
-                f"suffix needs nodes_per_match from 0 to {MAX_NODES} and extra_nodes >= 0, got "
-                f"{self.nodes_per_match!r} and {self.extra_nodes}"
-            )
-        if not _is_number(self.min_probability, 1e-6, 1):
-            raise ConfigError(
-                f"suffix needs min_probability from 1e-6 to 1, got {self.min_probability!r}"
-            )
-        if self.store_tokens < 2:
-            raise ConfigError(f"suffix needs store_tokens >= 2, got {self.store_tokens}")
-        self._check_store()
-
-    def _check_store(self) -> None:
+    def check(self) -> None:
+        """A store has a place and a tokenizer."""
         if self.store is not None and (not isinstance(self.store, str | Path) or not self.store):
             raise ConfigError(f"store must be the path of a folder, got {self.store!r}")
         if self.store is not None and self.tokenizer is None:
@@ -82,11 +65,6 @@ class SuffixConfig:
         check_names(self.space, fingerprint)
         if self.tokenizer is not None and not isinstance(self.tokenizer, str):
             tokenizer_in(self.tokenizer)
-
-
-def _is_number(value: Any, low: float, high: float) -> bool:
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and low <= value <= high  # NaN is in no range
 
 
 class Suffix(RowDrafter):

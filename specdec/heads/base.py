@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from specdec.heads.ttt_attention import Spans
+from specdec.heads.eagle3.ttt_attention import Spans
 
 
 class DraftHead(Protocol):

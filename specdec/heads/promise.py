@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from specdec.drafters.base import RoundResult
+from specdec.contracts import RoundResult
 
 ROUNDS = 200
 """Rounds that are looked at."""

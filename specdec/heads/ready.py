@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from specdec.drafters.base import TargetFacts
+from specdec.artifacts.target_fingerprint import TargetFingerprint
+from specdec.contracts import TargetFacts
 from specdec.errors import ConfigError, HeadWarning
-from specdec.heads.checkpoint import load_head
-from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.checkpoints.load import load_head
+from specdec.heads.eagle3.head import Eagle3Head
 from specdec.heads.promise import Promise
-from specdec.target_fingerprint import TargetFingerprint
 
 _MEMORY = "eagle3.heads"
 _MOST_KEPT = 4  # heads that the memory of one target holds at a time

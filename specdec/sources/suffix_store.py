@@ -53,7 +53,7 @@ class SuffixStore:
     Args:
         folder: Where; made with mode 0700 when missing.
         space: Name of the part of the store; spaces share nothing.
-        fingerprint: The tokenizer's (`specdec.tokenizers`), for ids mean nothing without it.
+        fingerprint: The tokenizer's, for ids mean nothing without it.
         limit: Tokens held in memory; between half of it and all, the newest.
 
     Raises:

@@ -12,29 +12,24 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE_ROOTS = ("specdec", "kernels", "draft_training", "integrations", "benchmarks")
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 
-# A module may import from its own layer and from those before it.
-LAYERS = (
-    {"errors", "tree", "config", "stats", "sources", "verify", "options", "terminal", "tokenizers"}
-    | {"rejection", "atomic_files", "target_fingerprint", "head_options", "loops"}
-    | {"source_revision", "sealed", "broken_weights", "places", "hub", "input_files"},
-    {"sampling", "tree_cache", "state_cache", "hf_compat", "hf_states", "hf_cache", "hf_steps"}
-    | {"hf_names", "model_state", "model_files"},
-    {"target", "chain_target", "capability", "exactness", "drafters.base", "registry"}
-    | {"stop_rules"}
-    | {"draft_loading", "draft_runner", "randomness", "self_test"}
-    | {"prompt_target", "prompt_check"},
-    {"loop"},
-    {"drafters", "heads", "tuning", "tuned_file"},
-    {"augmentation", "hf_generate", "hf_call", "hf_fallback", "hf_outputs", "trace_file"},
-    {"demo", "commands", "option_checks"},
+# Folders of the core and its top-level modules, by floor: each imports from floors below its own.
+FLOORS = (
+    {"errors"},
+    {"round", "sources", "hf", "caches"},
+    {"audit", "stats", "method_options"},
+    {"artifacts", "config", "contracts"},
+    {"registry", "loop", "targets", "heads.eagle3", "demo"},
+    {"loading", "cost", "heads.checkpoints"},
+    {"heads"},
+    {"drafters"},
+    {"generate"},
+    {"api"},
     {"cli"},
 )
-WITHOUT_TRANSFORMERS = (
-    *("loop", "verify", "tree", "sealed", "sampling", "stop_rules", "stats", "registry"),
-)
+WITHOUT_TRANSFORMERS = ("round", "loop", "contracts", "stats", "registry", "generate/stop_rules")
 WITHOUT_TORCH = ("sources", "errors")
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load"}
-LEGACY_READER = "specdec/heads/legacy.py"  # restricted unpickling, for `specdec convert` alone
+LEGACY_READER = "specdec/heads/checkpoints/legacy.py"  # restricted unpickling, for `convert` alone
 
 
 def library_files() -> list[Path]:
@@ -48,14 +43,15 @@ def module_name(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-def layer_of(module: str) -> int:
-    """Layer of a module by its longest listed prefix."""
-    while module:
-        for index, layer in enumerate(LAYERS):
-            if module in layer:
-                return index
-        module = module.rpartition(".")[0]
-    return len(LAYERS)
+def room(module: str) -> str:
+    """Folder that a module is in, or itself at the top level."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "heads" and len(parts) > 2 else parts[0]
+
+
+def floor_of(module: str) -> int:
+    """Floor of a module's folder."""
+    return next(index for index, rooms in enumerate(FLOORS) if room(module) in rooms)
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -69,12 +65,13 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def specdec_imports(path: Path) -> set[str]:
-    """Modules of the core that a file imports."""
+    """Modules of the core that a file imports; packages that hold nothing do not count."""
     found = set()
     for name in imports(path):
         module = name.removeprefix("specdec.")
-        known = (ROOT / "specdec" / (module.replace(".", "/") + ".py")).exists()
-        if name.startswith("specdec.") and (known or module in {"demo", "sources", "drafters"}):
+        place = ROOT / "specdec" / module.replace(".", "/")
+        known = place.with_suffix(".py").exists() or module == "demo"
+        if name.startswith("specdec.") and known:
             found.add(module)
     return found
 
@@ -83,10 +80,17 @@ CORE = [p for p in sorted((ROOT / "specdec").rglob("*.py")) if module_name(p)]
 
 
 @pytest.mark.parametrize("path", CORE, ids=module_name)
-def test_imports_go_one_way(path: Path) -> None:
-    own = layer_of(module_name(path))
-    above = {name for name in specdec_imports(path) if layer_of(name) > own}
-    assert not above, f"{module_name(path)} imports {above} from a later layer"
+def test_imports_go_down(path: Path) -> None:
+    own = module_name(path)
+    others = {name for name in specdec_imports(path) if room(name) != room(own)}
+    wrong = {name for name in others if floor_of(name) >= floor_of(own)}
+    assert not wrong, f"{own} imports {wrong}, which is on no floor below"
+
+
+def test_the_top_level_is_small() -> None:
+    assert len(list((ROOT / "specdec").glob("*.py"))) <= 10
+    rooms = {room(module_name(path)) for path in CORE}
+    assert rooms == set().union(*FLOORS)
 
 
 def test_no_import_cycles() -> None:
@@ -105,22 +109,31 @@ def test_no_import_cycles() -> None:
 
 
 def test_drafters_never_import_each_other() -> None:
-    for path in (ROOT / "specdec" / "drafters").glob("*.py"):
+    drafters = ROOT / "specdec" / "drafters"
+    for path in drafters.rglob("*.py"):
+        method = path.relative_to(drafters).parts[0]
         others = {n for n in specdec_imports(path) if n.startswith("drafters.")}
-        assert others <= {"drafters.base"}, path
+        foreign = {name for name in others if not name.startswith(f"drafters.{method}.")}
+        assert foreign <= {"drafters.row"}, path
 
 
-@pytest.mark.parametrize("module", WITHOUT_TRANSFORMERS)
-def test_core_does_not_know_transformers(module: str) -> None:
-    path = ROOT / "specdec" / f"{module}.py"
-    assert not [name for name in imports(path) if name.split(".")[0] == "transformers"]
+def files_of(place: str) -> list[Path]:
+    """The files of a folder or module of the core."""
+    target = ROOT / "specdec" / place
+    found = list(target.rglob("*.py")) if target.is_dir() else [target.with_suffix(".py")]
+    assert found, place
+    return found
 
 
-@pytest.mark.parametrize("module", WITHOUT_TORCH)
-def test_sources_do_not_know_torch(module: str) -> None:
-    target = ROOT / "specdec" / module
-    files = target.rglob("*.py") if target.is_dir() else [target.with_suffix(".py")]
-    for path in files:
+@pytest.mark.parametrize("place", WITHOUT_TRANSFORMERS)
+def test_core_does_not_know_transformers(place: str) -> None:
+    for path in files_of(place):
+        assert not [name for name in imports(path) if name.split(".")[0] == "transformers"], path
+
+
+@pytest.mark.parametrize("place", WITHOUT_TORCH)
+def test_sources_do_not_know_torch(place: str) -> None:
+    for path in files_of(place):
         assert not [name for name in imports(path) if name.split(".")[0] == "torch"], path
 
 
@@ -166,8 +179,8 @@ def test_forbidden_calls(path: Path) -> None:
 
 
 def test_only_convert_reads_legacy_weights() -> None:
-    users = {p for p in library_files() if "specdec.heads.legacy" in set(imports(p))}
-    assert users == {ROOT / "specdec" / "commands" / "heads.py"}
+    users = {p for p in library_files() if "specdec.heads.checkpoints.legacy" in set(imports(p))}
+    assert users == {ROOT / "specdec" / "cli" / "heads.py"}
 
 
 def test_public_api_is_small() -> None:
@@ -195,6 +208,6 @@ def test_import_opens_no_connection_and_needs_no_triton() -> None:
         "def refuse(*a, **k): raise RuntimeError('network')\n"
         "socket.socket.connect = refuse\n"
         "sys.modules['triton'] = None\n"
-        "import specdec, specdec.cli\n"
+        "import specdec, specdec.cli.main\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -15,7 +15,7 @@ from attack import tables
 from attack.forks import BROKEN_PIPE
 from attack.places import CONTENT, Variants, headers
 from attack.tables import GENERATE
-from specdec.cli import _COMMANDS, _GROUPS, _load
+from specdec.cli.main import _COMMANDS, _GROUPS, _load
 from specdec.registry import methods
 
 Streams = Mapping[str, Any]

@@ -29,10 +29,10 @@ _PRELOADED = (
     "accelerate",
     "huggingface_hub",
     "specdec.cli",
-    "specdec.demo.show",
-    "specdec.commands.generate",
-    "specdec.commands.doctor",
-    "specdec.commands.heads",
+    "specdec.cli.show",
+    "specdec.cli.generate",
+    "specdec.cli.doctor",
+    "specdec.cli.heads",
     "specdec_training.train_command",
     "specdec_training.data_commands",
     "specdec_training.feature_command",
@@ -145,7 +145,7 @@ def _attacked(
             if value is not None:
                 os.environ[name] = value
         _limit(seconds)
-        from specdec.cli import main
+        from specdec.cli.main import main
 
         code = main(arguments)
     except SystemExit as stop:

@@ -29,7 +29,6 @@ _NUMBER = (
     r"^--[a-z-]+ (leaves no room|names .* twice)",
     r"^--device .* cannot be used: ",
     r"^--betas: expected numbers, got ",
-    r"^prompt_lookup takes num_draft_tokens up to ",
     r"^\S+ holds no answer of turn ",
     r"^(hidden_size|head_dim|aux_output_layers|rope_parameters) (must|holds) ",
     r"^the model's context is|^the prompt is too long",
@@ -60,9 +59,11 @@ _NAME = (
     r"^tuning for batch 1 needs two batches of prompts",
 )
 _METHOD_OPTION = (
-    r"^option [a-z_]+ must be (a whole number|a number|true or false), got '",
-    r"^(lookahead|jacobi|prompt_lookup|suffix|recycling|draft_model|eagle3) (needs|takes) ",
-    r"^(temperature|confidence_threshold|beam|top_k|space|store) must be ",
+    r"^option [a-z_]+ must be (a (whole )?number|true or false)( from \S+ (on|to \S+))?"
+    r"(, or none)?, got ",
+    r"^(lookahead|jacobi) verifies at most ",
+    r"^(draft_model|eagle3) (drafts at most|needs) ",
+    r"^(min_ngram|space|store) must be ",
     r"^str is no tokenizer: ",
     r"^a tokenizer's fingerprint has 64 hexadecimal digits",
     r"^(draft_sampling proposes|a store|the store|space|store_)",

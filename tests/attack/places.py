@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from helpers.heads import head_for
 from helpers.tiny_model import CHAT_TEMPLATE, write_model
-from specdec.heads.saving import save_head
-from specdec.target_fingerprint import TargetFingerprint
+from specdec.artifacts.target_fingerprint import TargetFingerprint
+from specdec.heads.checkpoints.save import save_head
 
 DEEP = "[" * 100_000
 _SPARSE = 10 * 2**30

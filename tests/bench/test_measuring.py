@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from specdec.augmentation import _ATTRIBUTE
+from specdec.api import _ATTRIBUTE
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench import RunOptions, run
 from specdec_bench.measure.arms import Workbench, parse_arm

@@ -15,9 +15,9 @@ import torch
 import specdec
 from specdec.config import SpecConfig
 from specdec.demo import load_target, load_tokenizer
-from specdec.drafters.base import RowDrafter, RowRound
+from specdec.drafters.row import RowDrafter, RowRound
 from specdec.errors import ConfigError, DrafterError, SpecdecError
-from specdec.tree import TokenTree
+from specdec.round.tree import TokenTree
 from specdec_bench.replay.command import run_replay
 from specdec_bench.replay.methods import parse_methods
 from specdec_bench.replay.options import ReplayOptions

@@ -14,8 +14,8 @@ import torch
 
 import specdec.loop
 from specdec.errors import ConfigError, SpecdecError
-from specdec.tree import TreeBatch
-from specdec.verify import verify
+from specdec.round.tree import TreeBatch
+from specdec.round.verify import verify
 from specdec_bench import RunOptions, read_results, run
 from specdec_bench.measure.arms import GenerateArm, Workbench, parse_arm
 from specdec_bench.measure.command import run_run

@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import specdec
 import specdec.loop
+from specdec.audit.exactness import audit, reference_model, replay_noise
 from specdec.demo import load_target, load_tokenizer
 from specdec.errors import ConfigError, SpecdecError
-from specdec.exactness import audit, reference_model, replay_noise
 from specdec_bench.checks import text as text_module
 from specdec_bench.checks.teacher_forced import LARGEST_RATIO, Judged, Requests, judge
 from specdec_bench.checks.text import ReferenceModel, check_text, promises_text

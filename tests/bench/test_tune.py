@@ -17,10 +17,10 @@ import torch
 import specdec
 import specdec_bench.tune.tuner as tune_module
 from helpers.families import model_of
-from specdec.commands.loading import load_model, load_tokenizer
+from specdec.artifacts.places import DRAFT_HEAD, DRAFT_MODEL, head_path, target_path
+from specdec.cost.tuned_file import read_tuned
 from specdec.errors import ConfigError, SpecdecError
-from specdec.places import DRAFT_HEAD, DRAFT_MODEL, head_path, target_path
-from specdec.tuned_file import read_tuned
+from specdec.loading import load_model, load_tokenizer
 from specdec_bench.measure.arms import Workbench
 from specdec_bench.measure.runner import clear_generation_config
 from specdec_bench.measure.units import SHORTEST, Maker, Unit, padded

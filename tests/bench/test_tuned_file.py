@@ -14,9 +14,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import specdec
+from specdec.artifacts.target_fingerprint import TargetFingerprint
+from specdec.cost.tuned_file import TunedChoice, TunedFile, conditions, read_tuned, write_tuned
 from specdec.errors import ConfigError
-from specdec.target_fingerprint import TargetFingerprint
-from specdec.tuned_file import TunedChoice, TunedFile, conditions, read_tuned, write_tuned
 
 PROMPT = torch.arange(2, 14)[None]
 

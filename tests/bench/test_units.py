@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from specdec.artifacts.tokenizers import tokenizer_fingerprint
 from specdec.demo import load_tokenizer
 from specdec.errors import ConfigError
 from specdec.sources.suffix_index import NO_MATCH
 from specdec.sources.suffix_store import SuffixStore
-from specdec.tokenizers import tokenizer_fingerprint
 from specdec_bench.measure.arms import Workbench, fill_stores
 from specdec_bench.measure.costs import RoundCosts, cost_ratio, measure_curve, predict
 from specdec_bench.measure.loaded import Loaded

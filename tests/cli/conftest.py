@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from helpers.tiny_model import CHAT_TEMPLATE, CONTEXT, byte_tokenizer, write_model
-from specdec import cli
+from specdec.cli.main import main
 
 __all__ = ["CONTEXT", "byte_tokenizer"]
 
@@ -39,7 +39,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
 
     def call(*arguments: object) -> SimpleNamespace:
         capsys.readouterr()
-        code = cli.main([os.fspath(a) if isinstance(a, Path) else str(a) for a in arguments])
+        code = main([os.fspath(a) if isinstance(a, Path) else str(a) for a in arguments])
         output, errors = capsys.readouterr()
         return SimpleNamespace(code=code, out=output, err=errors)
 

@@ -21,17 +21,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.heads import head_for
-from specdec import augment, hub, register_drafter
-from specdec.drafters.base import RowDrafter
+from specdec import augment, register_drafter
+from specdec.artifacts import hub
+from specdec.artifacts.input_files import MOST_TEXT, check_input_file, read_input, read_input_text
+from specdec.artifacts.places import DRAFT_HEAD, DRAFT_MODEL, MODEL, head_path, locate, target_path
+from specdec.artifacts.target_fingerprint import TargetFingerprint
+from specdec.cli.options import GenerateOptions, check_ranges
+from specdec.drafters.row import RowDrafter
 from specdec.errors import ConfigError, SpecdecError
-from specdec.heads.checkpoint import locate_head
-from specdec.heads.saving import save_head
-from specdec.input_files import MOST_TEXT, check_input_file, read_input, read_input_text
-from specdec.options import GenerateOptions, check_ranges
-from specdec.places import DRAFT_HEAD, DRAFT_MODEL, MODEL, head_path, locate, target_path
+from specdec.heads.checkpoints.load import locate_head
+from specdec.heads.checkpoints.save import save_head
 from specdec.registry import methods
-from specdec.target_fingerprint import TargetFingerprint
-from specdec.tree import MAX_NODES
+from specdec.round.tree import MAX_NODES
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., SimpleNamespace]
@@ -113,7 +114,7 @@ def generate(run: Run, model: Path, *more: object) -> SimpleNamespace:
 )  # fmt: skip
 def test_wrong_arguments_are_answered_without_torch(arguments: list[str], said: str) -> None:
     code = (
-        "import sys; from specdec.cli import main; code = main(sys.argv[1:]);"
+        "import sys; from specdec.cli.main import main; code = main(sys.argv[1:]);"
         "print(code, sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run(
@@ -541,5 +542,5 @@ def test_what_the_system_refuses_is_no_bug(run: Run, monkeypatch: pytest.MonkeyP
     def fail(_: object) -> int:
         raise PermissionError(13, "Permission denied", "/some/cache")
 
-    monkeypatch.setattr("specdec.commands.doctor.run_doctor", fail)
+    monkeypatch.setattr("specdec.cli.doctor.run_doctor", fail)
     assert refusal(run("doctor")) == "the system refuses '/some/cache': Permission denied"

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoTokenizer
 
 from helpers.tiny_model import CONTEXT
-from specdec.commands import generate as command
-from specdec.commands.loading import load_model
+from specdec.cli import generate as command
+from specdec.cli.options import GenerateOptions
 from specdec.errors import SpecdecError
-from specdec.options import GenerateOptions
+from specdec.loading import load_model
 
 Run = Callable[..., SimpleNamespace]
 Messages = list[dict[str, str]]

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from specdec.cli.options import DemoOptions, DoctorOptions, GenerateOptions, check_ranges
 from specdec.errors import ConfigError
-from specdec.options import DemoOptions, DoctorOptions, GenerateOptions, check_ranges
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., SimpleNamespace]
@@ -253,13 +253,13 @@ def test_the_last_resort(
     def fail(_: object) -> int:
         raise problem
 
-    monkeypatch.setattr("specdec.commands.doctor.run_doctor", fail)
+    monkeypatch.setattr("specdec.cli.doctor.run_doctor", fail)
     failed = run("doctor")
     line = " ".join(line.split())
     assert (failed.code, failed.out, failed.err) == (code, "", f"specdec: error: {line}\n")
 
 
-@pytest.mark.parametrize("module", ["tyro", "specdec.options", "specdec.commands.doctor"])
+@pytest.mark.parametrize("module", ["tyro", "specdec.cli.options", "specdec.cli.doctor"])
 def test_ctrl_c_during_imports(module: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupt:
         def find_spec(self, name: str, *_: object) -> None:
@@ -274,11 +274,11 @@ def test_ctrl_c_during_imports(module: str, run: Run, monkeypatch: pytest.Monkey
 
 _SWALLOWING = """
 import os, signal, sys, time
-from specdec.cli import main
+from specdec.cli.main import main
 
 class Swallow:
     def find_spec(self, name, *_):
-        if name == "specdec.commands.doctor":
+        if name == "specdec.cli.doctor":
             try:
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(5)
@@ -308,7 +308,7 @@ def test_an_error_that_leads_to_itself(run: Run, monkeypatch: pytest.MonkeyPatch
         except ValueError:
             raise ours from None
 
-    monkeypatch.setattr("specdec.commands.doctor.run_doctor", fail)
+    monkeypatch.setattr("specdec.cli.doctor.run_doctor", fail)
     failed = run("doctor")
     assert (failed.code, failed.err) == (2, "specdec: error: no rows\n")
 

@@ -14,19 +14,20 @@ import torch
 from transformers import AutoTokenizer
 
 from helpers.heads import head_for
-from specdec import demo, places, register_drafter
-from specdec.capability import Capability
+from specdec import demo, register_drafter
+from specdec.artifacts import places
+from specdec.artifacts.terminal import bar, by_round, colour_wanted, columns
+from specdec.cli import race, show
+from specdec.cli.options import DemoOptions
+from specdec.cli.race import Arm, ArmResult, choose_arms
 from specdec.config import SpecConfig
-from specdec.demo import race, show
 from specdec.demo.corpus import HELD_OUT_MODULES
 from specdec.demo.prompts import PROMPTS
-from specdec.demo.race import Arm, ArmResult, choose_arms
-from specdec.drafters.base import RowDrafter
+from specdec.drafters.row import RowDrafter
 from specdec.errors import SpecdecError
-from specdec.heads.checkpoint import save_head
-from specdec.options import DemoOptions
+from specdec.heads.checkpoints.load import save_head
 from specdec.registry import methods
-from specdec.terminal import bar, by_round, colour_wanted, columns
+from specdec.targets.self_test import Capability
 
 Run = Callable[..., SimpleNamespace]
 SMALL = ("demo", "--max-new-tokens", 12, "--prompts", 2, "--repetitions", 1)

@@ -17,8 +17,8 @@ from helpers.naive_head import NaiveHead, Sizes, dynamic_trees
 from helpers.toy_target import paths_of
 from specdec import SpecConfig, demo
 from specdec.demo.prompts import PROMPTS
-from specdec.heads.checkpoint import load_head
-from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.checkpoints.load import load_head
+from specdec.heads.eagle3.head import Eagle3Head
 from specdec.stats import RoundRecord
 
 

@@ -17,8 +17,8 @@ from fuzz.compare import EXACT, ROUNDED, Outcome, differences
 from fuzz.draw import Call, Turn
 from helpers.chains import tolerance
 from helpers.names import CACHE, OLD
-from specdec import draft_loading
-from specdec.augmentation import capability
+from specdec.api import capability
+from specdec.drafters.draft_model import loading
 
 
 class NoCallError(Exception):
@@ -74,7 +74,7 @@ def check(call: Call) -> Result:
 
 def _forget_calls(memory: dict[str, Any]) -> None:
     """Drops what earlier calls left: it could not be repeated. Drafts stay, which take seconds."""
-    for name in [name for name in memory if name != draft_loading._MEMORY]:
+    for name in [name for name in memory if name != loading._MEMORY]:
         del memory[name]
 
 

@@ -5,11 +5,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdec.capability import NoDrafter
-from specdec.target import HFTarget, Prompt
-from specdec.tree import TokenTree, TreeBatch
-from specdec.tree_cache import TreeCache, View
-from specdec.verify import verify, walk_on_device
+from specdec.caches.tree_cache import TreeCache, View
+from specdec.round.tree import TokenTree, TreeBatch
+from specdec.round.verify import verify, walk_on_device
+from specdec.targets.tree_target import HFTarget, Prompt
 
 CAPACITY = 64
 PROMPT = [3, 14, 15, 92, 65, 35]
@@ -30,7 +29,7 @@ def prefilled(model: LlamaForCausalLM, view: View) -> HFTarget:
     ids = torch.tensor([PROMPT], device=model.device)
     cache = TreeCache(1, model.device, CAPACITY, view)
     target = HFTarget(model, Prompt(ids, None, [len(PROMPT)]), cache)
-    target.prefill(NoDrafter())
+    target.prefill()
     return target
 
 

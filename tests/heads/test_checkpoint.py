@@ -11,9 +11,9 @@ import torch
 
 from helpers import foreign_heads as foreign
 from helpers.head_reference import apart, logits, reference
+from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError
-from specdec.heads.checkpoint import load_head, read_head_config, save_head
-from specdec.target_fingerprint import TargetFingerprint
+from specdec.heads.checkpoints.load import load_head, read_head_config, save_head
 
 TARGET = TargetFingerprint("llama", foreign.HT, foreign.LAYERS, foreign.V, None)
 

@@ -15,12 +15,12 @@ from helpers import foreign_heads as foreign
 from helpers.foreign_heads import small_target
 from helpers.trained_heads import NEW_TOKENS, PROMPTS, trained_head
 from specdec import demo
-from specdec.commands.heads import run_convert, run_inspect, settings
+from specdec.artifacts.target_fingerprint import TargetFingerprint
+from specdec.cli.head_options import ConvertOptions, InspectOptions
+from specdec.cli.heads import run_convert, run_inspect, settings
 from specdec.errors import ConfigError
-from specdec.head_options import ConvertOptions, InspectOptions
-from specdec.heads.checkpoint import load_head, save_head
-from specdec.heads.legacy import legacy_tensors
-from specdec.target_fingerprint import TargetFingerprint
+from specdec.heads.checkpoints.legacy import legacy_tensors
+from specdec.heads.checkpoints.load import load_head, save_head
 
 TARGET = TargetFingerprint("llama", foreign.HT, foreign.LAYERS, foreign.V, None)
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from helpers import foreign_heads as foreign
+from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError
-from specdec.heads.checkpoint import load_head, read_head_config, save_head
-from specdec.heads.eagle3 import Eagle3Head
-from specdec.target_fingerprint import TargetFingerprint
+from specdec.heads.checkpoints.load import load_head, read_head_config, save_head
+from specdec.heads.eagle3.head import Eagle3Head
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 

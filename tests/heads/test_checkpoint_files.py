@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError
 
 from helpers import foreign_heads as foreign
+from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError
-from specdec.heads.checkpoint import load_head, read_head_config, save_head
-from specdec.heads.eagle3 import Eagle3Head
-from specdec.target_fingerprint import TargetFingerprint
+from specdec.heads.checkpoints.load import load_head, read_head_config, save_head
+from specdec.heads.eagle3.head import Eagle3Head
 
 TARGET = TargetFingerprint("llama", foreign.HT, foreign.LAYERS, foreign.V, None)
 
@@ -192,7 +192,7 @@ def test_a_hub_id_is_fetched_without_code(source: Path, monkeypatch: pytest.Monk
             raise OSError("no such repository")
         return str(source)
 
-    monkeypatch.setattr("specdec.hub.why_silent", lambda: None)
+    monkeypatch.setattr("specdec.artifacts.hub.why_silent", lambda: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fake)
     assert load_head("some/head").dialect == "specforge"
     patterns = asked[0][1]["allow_patterns"]
@@ -296,7 +296,7 @@ def test_a_failure_leaves_the_older_head(
 
     for name, failure in (("save_file", full), ("save_file", full_too), ("_flush", full)):
         with monkeypatch.context() as patch:
-            patch.setattr(f"specdec.heads.saving.{name}", failure)
+            patch.setattr(f"specdec.heads.checkpoints.save.{name}", failure)
             with pytest.raises(ConfigError, match="No space left"):
                 save_head(head, out, fingerprint=None, num_target_layers=12, dialect="modelopt")
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before

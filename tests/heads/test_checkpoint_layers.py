@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.errors import ConfigError
-from specdec.heads.aux_layers import (
+from specdec.heads.checkpoints.aux_layers import (
     check_layers,
     default_rule,
     hidden_states_ids,

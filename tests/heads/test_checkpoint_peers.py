@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from helpers import foreign_heads as foreign
-from specdec.heads.checkpoint import load_head, save_head
-from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.checkpoints.load import load_head, save_head
+from specdec.heads.eagle3.head import Eagle3Head
 
 STEPS, LENGTH = 4, 19
 KINDS = {

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from helpers import foreign_heads as foreign
-from specdec.commands.probing import verdict
-from specdec.heads import flag_probe
-from specdec.heads.checkpoint import load_head
-from specdec.heads.config import Eagle3Config
-from specdec.heads.flag_probe import STEPS, Candidate, Score, candidates
+from specdec.cli.probing import verdict
+from specdec.heads.checkpoints import probe
+from specdec.heads.checkpoints.load import load_head
+from specdec.heads.checkpoints.probe import STEPS, Candidate, Score, candidates
+from specdec.heads.eagle3.config import Eagle3Config
 
 CONFIG = Eagle3Config(
     hidden_size=16, intermediate_size=20, num_attention_heads=4, num_key_value_heads=4, head_dim=4,
@@ -106,16 +106,16 @@ def test_each_candidate_is_fed_its_own_layers(
     head = load_head(foreign.foreign_head(tmp_path / "head", "specforge")).head
     head.attach(foreign.embeddings())
     fed: dict[tuple[int, ...], list[float]] = {}
-    draft = flag_probe._draft
+    draft = probe._draft
 
     def watch(one: Any, text: Tensor, aux: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
         assert prompt == 5
         fed[one.config.aux_output_layers] = aux[0, 0, ::24].tolist()
         return draft(one, text, aux, prompt)
 
-    monkeypatch.setattr(flag_probe, "_draft", watch)
+    monkeypatch.setattr(probe, "_draft", watch)
     tried = candidates(head.config, 12, True)
-    scores = flag_probe.probe(head, Numbered(), tried, [torch.arange(5)], 20)
+    scores = probe.probe(head, Numbered(), tried, [torch.arange(5)], 20)
     # Output of layer i is hidden state i + 1.
     assert fed == {one.layers: [layer + 1.0 for layer in one.layers] for one in tried}
     # 25 tokens, 5 of them the prompt's: slots 3 to 20 have three new tokens after them.
@@ -134,7 +134,7 @@ def test_a_draft_is_compared_with_the_token_it_stands_for(tmp_path: Path) -> Non
     aux = torch.randn(1, 14, 72, generator=gen)
     assert head.d2t is not None
     with torch.no_grad():
-        hits, log_probs = flag_probe._draft(head, text, aux, 6)
+        hits, log_probs = probe._draft(head, text, aux, 6)
         steps = list(head.train_logits(text, head.features(aux), STEPS))
     ids = (torch.arange(28) + head.d2t).tolist()
     for step, logits in enumerate(steps):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from helpers import foreign_heads as foreign
+from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError, SpecdecError
-from specdec.heads.checkpoint import load_head, save_head
-from specdec.target_fingerprint import TargetFingerprint
+from specdec.heads.checkpoints.load import load_head, save_head
 
 TARGET = TargetFingerprint("llama", foreign.HT, foreign.LAYERS, foreign.V, None)
 Raw, Weights = dict[str, Any], dict[str, Tensor]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.heads.config import Eagle3Config
-from specdec.heads.eagle3 import Eagle3Head
-from specdec.heads.norm import RmsNorm, rms_norm
-from specdec.heads.ttt_attention import dense_ttt_attention, ttt_attention
+from specdec.heads.eagle3.config import Eagle3Config
+from specdec.heads.eagle3.head import Eagle3Head
+from specdec.heads.eagle3.norm import RmsNorm, rms_norm
+from specdec.heads.eagle3.ttt_attention import dense_ttt_attention, ttt_attention
 
 FLAGS = (
     "norm_before_residual", "norm_before_fc", "fc_norm", "feed_post_norm", "qk_norm",
@@ -206,7 +206,7 @@ def test_a_long_prompt_is_taken_in_by_chunks(monkeypatch: pytest.MonkeyPatch) ->
         features, counts = head.features(aux), [16, 5, 0]
         found = []
         for chunk in (1024, 4):
-            monkeypatch.setattr("specdec.heads.eagle3._COMMIT_CHUNK", chunk)
+            monkeypatch.setattr("specdec.heads.eagle3.head._COMMIT_CHUNK", chunk)
             state = head.begin(3, 4)
             head.commit(state, tokens[:, :1], features[:, :1], [1, 1, 1])
             first = head.commit(state, tokens[:, 1:], features[:, :16], counts)

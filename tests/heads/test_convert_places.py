@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from helpers import foreign_heads as foreign
 from helpers.foreign_heads import small_target
-from specdec.commands.heads import run_convert, run_inspect
+from specdec.cli.head_options import ConvertOptions, InspectOptions
+from specdec.cli.heads import run_convert, run_inspect
 from specdec.errors import ConfigError
-from specdec.head_options import ConvertOptions, InspectOptions
 
 
 def head_and_target(folder: Path) -> tuple[Path, str]:

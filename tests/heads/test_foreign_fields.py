@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from helpers import foreign_heads as foreign
 from helpers.head_reference import apart, logits, reference
+from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError
-from specdec.heads.checkpoint import LoadedHead, load_head, save_head
-from specdec.heads.config import Eagle3Config
-from specdec.target_fingerprint import TargetFingerprint
+from specdec.heads.checkpoints.load import LoadedHead, load_head, save_head
+from specdec.heads.eagle3.config import Eagle3Config
 
 TARGET = TargetFingerprint("llama", foreign.HT, foreign.LAYERS, foreign.V, None)
 NARROW = TargetFingerprint("llama", foreign.H, foreign.LAYERS, foreign.V, None)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import specdec
 from specdec import demo
 from specdec.errors import ConfigError, HeadWarning
-from specdec.heads.checkpoint import load_head
+from specdec.heads.checkpoints.load import load_head
 from specdec.heads.promise import Promise
 
 PROMPTS = (

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from helpers.families import VOCAB
-from specdec.drafters.base import BatchState, Needs, RoundResult, RowDrafter, Shape
-from specdec.tree import TokenTree, TreeBatch, TreeBuilder, bucket_size
+from specdec.contracts import BatchState, Needs, RoundResult, Shape
+from specdec.drafters.row import RowDrafter
+from specdec.round.tree import TokenTree, TreeBatch, TreeBuilder, bucket_size
 
 Truth = tuple[tuple[int, ...], ...]
 

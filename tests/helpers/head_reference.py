@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from helpers import foreign_heads as foreign
-from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.eagle3.head import Eagle3Head
 
 STEPS = 3
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from specdec.heads.config import Eagle3Config, default_aux_layers
-from specdec.heads.eagle3 import Eagle3Head
-from specdec.hf_states import recorded_layers
+from specdec.heads.eagle3.config import Eagle3Config, default_aux_layers
+from specdec.heads.eagle3.head import Eagle3Head
+from specdec.hf.states import recorded_layers
 
 
 def head_for(model: Any, seed: int = 0, draft_vocab: int | None = None, **flags: Any) -> Eagle3Head:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.eagle3.head import Eagle3Head
 
 Path = tuple[int, ...]
 LogProbs = Callable[[Path], Tensor]

@@ -15,13 +15,14 @@ from transformers import DynamicCache
 
 from helpers.laws import Case
 from helpers.names import CACHE, cache_of
-from specdec import hf_generate, loop
-from specdec.augmentation import capability
-from specdec.chain_target import ChainTarget
-from specdec.drafters.base import Drafter, RoundResult
+from specdec import loop
+from specdec.api import capability
+from specdec.caches.tree_cache import TreeCache
+from specdec.contracts import Drafter, RoundResult
+from specdec.generate import decode
 from specdec.loop import Call
 from specdec.stats import RoundRecord
-from specdec.tree_cache import TreeCache
+from specdec.targets.chain_target import ChainTarget
 
 # Inside, these compute in float32 whatever the model's dtype: norms, rotary angles, routers.
 UPCASTING = ("deepseek_v3", "gemma3n", "gemma3n_kvshare", "gemma4", "gptj", "llama4_text")
@@ -54,7 +55,7 @@ def watch_calls(monkeypatch: pytest.MonkeyPatch, watcher: Watcher | None = None)
             call.observers = [*call.observers, lambda *round_: watcher(seen, *round_)]
         loop.speculative_generate(target, drafter, call)
 
-    monkeypatch.setattr(hf_generate, "speculative_generate", run)
+    monkeypatch.setattr(decode, "speculative_generate", run)
     return calls
 
 

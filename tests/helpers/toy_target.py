@@ -13,12 +13,19 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import BatchState, Drafter, FixedBudget, RoundResult, TargetOutput
+from specdec.contracts import (
+    BatchState,
+    Drafter,
+    FixedBudget,
+    RoundResult,
+    ShowPrompt,
+    TargetOutput,
+)
 from specdec.loop import Call, speculative_generate
-from specdec.sampling import PrefixIds, TokenPicker
+from specdec.round.sampling import PrefixIds, TokenPicker
+from specdec.round.tree import TokenTree, TreeBatch
+from specdec.round.verify import HostVerdict
 from specdec.stats import GenerationStats, RoundRecord
-from specdec.tree import TokenTree, TreeBatch
-from specdec.verify import HostVerdict
 
 VOCAB = 24
 Text = Sequence[int]
@@ -93,7 +100,7 @@ class ToyTarget:
     def depth_limit(self) -> int:
         return 10**6
 
-    def prefill(self, drafter: Drafter) -> TargetOutput:
+    def prefill(self, show: ShowPrompt | None = None) -> TargetOutput:
         return TargetOutput(torch.stack([self._logits(text)[None] for text in self._state.tokens]))
 
     def forward_tree(self, trees: TreeBatch) -> TargetOutput:

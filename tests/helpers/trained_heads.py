@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from specdec.heads.config import Eagle3Config
-from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.eagle3.config import Eagle3Config
+from specdec.heads.eagle3.head import Eagle3Head
 
 LAYERS = (1, 2, 4)
 PROMPTS = (

@@ -14,10 +14,10 @@ import specdec
 from helpers.hf import ids_of, plain, prompt, tiny_llama
 from helpers.names import cache_of
 from specdec import RowDrafter, SpecConfig, TokenTree
-from specdec.capability import probe
-from specdec.drafters.base import RowRound
+from specdec.caches.tree_cache import TreeCache
+from specdec.drafters.row import RowRound
 from specdec.errors import ConfigError, FallbackWarning
-from specdec.tree_cache import TreeCache
+from specdec.targets.self_test import probe
 
 CALL: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
 

@@ -21,11 +21,11 @@ from helpers.laws import prompts
 from helpers.names import cache_of
 from helpers.spies import same_states
 from specdec import SpecConfig
-from specdec.capability import Capability
-from specdec.drafters.base import BatchState, Needs, RoundResult, Shape
+from specdec.contracts import BatchState, Needs, RoundResult, Shape
 from specdec.errors import DrafterError, FallbackWarning
 from specdec.registry import methods
-from specdec.tree import MAX_NODES, TreeBatch
+from specdec.round.tree import MAX_NODES, TreeBatch
+from specdec.targets.self_test import Capability
 
 pytestmark = pytest.mark.usefixtures("throw_away_methods")
 

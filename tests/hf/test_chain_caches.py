@@ -27,7 +27,7 @@ from helpers.laws import prompts
 from helpers.names import CACHE, RENAMED, cache_of
 from helpers.spies import layer_states, same_states
 from specdec import SpecConfig
-from specdec.augmentation import capability
+from specdec.api import capability
 from specdec.errors import FallbackWarning
 
 pytestmark = [

@@ -27,7 +27,7 @@ from helpers.families import CHAIN_FAMILIES, model_of
 from helpers.hf import plain
 from helpers.laws import prompts
 from helpers.names import CACHE
-from specdec.drafters.base import BatchState, Needs, RoundResult
+from specdec.contracts import BatchState, Needs, RoundResult
 from specdec.registry import methods
 
 pytestmark = [

@@ -16,8 +16,8 @@ from transformers import DynamicCache
 import specdec
 from helpers.hf import oracle, plain, prompt, tiny_llama
 from helpers.names import CACHE, OLD, RENAMED, cache_of
-from specdec import hf_names
 from specdec.errors import UntestedVersionWarning
+from specdec.hf import names
 
 NEW = 8
 ROOT = Path(specdec.__file__).parent
@@ -26,9 +26,9 @@ NAMES = [CACHE, OLD, "cache_params"] if RENAMED else [CACHE]
 
 @pytest.fixture
 def fresh_warning() -> Iterator[None]:
-    hf_names.warn_when_untested.cache_clear()
+    names.warn_when_untested.cache_clear()
     yield
-    hf_names.warn_when_untested.cache_clear()
+    names.warn_when_untested.cache_clear()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,7 +88,7 @@ def test_a_newer_transformers_is_said_once(monkeypatch: pytest.MonkeyPatch) -> N
     messages = [str(w.message) for w in said if w.category is UntestedVersionWarning]
     assert len(messages) == 1
     assert "5.99.0 is newer than" in messages[0]
-    assert "5.99.0 is newer" in hf_names.tested_range()
+    assert "5.99.0 is newer" in names.tested_range()
 
 
 @pytest.mark.usefixtures("fresh_warning")
@@ -104,10 +104,10 @@ def test_the_pinned_release_is_the_newest_tested_one() -> None:
     constraints = (ROOT.parent / "constraints.txt").read_text(encoding="utf-8")
     pinned = re.search(r"^transformers==(\d+\.\d+)\.", constraints, re.MULTILINE)
     assert pinned is not None
-    assert f"to {pinned.group(1)};" in hf_names.tested_range()
+    assert f"to {pinned.group(1)};" in names.tested_range()
 
 
 @pytest.mark.parametrize("held", [{}, {CACHE: None}])
 def test_no_cache_has_the_common_name(held: dict[str, Any]) -> None:
-    assert hf_names.cache_argument(held) == (CACHE, None)
-    assert hf_names.users_cache(held) is None
+    assert names.cache_argument(held) == (CACHE, None)
+    assert names.users_cache(held) is None

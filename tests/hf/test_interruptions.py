@@ -21,7 +21,7 @@ from helpers.hf import Oracle, ids_of, left_padded, oracle, plain, prompt, tiny_
 from helpers.names import CACHE
 from helpers.spies import Seen, cache_error, watch_calls
 from specdec import SpecConfig
-from specdec.augmentation import capability
+from specdec.api import capability
 from specdec.stats import RoundRecord
 
 NEW = 20

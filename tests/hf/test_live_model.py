@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 import specdec
 from helpers.hf import VOCAB, fallbacks, prompt, tiny_llama
-from specdec import SpecConfig, self_test
-from specdec.augmentation import capability
+from specdec import SpecConfig
+from specdec.api import capability
 from specdec.errors import ConfigError, FallbackWarning
-from specdec.model_state import ModelState
+from specdec.targets import watched_test
+from specdec.targets.model_state import ModelState
 
 NEW = 24
 MODES: tuple[dict[str, Any], ...] = ({"do_sample": False}, {"do_sample": True, "temperature": 1.3})
@@ -371,13 +372,13 @@ def test_a_change_is_tested_before_the_next_call(kind: str) -> None:
 def tests_run(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every self-test that is run."""
     found: list[Any] = []
-    real = self_test.self_test
+    real = watched_test.self_test
 
     def counted(model: Any) -> Any:
         found.append(model)
         return real(model)
 
-    monkeypatch.setattr(self_test, "self_test", counted)
+    monkeypatch.setattr(watched_test, "self_test", counted)
     return found
 
 
@@ -494,7 +495,7 @@ def test_a_pickled_model_is_tested_anew(tests_run: list[Any]) -> None:
 
 def test_hooks_of_a_call_are_not_the_models(tests_run: list[Any]) -> None:
     """Another thread's call may have its hook on the model at this moment."""
-    from specdec.chain_target import ChainTarget
+    from specdec.targets.chain_target import ChainTarget
 
     model = augmented()
     before = ModelState.of(model)

@@ -12,7 +12,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 import specdec
 from helpers.hf import Both, left_padded, oracle, plain, prompt, run_both, tiny_llama
 from helpers.names import CACHE, cache_of
-from specdec import hf_outputs, sampling
+from specdec.generate.outputs import Recorder
+from specdec.round import sampling
 
 NEW = 16
 EVERYTHING = {
@@ -164,14 +165,14 @@ def test_recorder_does_not_keep_whole_trees_alive(
 ) -> None:
     """A kept row must not be a view of its round's [B, T, V] logits or [B, T, H] hidden states."""
     kept: list[Tensor] = []
-    outputs = hf_outputs.Recorder.outputs
+    outputs = Recorder.outputs
 
     def watched(self: Any, steps: int) -> dict[str, Any]:
         kept.extend([*self._scores[0], *self._logits[0]])
         kept.extend(layer for node in self._hidden[0] for layer in node)
         return outputs(self, steps)
 
-    monkeypatch.setattr(hf_outputs.Recorder, "outputs", watched)
+    monkeypatch.setattr(Recorder, "outputs", watched)
     for settings in ({}, {"no_repeat_ngram_size": 3}):
         expected = plain(llama, prompt(), max_new_tokens=NEW, **settings)
         llama.generate(

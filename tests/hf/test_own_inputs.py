@@ -22,7 +22,7 @@ from helpers.hf import (
     tiny_llama,
 )
 from helpers.names import CACHE
-from specdec.augmentation import capability
+from specdec.api import capability
 
 NEW = 12
 MODELS = ("llama", "gemma3", "gpt2")

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from helpers.hf import VOCAB, left_padded, prompt, run_both
-from specdec import hf_compat, verify
-from specdec.hf_generate import Prepared
-from specdec.sampling import PrefixIds, TokenPicker
+from specdec.generate.decode import Prepared
+from specdec.hf import compat
+from specdec.round import verify
+from specdec.round.sampling import PrefixIds, TokenPicker
 
 NEW = 20
 SAMPLED = {"do_sample": True, "top_k": 0}
@@ -176,7 +177,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def picker(self: Prepared, prefix: PrefixIds) -> TokenPicker:
         made = make(self, prefix)
-        made._along_path = not hf_compat.all_stateless(self.processors)
+        made._along_path = not compat.all_stateless(self.processors)
         return made
 
     monkeypatch.setattr(Prepared, "picker", picker)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import specdec
 from helpers.families import CHAIN_FAMILIES, FAMILIES
 from helpers.hf import VOCAB, fallbacks, left_padded, plain, prompt, run_both, tiny_llama
-from specdec.augmentation import capability
+from specdec.api import capability
+from specdec.audit.exactness import Audit, audit, replay_noise
 from specdec.errors import FallbackWarning
-from specdec.exactness import Audit, audit, replay_noise
 
 NEW = 40
 SIZES = {"hidden_size": 64, "intermediate_size": 128}

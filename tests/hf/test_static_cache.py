@@ -13,8 +13,8 @@ import specdec
 from helpers.families import CHAIN_FAMILIES
 from helpers.hf import fallbacks, ids_of, left_padded, oracle, plain, prompt, run_both, tiny_gpt2
 from helpers.names import CACHE, cache_of
-from specdec import hf_call
-from specdec.tree_cache import TreeLayer
+from specdec.caches.tree_cache import TreeLayer
+from specdec.generate import call as hf_call
 
 NEW = 10
 TURNS = 3

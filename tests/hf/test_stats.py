@@ -148,7 +148,7 @@ def test_trees_are_only_copied_for_somebody(llama: Any, monkeypatch: pytest.Monk
     def refuse(self: Any) -> None:
         raise AssertionError("a tree was copied to the host")
 
-    monkeypatch.setattr("specdec.tree.TreeBatch.to_rows", refuse)
+    monkeypatch.setattr("specdec.round.tree.TreeBatch.to_rows", refuse)
     llama.generate(prompt(), max_new_tokens=NEW)
 
 

@@ -20,7 +20,7 @@ import specdec
 from helpers.hf import plain, prompt, tiny_llama
 from specdec import SpecConfig
 from specdec.errors import ConfigError
-from specdec.trace_file import TraceWarning, traced
+from specdec.generate.trace import TraceWarning, traced
 
 NEW = 12
 POSIX = pytest.mark.skipif(os.name != "posix", reason="special files are those of POSIX")

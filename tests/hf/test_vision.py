@@ -15,11 +15,12 @@ import specdec
 from helpers.hf import fallbacks, ids_of, oracle, plain
 from helpers.names import CACHE, cache_of
 from helpers.vision import IMAGE_ID, ONE, TREES, TWO, VISION, batched, image_prompt, vision_model
-from specdec import RowDrafter, TokenTree, hf_fallback
-from specdec.augmentation import capability
-from specdec.drafters.base import Needs
-from specdec.hf_compat import dense_attention
-from specdec.prompt_target import PlainPrompt
+from specdec import RowDrafter, TokenTree
+from specdec.api import capability
+from specdec.contracts import Needs
+from specdec.generate import fallback
+from specdec.hf.compat import dense_attention
+from specdec.targets.prompt_target import PlainPrompt
 
 NEW = 24
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
@@ -340,8 +341,8 @@ def test_what_a_drafter_is_shown(name: str, chunk: int | None) -> None:
 
 def test_a_prompt_that_trees_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The self-test on the prompt itself notices, says so every call, and is not run again."""
-    runs, test = [], hf_fallback.why_not_trees
-    monkeypatch.setattr(hf_fallback, "why_not_trees", lambda *a: (runs.append(1), test(*a))[1])
+    runs, test = [], fallback.why_not_trees
+    monkeypatch.setattr(fallback, "why_not_trees", lambda *a: (runs.append(1), test(*a))[1])
     model = VISION["qwen2_vl"].build(torch.float64)
     specdec.augment(model, "prompt_lookup")
     right = PlainPrompt.offsets

@@ -225,7 +225,7 @@ def test_one_model_in_two_threads(llama: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gemma3])
 def test_low_precision_runs(build: Any, dtype: torch.dtype) -> None:
-    """Rounding may change the text here (`specdec.exactness` bounds it), nothing else may."""
+    """Rounding may change the text here (`specdec.audit.exactness` bounds it), nothing else may."""
     model = specdec.augment(build(dtype), "prompt_lookup")
     for inputs in ({"input_ids": prompt(20)}, left_padded((20, 3))):
         with fallbacks() as texts:

@@ -26,7 +26,7 @@ from helpers.laws import (
 )
 from helpers.spies import Seen, cache_error, tolerance, watch_calls
 from specdec import SpecConfig
-from specdec.drafters.base import RoundResult
+from specdec.contracts import RoundResult
 from specdec.registry import methods
 from specdec.stats import RoundRecord
 

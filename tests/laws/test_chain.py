@@ -39,11 +39,12 @@ from helpers.spies import (
     watched_forwards,
 )
 from specdec import RowDrafter, SpecConfig, TokenTree
-from specdec.augmentation import capability
-from specdec.drafters.base import BatchState, RoundResult, RowRound
+from specdec.api import capability
+from specdec.contracts import BatchState, RoundResult
+from specdec.drafters.row import RowRound
 from specdec.registry import methods
+from specdec.round.tree import TreeBatch
 from specdec.stats import RoundRecord
-from specdec.tree import TreeBatch
 
 pytestmark = [
     pytest.mark.usefixtures("throw_away_methods"),

@@ -17,15 +17,16 @@ from helpers.drafters import Oracle
 from helpers.families import REPRESENTATIVE, VOCAB, model_of
 from helpers.laws import GREEDY, MODES, SAMPLED, Case, Ledger, Mode, reference
 from helpers.spies import Seen, tolerance, watch_calls
-from specdec import TokenTree, TreeBatch, hf_call
-from specdec import verify as verification
-from specdec.capability import NoDrafter
-from specdec.drafters.base import BatchState, Needs, RoundResult, RowRound
-from specdec.sampling import TokenPicker
+from specdec import TokenTree, TreeBatch
+from specdec.caches.tree_cache import TreeCache
+from specdec.contracts import BatchState, Needs, RoundResult
+from specdec.drafters.row import RowRound
+from specdec.generate import call
+from specdec.round import verify as verification
+from specdec.round.sampling import TokenPicker
+from specdec.round.verify import walk_on_device
 from specdec.stats import RoundRecord
-from specdec.target import HFTarget, Prompt
-from specdec.tree_cache import TreeCache
-from specdec.verify import walk_on_device
+from specdec.targets.tree_target import HFTarget, Prompt
 
 pytestmark = [
     pytest.mark.usefixtures("throw_away_methods"),
@@ -168,7 +169,7 @@ def test_one_host_copy_a_round(mode: Mode, rows: int, monkeypatch: pytest.Monkey
     picks at all nodes and the walk on the device. (On a CPU the loop walks on the host.)
     """
     monkeypatch.setattr(verification, "walk_on_host", walk_on_device)
-    monkeypatch.setattr(hf_call, "TokenPicker", pick(everywhere=True))
+    monkeypatch.setattr(call, "TokenPicker", pick(everywhere=True))
     case = Case("llama", mode, rows)
     by_round: list[int] = []
 
@@ -202,7 +203,7 @@ def test_both_ways_to_pick_give_plain_text(
     ledger: Ledger,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hf_call, "TokenPicker", pick(everywhere))
+    monkeypatch.setattr(call, "TokenPicker", pick(everywhere))
     case = Case("gemma3", mode, rows)
     case.check(ledger, method, case.truth())
     ledger.settle()
@@ -218,7 +219,7 @@ def outputs_under(view: str, family: str) -> list[Tensor]:
     ids = torch.randint(15, VOCAB, (2, 17), generator=generator)
     cache = TreeCache(2, CPU, 64, view)  # type: ignore[arg-type]
     target = HFTarget(model, Prompt(ids, None, [17, 11]), cache)
-    found = [target.prefill(NoDrafter()).logits]
+    found = [target.prefill().logits]
     for _ in range(2):
         tokens = torch.randint(15, VOCAB, (7,), generator=generator).tolist()
         tree = TokenTree(tokens, [-1, 0, 1, 2, 0, 4, 5])
@@ -244,7 +245,7 @@ def test_capacity_view_equals_live_view(family: str) -> None:
 def test_capacity_view_gives_the_same_text(
     family: str, mode: Mode, rows: int, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf_call, "TreeCache", partial(TreeCache, view="capacity"))
+    monkeypatch.setattr(call, "TreeCache", partial(TreeCache, view="capacity"))
     case = Case(family, mode, rows)
     case.check(ledger, "oracle", case.truth())
     case.check(ledger, "device_bigrams", case.truth())

@@ -16,7 +16,7 @@ from torch import Tensor
 from helpers.drafters import TruthConfig
 from helpers.laws import GREEDY, SAMPLED, Case, Mode, reference
 from specdec import RowDrafter, SpecConfig, TokenTree, TreeBatch
-from specdec.drafters.base import BatchState
+from specdec.contracts import BatchState
 from specdec.errors import DrafterError
 from specdec.registry import methods
 

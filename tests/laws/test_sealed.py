@@ -18,11 +18,11 @@ from helpers.drafters import Truth
 from helpers.families import VOCAB
 from helpers.laws import GREEDY, SAMPLED, Case, Mode, reference
 from specdec import Needs, SpecConfig, TokenTree, TreeBatch
-from specdec.drafters.base import BatchState, RoundResult, Shape
+from specdec.contracts import BatchState, RoundResult, Shape
 from specdec.errors import DrafterError
 from specdec.registry import methods
-from specdec.sealed import sealed
-from specdec.tree import Structure
+from specdec.round.sealed import sealed
+from specdec.round.tree import Structure
 
 MODES = pytest.mark.parametrize("mode", [GREEDY, SAMPLED], ids=lambda mode: mode.name)
 ROWS = pytest.mark.parametrize("rows", [1, 3])

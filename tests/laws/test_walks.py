@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specdec import TokenTree, TreeBatch
-from specdec.sampling import NoiseTape, PrefixIds, TokenPicker
-from specdec.tree import bucket_size
-from specdec.verify import walk_on_device, walk_on_host
+from specdec.round.sampling import NoiseTape, PrefixIds, TokenPicker
+from specdec.round.tree import bucket_size
+from specdec.round.verify import walk_on_device, walk_on_host
 
 CPU = torch.device("cpu")
 BUCKETS = {1, 2, 4, 8, 12, 16, 24, 32, 48, 64}

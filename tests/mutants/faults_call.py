@@ -2,10 +2,10 @@
 
 from mutants.fault import Fault
 
-_AUGMENT, _CALL = "specdec/augmentation.py", "specdec/hf_call.py"
-_FALLBACK, _OUTPUTS = "specdec/hf_fallback.py", "specdec/hf_outputs.py"
-_COMPAT, _REGISTRY = "specdec/hf_compat.py", "specdec/registry.py"
-_GENERATE = "specdec/hf_generate.py"
+_AUGMENT, _CALL = "specdec/api.py", "specdec/generate/call.py"
+_FALLBACK, _OUTPUTS = "specdec/generate/fallback.py", "specdec/generate/outputs.py"
+_COMPAT, _REGISTRY = "specdec/hf/compat.py", "specdec/registry.py"
+_GENERATE = "specdec/generate/decode.py"
 
 _PADDED = "tests/hf/test_processors.py::test_left_padded_batches"
 _VALUES = "tests/hf/test_outputs.py::test_everything"

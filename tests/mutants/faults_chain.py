@@ -3,9 +3,9 @@
 from mutants.fault import Fault
 
 _TARGET, _CACHE, _STEPS = (
-    "specdec/chain_target.py",
-    "specdec/state_cache.py",
-    "specdec/hf_steps.py",
+    "specdec/targets/chain_target.py",
+    "specdec/caches/state_cache.py",
+    "specdec/hf/steps.py",
 )
 _TEXT = "tests/laws/test_text.py::test_fp64 -k 'qwen3_5 and oracle and greedy or bloom and oracle and greedy'"  # noqa: E501
 
@@ -94,14 +94,14 @@ CHAIN: tuple[Fault, ...] = (
         "the_budget_does_not_pay_for_what_is_fed_again",
         "budget overshoot",
         "specdec/loop.py",
-        "budget = max(min(budget, drafter.max_nodes) - target.refeed, 0)",
-        "budget = min(budget, drafter.max_nodes)",
+        "budget = max(min(budget, self.drafter.max_nodes) - target.refeed, 0)",
+        "budget = min(budget, self.drafter.max_nodes)",
         "tests/laws/test_chain.py -k budget",
     ),
     Fault(
         "the_returned_cache_is_not_settled",
         "recurrent / hybrid / static / quantised caches",
-        "specdec/hf_call.py",
+        "specdec/generate/call.py",
         "                [tail[:-1] for tail in self.padded_tails(state)], bool(recorder.wanted)",
         "                [], bool(recorder.wanted)",
         "tests/hf/test_chain_caches.py -k returned",

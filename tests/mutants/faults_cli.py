@@ -2,12 +2,16 @@
 
 from mutants.fault import Fault
 
-_FILES, _MODEL = "specdec/input_files.py", "specdec/model_files.py"
-_CHECKS, _PLACES, _HUB = "specdec/option_checks.py", "specdec/places.py", "specdec/hub.py"
-_GENERATE, _REGISTRY = "specdec/commands/generate.py", "specdec/registry.py"
+_FILES, _MODEL = "specdec/artifacts/input_files.py", "specdec/artifacts/model_files.py"
+_CHECKS, _PLACES, _HUB = (
+    "specdec/cli/option_checks.py",
+    "specdec/artifacts/places.py",
+    "specdec/artifacts/hub.py",
+)
+_GENERATE, _REGISTRY = "specdec/cli/generate.py", "specdec/registry.py"
 
 _BAD = "tests/cli/test_bad_input.py"
-_WEIGHTS = "specdec/broken_weights.py"
+_WEIGHTS = "specdec/audit/broken_weights.py"
 
 CLI = (
     Fault(

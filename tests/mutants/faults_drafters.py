@@ -6,8 +6,8 @@ not its own, roots that are not pending, budgets, and the sources' own promises.
 
 from mutants.fault import Fault
 
-_BASE, _INDEX = "specdec/drafters/base.py", "specdec/sources/ngram_index.py"
-_POOL, _EXACTNESS = "specdec/sources/ngram_pool.py", "specdec/exactness.py"
+_BASE, _INDEX = "specdec/drafters/row.py", "specdec/sources/ngram_index.py"
+_POOL, _EXACTNESS = "specdec/sources/ngram_pool.py", "specdec/audit/exactness.py"
 
 DRAFTERS: tuple[Fault, ...] = (
     Fault(

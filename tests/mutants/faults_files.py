@@ -5,7 +5,7 @@ None of them changes a text; they lose a call, mix up lines, or trust a stranger
 
 from mutants.fault import Fault
 
-_TRACE, _FOLDER = "specdec/trace_file.py", "specdec/sources/store_folder.py"
+_TRACE, _FOLDER = "specdec/generate/trace.py", "specdec/sources/store_folder.py"
 _TRACE_TESTS, _FOLDER_TESTS = "tests/hf/test_trace.py", "tests/unit/test_store_folder.py"
 
 FILES: tuple[Fault, ...] = (

@@ -2,8 +2,8 @@
 
 from mutants.fault import Fault
 
-_DIALECTS, _ROPE = "specdec/heads/dialects.py", "specdec/heads/rope_fields.py"
-_SIZES, _SAVING = "specdec/heads/tensor_sizes.py", "specdec/heads/saving.py"
+_DIALECTS, _ROPE = "specdec/heads/checkpoints/read_dialects.py", "specdec/heads/checkpoints/rope.py"
+_SIZES, _SAVING = "specdec/heads/checkpoints/tensor_sizes.py", "specdec/heads/checkpoints/save.py"
 _PROMISE, _READY = "specdec/heads/promise.py", "specdec/heads/ready.py"
 _FIELDS, _SAID = "tests/heads/test_foreign_fields.py", "tests/heads/test_head_warnings.py"
 _PLACES = "tests/heads/test_convert_places.py"
@@ -84,7 +84,7 @@ FOREIGN = (
     Fault(
         "numbers_that_are_none_are_loaded",
         "damaged files",
-        "specdec/heads/checkpoint.py",
+        "specdec/heads/checkpoints/load.py",
         "    check_numbers(read)\n",
         "    check_numbers({})\n",
         f"{_FIELDS}::test_numbers_that_are_none_are_refused",

@@ -2,7 +2,7 @@
 
 from mutants.fault import Fault
 
-_FALLBACK, _SAMPLING = "specdec/hf_fallback.py", "specdec/sampling.py"
+_FALLBACK, _SAMPLING = "specdec/generate/fallback.py", "specdec/round/sampling.py"
 _LAYOUTS = "tests/hf/test_odd_layouts.py"
 _RAISES = "tests/hf/test_interruptions.py::test_a_call_that_ends_in_the_middle"
 
@@ -50,7 +50,7 @@ FUZZ: tuple[Fault, ...] = (
     Fault(
         "half_a_token_is_rounded_down",
         "budget overshoot",
-        "specdec/hf_compat.py",
+        "specdec/hf/compat.py",
         "limit: float = criterion.max_length",
         "limit: float = int(criterion.max_length)",
         f"{_LAYOUTS} -k 'half_a_token'",
@@ -66,7 +66,7 @@ FUZZ: tuple[Fault, ...] = (
     Fault(
         "empty_stop_strings_are_dropped",
         "other errors than plain's",
-        "specdec/augmentation.py",
+        "specdec/api.py",
         "if strings is None or tokenizer is None:",
         "if not strings or tokenizer is None:",
         f"{_LAYOUTS} -k 'stop_strings'",
@@ -90,7 +90,7 @@ FUZZ: tuple[Fault, ...] = (
     Fault(
         "a_static_cache_of_another_shape_is_taken",
         "other errors than plain's",
-        "specdec/hf_cache.py",
+        "specdec/caches/user_cache.py",
         "if given is not None and given != own:",
         "if given is not None and given == own == ():",
         "tests/hf/test_static_cache.py -k 'another_model'",

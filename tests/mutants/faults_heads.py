@@ -2,9 +2,9 @@
 
 from mutants.fault import Fault
 
-_HEAD, _DRAFTER = "specdec/heads/eagle3.py", "specdec/drafters/eagle3.py"
-_STEPPED = "specdec/heads/stepped.py"
-_MASKS, _TTT = "specdec/heads/draft_masks.py", "specdec/heads/ttt_attention.py"
+_HEAD, _DRAFTER = "specdec/heads/eagle3/head.py", "specdec/drafters/head.py"
+_STEPPED = "specdec/heads/eagle3/stepped.py"
+_MASKS, _TTT = "specdec/heads/eagle3/draft_masks.py", "specdec/heads/eagle3/ttt_attention.py"
 _LOSS = "draft_training/specdec_training/losses.py"
 _STORE = "draft_training/specdec_training/checkpoints.py"
 _CLOCK = "draft_training/specdec_training/run_state.py"
@@ -103,7 +103,7 @@ HEADS = (
     Fault(
         "autocast_narrows_inner_products",
         "trainer/inference skew",
-        "specdec/heads/norm.py",
+        "specdec/heads/eagle3/norm.py",
         "torch.autocast(one.device.type, enabled=False)",
         "torch.autocast(one.device.type, enabled=torch.is_autocast_enabled(one.device.type))",
         f"{_LOOP}::test_autocast_narrows_no_norm_and_no_attention",

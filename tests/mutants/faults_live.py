@@ -2,8 +2,12 @@
 
 from mutants.fault import Fault
 
-_SEALED, _TREE, _LOOP = "specdec/sealed.py", "specdec/tree.py", "specdec/loop.py"
-_STATE, _TEST, _CHANCE = "specdec/model_state.py", "specdec/self_test.py", "specdec/randomness.py"
+_SEALED, _TREE, _LOOP = "specdec/round/sealed.py", "specdec/round/tree.py", "specdec/loop.py"
+_STATE, _TEST, _CHANCE = (
+    "specdec/targets/model_state.py",
+    "specdec/targets/watched_test.py",
+    "specdec/targets/randomness.py",
+)
 _I5 = "tests/laws/test_sealed.py"
 _LIVE = "tests/hf/test_live_model.py"
 
@@ -68,14 +72,14 @@ LIVE: tuple[Fault, ...] = (
         "drafters_are_given_the_rows_themselves",
         "a drafter changes the text",
         _LOOP,
-        "    seen = state.shown()",
-        "    seen = state",
+        "self.seen = self.state.shown()",
+        "self.seen = self.state",
         f"{_I5} -k 'shown and greedy'",
     ),
     Fault(
         "drafters_may_move_the_generator",
         "seed and generator",
-        "specdec/sampling.py",
+        "specdec/round/sampling.py",
         "            generator.set_state(state)\n\n\nclass PrefixIds",
         "            pass\n\n\nclass PrefixIds",
         f"{_I5} -k random",
@@ -163,7 +167,7 @@ LIVE: tuple[Fault, ...] = (
     Fault(
         "half_of_the_infinities_is_missed",
         "broken weights give an empty answer",
-        "specdec/broken_weights.py",
+        "specdec/audit/broken_weights.py",
         "ends.sum() + (ends * 0).sum()",
         "ends[1]",
         "tests/unit/test_broken_weights.py -k named",
@@ -171,7 +175,7 @@ LIVE: tuple[Fault, ...] = (
     Fault(
         "padding_of_ended_rows_is_not_shown_to_processors",
         "scores of the wrong row",
-        "specdec/sampling.py",
+        "specdec/round/sampling.py",
         "        self._prefix.write(row, index, pad)\n        return scores[0]",
         "        return scores[0]",
         "tests/hf/test_outputs.py -k end_early",
@@ -179,7 +183,7 @@ LIVE: tuple[Fault, ...] = (
     Fault(
         "hidden_states_of_padding_are_left_out",
         "scores of the wrong row",
-        "specdec/hf_call.py",
+        "specdec/generate/call.py",
         "        return bool(self.own_inputs) or (padded and self.wanted_outputs().hidden_states)",
         "        return bool(self.own_inputs)",
         "tests/hf/test_outputs.py -k everything",

@@ -2,7 +2,7 @@
 
 from mutants.fault import Fault
 
-_REJECTION, _SAMPLING = "specdec/rejection.py", "specdec/sampling.py"
+_REJECTION, _SAMPLING = "specdec/round/rejection.py", "specdec/round/sampling.py"
 _TESTS = "tests/unit/test_rejection.py"
 
 REJECTION: tuple[Fault, ...] = (

@@ -2,8 +2,8 @@
 
 from mutants.fault import Fault
 
-_TREE, _VERIFY = "specdec/tree.py", "specdec/verify.py"
-_SAMPLING, _STOPS = "specdec/sampling.py", "specdec/stop_rules.py"
+_TREE, _VERIFY = "specdec/round/tree.py", "specdec/round/verify.py"
+_SAMPLING, _STOPS = "specdec/round/sampling.py", "specdec/generate/stop_rules.py"
 _LOOP, _STATS = "specdec/loop.py", "specdec/stats.py"
 
 _WALKS = "tests/laws/test_walks.py"
@@ -82,7 +82,7 @@ ROUND: tuple[Fault, ...] = (
     Fault(
         "impossible_tokens_of_device_trees_are_passed_on",
         "tokens beyond the vocabulary",
-        "specdec/sealed.py",
+        "specdec/round/sealed.py",
         "tokens = rooted.clamp(0, vocab_size - 1)",
         "tokens = rooted",
         "tests/laws/test_drafter_mistakes.py",
@@ -344,32 +344,26 @@ ROUND: tuple[Fault, ...] = (
         "the_first_token_is_dropped",
         "first or last token lost",
         _LOOP,
-        "call.state.advance(result.host.tokens,",
-        "call.state.advance([[] for _ in result.host.tokens],",
+        "        self._advance(result)\n        call.stats",
+        "        self._advance(result)\n        [row.pop() for row in state.tokens]\n"
+        "        call.stats",
         _GREEDY_TEXT,
     ),
     Fault(
         "the_first_token_comes_twice",
         "first or last token lost",
         _LOOP,
-        "call.state.advance(result.host.tokens,",
-        "call.state.advance([2 * tokens for tokens in result.host.tokens],",
+        "        self._advance(result)\n        call.stats",
+        "        self._advance(result)\n        [row.append(row[-1]) for row in state.tokens]\n"
+        "        call.stats",
         _GREEDY_TEXT,
     ),
     Fault(
         "what_was_emitted_is_committed_after_the_drafter_saw_it",
         "state after an exception",
         _LOOP,
-        "            target.commit(result.verdict.path, result.host.paths, result.rows)\n"
-        "            state.advance(result.host.tokens, result.verdict.pending(), target.lengths)\n"
-        "            seen.follow(state)\n"
-        '            clock.lap("commit")\n'
-        "            with kept_generators(state.pending.device):\n"
-        "                drafter.observe(result)\n",
-        "            state.advance(result.host.tokens, result.verdict.pending(), target.lengths)\n"
-        "            seen.follow(state)\n"
-        '            clock.lap("commit")\n'
-        "            drafter.observe(result)\n"
+        "            rounds.commit(result)\n            rounds.observe(result)\n",
+        "            rounds._advance(result)\n            rounds.observe(result)\n"
         "            target.commit(result.verdict.path, result.host.paths, result.rows)\n",
         f"{_FAILURE} -k 'observe or on_round'",
     ),
@@ -377,16 +371,16 @@ ROUND: tuple[Fault, ...] = (
         "an_exception_leaves_the_generator_ahead",
         "state after an exception",
         _LOOP,
-        "    finally:\n        call.picker.finish(",
-        "    else:\n        call.picker.finish(",
+        "            self.call.picker.finish(",
+        "            failed or self.call.picker.finish(",
         f"{_FAILURE} -k 'processor and sampled'",
     ),
     Fault(
         "exceptions_are_swallowed",
         "state after an exception",
         _LOOP,
-        "        target.rollback()\n        raise\n",
-        "        target.rollback()\n",
+        "                    self.drafter.end(self.seen)\n",
+        "                    self.drafter.end(self.seen)\n            return True\n",
         f"{_FAILURE} -k 'observe or on_round'",
     ),
     Fault(
@@ -400,7 +394,7 @@ ROUND: tuple[Fault, ...] = (
     Fault(
         "roots_of_device_trees_are_believed",
         "a drafter changes the text",
-        "specdec/sealed.py",
+        "specdec/round/sealed.py",
         "torch.cat([pending[:, None], trees.tokens[:, 1:].long()], dim=1)",
         "torch.cat([trees.tokens[:, :1], trees.tokens[:, 1:].long()], dim=1)",
         "tests/laws/test_drafter_mistakes.py",

@@ -8,10 +8,10 @@ from mutants.fault import Fault
 _LOOKAHEAD, _POOL = "specdec/drafters/lookahead.py", "specdec/sources/ngram_pool.py"
 _JACOBI, _RECYCLING = "specdec/drafters/jacobi.py", "specdec/drafters/recycling.py"
 _LOOKUP, _INDEX = "specdec/drafters/prompt_lookup.py", "specdec/sources/ngram_index.py"
-_SUFFIX, _DRAFT = "specdec/drafters/suffix.py", "specdec/drafters/draft_model.py"
+_SUFFIX, _DRAFT = "specdec/drafters/suffix.py", "specdec/drafters/draft_model/drafter.py"
 _GROWTH, _AUTOMATON = "specdec/sources/suffix_draft.py", "specdec/sources/suffix_index.py"
-_EAGLE, _STEPPED = "specdec/drafters/eagle3.py", "specdec/heads/stepped.py"
-_TREE, _BASE = "specdec/tree.py", "specdec/drafters/base.py"
+_EAGLE, _STEPPED = "specdec/drafters/head.py", "specdec/heads/eagle3/stepped.py"
+_TREE, _BASE = "specdec/round/tree.py", "specdec/drafters/row.py"
 
 _STEPS = "tests/drafting/test_lookahead_steps.py"
 _PAPER = f"{_STEPS}::test_every_step_is_the_papers"

@@ -2,9 +2,9 @@
 
 from mutants.fault import Fault
 
-_CACHE, _TARGET = "specdec/tree_cache.py", "specdec/target.py"
-_COMPAT, _PROBE = "specdec/hf_compat.py", "specdec/capability.py"
-_HF_CACHE = "specdec/hf_cache.py"
+_CACHE, _TARGET = "specdec/caches/tree_cache.py", "specdec/targets/tree_target.py"
+_COMPAT, _PROBE = "specdec/hf/compat.py", "specdec/targets/self_test.py"
+_HF_CACHE = "specdec/caches/user_cache.py"
 
 _GREEDY_TEXT = "tests/laws/test_text.py::test_fp64 -k 'gemma3-oracle-greedy'"
 _FRESH = "tests/laws/test_cache.py::test_cache_is_a_fresh_prefill_after_every_round -k 'gemma3-'"
@@ -187,7 +187,7 @@ TARGET: tuple[Fault, ...] = (
     Fault(
         "taps_are_one_layer_too_low",
         "the drafter is shown the wrong row",
-        "specdec/hf_states.py",
+        "specdec/hf/states.py",
         "_one_stream(hidden_states[tap + 1], text)",
         "_one_stream(hidden_states[tap], text)",
         "tests/laws/test_contract.py::test_needs_are_met",
@@ -195,7 +195,7 @@ TARGET: tuple[Fault, ...] = (
     Fault(
         "streams_of_a_state_are_rows",
         "the drafter is shown the wrong row",
-        "specdec/hf_states.py",
+        "specdec/hf/states.py",
         "state[active] if active is not None else state.mean(2)",
         "state[active or 0]",
         "tests/unit/test_hf_states.py",

@@ -16,8 +16,8 @@ from helpers import families
 from helpers.drafters import THROW_AWAY, Truth
 from helpers.heads import head_for
 from specdec import SpecConfig, register_drafter
-from specdec.augmentation import capability
-from specdec.hf_compat import vocabulary_size
+from specdec.api import capability
+from specdec.hf.compat import vocabulary_size
 from specdec.registry import methods
 from sweep import judge, tiny
 from sweep.situations import NEW_TOKENS, SITUATIONS, Situation, call, prompts

@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec import atomic_files
+from specdec.artifacts import atomic_files
 from specdec.errors import ConfigError, SpecdecError
 from specdec_training import checkpoints
 from specdec_training.checkpoints import (

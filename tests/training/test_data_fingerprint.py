@@ -9,9 +9,9 @@ import pytest
 from data_helpers import byte_tokenizer
 from transformers import Gemma3Config, Gemma3TextConfig, LlamaConfig, SiglipVisionConfig
 
+from specdec.artifacts.target_fingerprint import TargetFingerprint
+from specdec.artifacts.tokenizers import tokenizer_fingerprint
 from specdec.errors import ConfigError
-from specdec.target_fingerprint import TargetFingerprint
-from specdec.tokenizers import tokenizer_fingerprint
 
 PRINT = TargetFingerprint("llama", 64, 2, 300, "a" * 64)
 

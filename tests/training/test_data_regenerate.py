@@ -13,8 +13,8 @@ import torch
 from data_helpers import CHATML, CONTEXT, END, byte_tokenizer, chat_row, write_rows, write_target
 from transformers import AutoModelForCausalLM
 
+from specdec.audit.loops import loop_start
 from specdec.errors import ConfigError
-from specdec.loops import loop_start
 from specdec_training import regenerate as regenerate_module
 from specdec_training.data_commands import run_regenerate
 from specdec_training.data_options import DataPrepareOptions, DataRegenerateOptions

@@ -18,8 +18,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError, SpecdecError
-from specdec.target_fingerprint import TargetFingerprint
 from specdec_training import feature_cache, feature_command, feature_writer
 from specdec_training.batches import collate
 from specdec_training.contracts import FeatureSource, TokenBatch
@@ -488,7 +488,7 @@ def test_the_command_records_the_bundled_toy(
     assert announced == pytest.approx(size / 1e6, rel=0.02)
     assert "free at" in said.err
     assert str(command.output) in said.out
-    from specdec.commands.loading import load_model
+    from specdec.loading import load_model
 
     data, model = PreparedData.load(str(command.data)), load_model("demo", "auto", "cpu")
     source = CachedFeatures(str(command.output), data.meta.data_hash, data.meta.target, (0, 2, 4))

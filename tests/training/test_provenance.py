@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import specdec
-from specdec.atomic_files import (
+from specdec.artifacts.atomic_files import (
     digest_of,
     from_json,
     is_running,
@@ -26,9 +26,9 @@ from specdec.atomic_files import (
     to_json,
     write_new,
 )
+from specdec.artifacts.source_revision import source_revision
+from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError
-from specdec.source_revision import source_revision
-from specdec.target_fingerprint import TargetFingerprint
 from specdec_training.provenance import provenance
 from specdec_training.train_options import TrainOptions
 

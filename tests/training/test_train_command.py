@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from specdec import demo
 from specdec.errors import ConfigError, SpecdecError
-from specdec.heads.checkpoint import load_head
+from specdec.heads.checkpoints.load import load_head
 from specdec_training.checkpoints import CheckpointStore
 from specdec_training.data_options import DataPrepareOptions
 from specdec_training.feature_writer import write_features

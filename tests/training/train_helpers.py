@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdec.heads.config import Eagle3Config, default_aux_layers
-from specdec.heads.eagle3 import Eagle3Head
+from specdec.heads.eagle3.config import Eagle3Config, default_aux_layers
+from specdec.heads.eagle3.head import Eagle3Head
 from specdec_training.batches import RowSampler, Sizes
 from specdec_training.evaluate import AcceptanceMeter
 from specdec_training.online import OnlineFeatures

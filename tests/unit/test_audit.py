@@ -8,7 +8,7 @@ import torch
 
 import specdec
 from helpers.hf import prompt, tiny_llama
-from specdec.exactness import audit, reference_model
+from specdec.audit.exactness import audit, reference_model
 
 
 def test_the_reference_is_the_same_model_in_float64() -> None:

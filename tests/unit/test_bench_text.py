@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from specdec.loops import loop_start
+from specdec.audit.loops import loop_start
 
 
 def test_text_that_goes_on_has_no_loop() -> None:

@@ -11,8 +11,8 @@ from torch import nn
 
 import specdec
 from helpers.hf import tiny_llama
-from specdec.broken_weights import first_broken_parameter
-from specdec.cli import main
+from specdec.audit.broken_weights import first_broken_parameter
+from specdec.cli.main import main
 from specdec.config import SpecConfig
 from specdec.errors import ConfigError, UnsupportedModelError
 

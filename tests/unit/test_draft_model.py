@@ -17,16 +17,18 @@ import specdec
 from helpers.families import CHAIN_FAMILIES, FAMILIES, VOCAB, draft_of, model_of
 from helpers.laws import GREEDY, SAMPLED, Case, prompts, reference
 from helpers.spies import Reads, Seen, cache_error, watch_calls
-from specdec import SpecConfig, draft_loading, self_test
-from specdec import verify as verification
-from specdec.draft_runner import RaggedRunner
-from specdec.drafters.base import BatchState, RoundResult
-from specdec.drafters.draft_model import DraftModel, DraftModelConfig
+from specdec import SpecConfig
+from specdec.contracts import BatchState, RoundResult
+from specdec.drafters.draft_model import loading
+from specdec.drafters.draft_model.drafter import DraftModel, DraftModelConfig
+from specdec.drafters.draft_model.runner import RaggedRunner
 from specdec.errors import ConfigError, DraftWarning, VocabularyMismatchError
 from specdec.registry import methods
+from specdec.round import verify as verification
+from specdec.round.tree import TreeBatch
+from specdec.round.verify import walk_on_device
 from specdec.stats import RoundRecord
-from specdec.tree import TreeBatch
-from specdec.verify import walk_on_device
+from specdec.targets import watched_test
 
 CPU = torch.device("cpu")
 
@@ -106,9 +108,9 @@ def test_rounds_without_a_budget_are_caught_up(
             rounds.append(budgets[len(rounds) % len(budgets)])
             return rounds[-1]
 
-    from specdec import hf_generate
+    from specdec.generate import decode
 
-    monkeypatch.setattr(hf_generate, "FixedBudget", lambda size: Policy())
+    monkeypatch.setattr(decode, "FixedBudget", lambda size: Policy())
     case = Case("llama", GREEDY, rows)
     stats = call(case, draft=case.model, num_draft_tokens=4)
     wanted = sum(rounds) * rows
@@ -367,12 +369,12 @@ def test_ids_that_the_target_lacks_are_never_proposed(
 def test_vocabularies_of_different_size(sizes: tuple[int, int], fits: bool) -> None:
     """Padding explains a few ids."""
     for one, other in (sizes, sizes[::-1]):
-        found = draft_loading.ReadyDraft("x", None, one)
+        found = loading.ReadyDraft("x", None, one)
         if fits:
-            draft_loading._compare_sizes(found, other)
+            loading._compare_sizes(found, other)
         else:
             with pytest.raises(VocabularyMismatchError, match=f"{one} token ids .* {other}"):
-                draft_loading._compare_sizes(found, other)
+                loading._compare_sizes(found, other)
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -421,7 +423,7 @@ def test_a_folder_is_loaded_and_tested_once(
 ) -> None:
     llama().save_pretrained(tmp_path)
     made: list[str] = []
-    for module, name in ((draft_loading, "read_draft_model"), (self_test, "self_test")):
+    for module, name in ((loading, "read_draft_model"), (watched_test, "self_test")):
         plain = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *a, plain=plain, name=name: made.append(name) or plain(*a)
@@ -456,14 +458,14 @@ def test_an_augmented_model_with_a_draft_can_be_copied() -> None:
     ({"draft": ""}, "name is empty"),
     ({"draft": "pyproject.toml"}, "is a file"),
     ({"draft": "specdec"}, "no config.json in it"),
-    ({"draft": "x/y", "num_draft_tokens": 0}, "num_draft_tokens >= 1"),
-    ({"draft": "x/y", "num_draft_tokens": 4.0}, "must be int"),
-    ({"draft": "x/y", "top_k": 0}, "top_k >= 1"),
+    ({"draft": "x/y", "num_draft_tokens": 0}, "num_draft_tokens must be a whole number from 1"),
+    ({"draft": "x/y", "num_draft_tokens": 4.0}, "must be a whole number from 1 to 4,096, got 4.0"),
+    ({"draft": "x/y", "top_k": 0}, "top_k must be a whole number from 1"),
     ({"draft": "x/y", "top_k": 1000}, "4096 nodes"),
     ({"draft": "x/y", "top_k": 2, "draft_sampling": True}, "leave top_k at 1"),
-    ({"draft": "x/y", "temperature": 0}, "above 0, got 0"),
+    ({"draft": "x/y", "temperature": 0}, "a number from 1e-06 on, got 0"),
     ({"draft": "x/y", "temperature": "hot"}, "got 'hot'"),
-    ({"draft": "x/y", "temperature": float("nan")}, "above 0, got nan"),
+    ({"draft": "x/y", "temperature": float("nan")}, "a number from 1e-06 on, got nan"),
     ({"draft": "x/y", "depth": 3}, "has no option 'depth'"),
 ])  # fmt: skip
 def test_wrong_options_are_refused_when_augmenting(options: dict[str, Any], message: str) -> None:

@@ -19,15 +19,15 @@ from helpers.laws import GREEDY, SAMPLED, Case, reference
 from helpers.names import CACHE, cache_of
 from helpers.spies import Reads
 from specdec import SpecConfig
-from specdec.drafters.base import TargetFacts
-from specdec.drafters.eagle3 import Eagle3, Eagle3DraftConfig
+from specdec.contracts import TargetFacts
+from specdec.drafters.head import Eagle3, Eagle3DraftConfig
 from specdec.errors import ConfigError
 from specdec.heads import ready
-from specdec.heads.checkpoint import load_head
-from specdec.heads.eagle3 import Eagle3Head
-from specdec.heads.saving import save_head
+from specdec.heads.checkpoints.load import load_head
+from specdec.heads.checkpoints.save import save_head
+from specdec.heads.eagle3.head import Eagle3Head
+from specdec.round.tree import TokenTree
 from specdec.stats import RoundRecord
-from specdec.tree import TokenTree
 
 CALL = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
 

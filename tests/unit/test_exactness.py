@@ -5,8 +5,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import specdec
-from specdec.exactness import audit, reference_model, replay_noise
-from specdec.tree import TreeBatch
+from specdec.audit.exactness import audit, reference_model, replay_noise
+from specdec.round.tree import TreeBatch
 
 TOKENS = 60
 

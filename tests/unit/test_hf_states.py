@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from specdec.errors import ConfigError
-from specdec.hf_states import recorded_layers, tapped_states
+from specdec.hf.states import recorded_layers, tapped_states
 
 BATCH, LENGTH, WIDTH, STREAMS = 2, 5, 8, 3
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from specdec.drafters.base import BatchState, RowRound
+from specdec.contracts import BatchState
 from specdec.drafters.jacobi import Jacobi, JacobiConfig, recycle
+from specdec.drafters.row import RowRound
 from specdec.errors import ConfigError
+from specdec.round.tree import TokenTree
 from specdec.sources.ngram_pool import NgramPool
-from specdec.tree import TokenTree
 
 VOCAB = 1000
 PROMPT = [11, 12, 13, 14, 15]
@@ -237,5 +238,5 @@ def test_on_a_chain_target_known_ngrams_go_before_the_guesses() -> None:
 )
 def test_impossible_sizes(bad: dict[str, int]) -> None:
     ((name, value),) = bad.items()
-    with pytest.raises(ConfigError, match=rf"jacobi needs .* got .*{name}={value}"):
+    with pytest.raises(ConfigError, match=rf"({name} must be|jacobi verifies) .* got .*{value}"):
         JacobiConfig(**bad)

@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-from specdec.drafters.base import RowRound
 from specdec.drafters.lookahead import JacobiWindow, Lookahead, LookaheadConfig
+from specdec.drafters.row import RowRound
 from specdec.errors import ConfigError
+from specdec.round.tree import TokenTree, TreeBatch, TreeBuilder
 from specdec.sources.ngram_pool import NgramPool
-from specdec.tree import TokenTree, TreeBatch, TreeBuilder
 
 SHAPES = [(1, 3), (2, 3), (5, 4), (7, 5), (15, 5), (4, 2)]
 
@@ -90,5 +90,5 @@ def test_guesses_are_one_trie() -> None:
 
 @pytest.mark.parametrize("bad", [{"window": -1}, {"ngram": 1}, {"guesses": -1}])
 def test_impossible_sizes(bad: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="lookahead needs"):
+    with pytest.raises(ConfigError, match="must be a whole number from"):
         LookaheadConfig(**bad)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import BatchState, RoundResult, TargetOutput
+from specdec.contracts import BatchState, RoundResult, TargetOutput
 from specdec.drafters.recycling import (
     RankTree,
     Recycling,
@@ -19,8 +19,8 @@ from specdec.drafters.recycling import (
     rank_weight,
 )
 from specdec.errors import ConfigError
-from specdec.tree import TokenTree, TreeBatch, bucket_size
-from specdec.verify import HostVerdict, Verdict
+from specdec.round.tree import TokenTree, TreeBatch, bucket_size
+from specdec.round.verify import HostVerdict, Verdict
 
 VOCAB, TOP_K = 30, 3
 CPU = torch.device("cpu")
@@ -322,5 +322,5 @@ def test_padding_hangs_below_the_root() -> None:
 )
 def test_impossible_sizes(bad: dict[str, int]) -> None:
     ((name, value),) = bad.items()
-    with pytest.raises(ConfigError, match=rf"recycling needs .* got .*{name}={value}"):
+    with pytest.raises(ConfigError, match=rf"{name} must be .* got {value}"):
         RecyclingConfig(**bad)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 import specdec
-from specdec import SpecConfig, hf_call, rejection
-from specdec import verify as verification
-from specdec.sampling import NoiseTape, PrefixIds, TokenPicker
-from specdec.tree import TokenTree, TreeBatch
-from specdec.verify import verify, walk_on_device
+from specdec import SpecConfig
+from specdec.generate import call
+from specdec.round import rejection
+from specdec.round import verify as verification
+from specdec.round.sampling import NoiseTape, PrefixIds, TokenPicker
+from specdec.round.tree import TokenTree, TreeBatch
+from specdec.round.verify import verify, walk_on_device
 
 SMALL = 4  # vocabulary of the enumeration
 WIDE, DRAWS, FEW = 16, 50_000, 2_500
@@ -366,7 +368,7 @@ def test_generate_has_plains_law(
         )
         monkeypatch.setattr(verification, "walk_on_host", walk_on_device)
         monkeypatch.setattr(
-            hf_call,
+            call,
             "TokenPicker",
             lambda *args, along_path, **rest: TokenPicker(*args, along_path=False, **rest),
         )

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import LlamaConfig, cache_utils
 from transformers.cache_utils import DynamicCache, StaticCache
 
+from specdec.caches.state_cache import StateCache, check_layers, revocable, why_not_revocable
 from specdec.errors import UnsupportedModelError
-from specdec.state_cache import StateCache, check_layers, revocable, why_not_revocable
 
 KERNEL, WINDOW = 3, 4
 

@@ -19,7 +19,7 @@ import specdec
 from helpers.families import FAMILIES, VOCAB
 from helpers.laws import GREEDY, SAMPLED, Case, Mode, prompts, reference
 from specdec import SpecConfig, TokenTree
-from specdec.drafters.base import RowRound
+from specdec.drafters.row import RowRound
 from specdec.drafters.suffix import Suffix, SuffixConfig
 from specdec.errors import ConfigError
 from specdec.sources.suffix_segments import RECORD

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from specdec.artifacts.tokenizers import tokenizer_fingerprint
 from specdec.errors import ConfigError
-from specdec.tokenizers import tokenizer_fingerprint
 
 VOCABULARY = {"[PAD]": 0, "a": 1, "b": 2, "ab": 3, "ba": 4}
 

@@ -4,8 +4,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import specdec
-from specdec.augmentation import capability
-from specdec.tuning import CostCurve, choose_lookahead, measure_cost
+from specdec.api import capability
+from specdec.cost.curve import CostCurve, choose_lookahead, measure_cost
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 

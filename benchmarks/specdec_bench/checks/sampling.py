@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import ConfigError
-from specdec.hf_compat import supports_logits_to_keep
+from specdec.hf.compat import supports_logits_to_keep
 from specdec_bench.results.records import SamplingRecord
 
 LEAST_P = 1e-4

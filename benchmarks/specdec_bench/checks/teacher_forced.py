@@ -1,6 +1,6 @@
 """Regrets of given tokens under the conditions of plain decoding: same padding, batch and noise.
 
-The same rule as `specdec.exactness.audit`, for batches and without holding all scores at once.
+The same rule as `specdec.audit.exactness.audit`, for batches and without holding all scores.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.exactness import NOISE_FACTOR
-from specdec.hf_names import CACHE, cache_of
+from specdec.audit.exactness import NOISE_FACTOR
+from specdec.hf.names import CACHE, cache_of
 
 LARGEST_RATIO = 1e9
 """Cap of a ratio, so that it stays a number in JSON where the noise is zero."""

@@ -2,8 +2,8 @@
 
 In fp32 and fp64 the text is the same or it is wrong. In half precision everything that is not
 plain's own forward rounds differently, so texts may part at near-ties; there the regret rule of
-`specdec.exactness` decides about every token from the first difference on, each on the prefix that
-the arm itself wrote. A verifier that lets an unchecked token through fails it at once.
+`specdec.audit.exactness` decides about every token from the first difference on, each on the
+prefix that the arm itself wrote. A verifier that lets an unchecked token through fails it at once.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from specdec.audit.exactness import reference_model
 from specdec.errors import ConfigError, SpecdecError
-from specdec.exactness import reference_model
 from specdec_bench.checks.teacher_forced import Requests, judge
 from specdec_bench.results.records import Setting, UnitRecord, Verdict
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specdec.terminal import columns, say, wrapped
+from specdec.artifacts.terminal import columns, say, wrapped
 from specdec_bench.gate.judge import Judgement, compare
 from specdec_bench.gate.options import GateOptions
 from specdec_bench.printable import printable

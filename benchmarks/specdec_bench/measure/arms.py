@@ -8,21 +8,22 @@ arm that has seen a text before would draft it perfectly.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from specdec.augmentation import last_stats
-from specdec.commands.loading import method_options, with_tokenizer
+from specdec.api import last_stats
+from specdec.artifacts.tokenizers import tokenizer_fingerprint
 from specdec.config import SpecConfig
 from specdec.errors import ConfigError, SpecdecError
-from specdec.registry import NoOptions, methods
+from specdec.loading import method_options, with_tokenizer
+from specdec.registry import methods
 from specdec.sources.suffix_store import SuffixStore
 from specdec.stats import GenerationStats, RoundRecord
-from specdec.tokenizers import tokenizer_fingerprint
 from specdec_bench.measure.units import Unit
 from specdec_bench.results.records import PLAIN, Setting, repeated_arm
 
@@ -42,6 +43,7 @@ _REMEMBERS = ("keep_pool", "keep_matrix", "store", "store_update", "space")
 _STORE = "+store"
 _MOST_FOLDS = 8  # of the prompts, when stores are filled from all but one of them
 _MOST_BUDGET, _MOST_DIGITS = 65536, 10
+_OWN_CLASS = re.compile(r"([A-Za-z_][\w.]*:[A-Za-z_]\w*)(?::(.*))?")  # my_module:Mine:depth=3
 
 
 class Arm(Protocol):
@@ -89,7 +91,8 @@ class ArmSpec:
 
 
 def parse_arm(spec: str) -> ArmSpec:
-    """Reads `hf`, `loop0`, `eagle3:depth=3,top_k=1`, `suffix+store`, `server:URL` and the like.
+    """Reads `hf`, `loop0`, `eagle3:depth=3,top_k=1`, `suffix+store`, `server:URL`, `module:Class`
+    and the like.
 
     Raises:
         ConfigError: The method or an option is unknown, out of range, or would remember answers.
@@ -105,14 +108,19 @@ def parse_arm(spec: str) -> ArmSpec:
                 "a bearer token goes in a file, as server:http://host:8000,key_file=FILE"
             )
         return ArmSpec(name, "server", {"url": rest})
+    own = None if method in (*_HF, BASELINE, *methods.names()) else _OWN_CLASS.fullmatch(name)
+    if own is not None:
+        method, rest = own[1], own[2] or ""
     pairs = tuple(pair for pair in rest.split(",") if pair)
     if method in _HF:
         return ArmSpec(name, method, _hf_options(spec, method, pairs))
     store = method.endswith(_STORE)
     method = "none" if method in (BASELINE, AGAIN) else method.removesuffix(_STORE)
-    if method not in methods.names():
-        known = ", ".join([*_HF, BASELINE, *methods.names(), "server:URL"])
-        raise ConfigError(f"arm {spec!r}: unknown method {method!r}; choose one of {known}")
+    try:
+        methods.require(method)
+    except ConfigError as problem:
+        known = ", ".join([*_HF, BASELINE, "server:URL"])
+        raise ConfigError(f"arm {spec!r}: {problem}; besides, {known}") from problem
     if store and method != "suffix":
         raise ConfigError(f"arm {spec!r}: only suffix has a store")
     budget, pairs = _take_budget(spec, pairs)
@@ -168,8 +176,7 @@ def _own_options(spec: str, method: str, pairs: tuple[str, ...]) -> dict[str, An
 
 def takes(method: str, option: str) -> bool:
     """Whether a drafting method has such an option."""
-    config = getattr(methods.load(method), "Config", NoOptions)
-    return any(found.name == option for found in fields(config))
+    return option in methods.options(method)
 
 
 @dataclass

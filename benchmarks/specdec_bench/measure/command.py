@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from specdec.terminal import say, wrapped
+from specdec.artifacts.terminal import say, wrapped
 from specdec_bench.measure.options import RunOptions
 from specdec_bench.measure.profile_of_run import write_run_profile
 from specdec_bench.measure.runner import run

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from specdec.capability import NoDrafter, evaluating
-from specdec.hf_compat import input_device
-from specdec.target import HFTarget, Prompt
-from specdec.tree import TokenTree, TreeBatch
-from specdec.tree_cache import TreeCache
+from specdec.caches.tree_cache import TreeCache
+from specdec.hf.compat import input_device
+from specdec.round.tree import TokenTree, TreeBatch
+from specdec.targets.self_test import evaluating
+from specdec.targets.tree_target import HFTarget, Prompt
 from specdec_bench.results.records import CurveRecord, PassRecord
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
@@ -49,7 +49,7 @@ class CurveMeter:
     processor does not lengthen. The model's own cache and generator are left alone.
 
     Args:
-        model: The target; verified by trees (`specdec.capability(model).mode == "tree"`).
+        model: The target; verified by trees (`specdec.targets.self_test(model).mode == "tree"`).
         dtype: Name of its dtype, for the record.
         batch: Rows.
         prefix: Tokens of each row before the forward, as far as the model has room for them.
@@ -74,7 +74,7 @@ class CurveMeter:
         start = time.perf_counter()
         with evaluating(self._model):
             if not self._read:
-                self._target.prefill(NoDrafter())
+                self._target.prefill()
                 self._read = True
             while True:
                 for q, taken in self._times.items():

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from specdec.augmentation import augment, restore
-from specdec.commands.loading import TOY, load_model
+from specdec.api import augment, restore
 from specdec.demo import head_path
+from specdec.loading import TOY, load_model
 from specdec_bench.checks.text import ReferenceModel
 from specdec_bench.drafts import first_layers
 from specdec_bench.measure.options import RunOptions

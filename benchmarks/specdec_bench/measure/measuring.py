@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from specdec.errors import SpecdecError
-from specdec.hf_compat import input_device
+from specdec.hf.compat import input_device
 from specdec.stats import RoundRecord
 from specdec_bench.measure.arms import Arm, GenerateArm, Workbench
 from specdec_bench.measure.units import Unit

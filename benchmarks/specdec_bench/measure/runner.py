@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specdec.augmentation import augment, capability
-from specdec.commands.loading import TOY, check_model, load_config, load_tokenizer
+from specdec.api import augment, capability
 from specdec.errors import ConfigError
-from specdec.heads.checkpoint import locate_head
-from specdec.hf_compat import input_device
+from specdec.heads.checkpoints.load import locate_head
+from specdec.hf.compat import input_device
+from specdec.loading import TOY, check_model, load_config, load_tokenizer
 from specdec_bench.checks.sampling_run import sampling_records
 from specdec_bench.measure.arms import (
     AGAIN,

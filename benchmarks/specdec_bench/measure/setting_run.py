@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
-from specdec.commands.loading import sentence
 from specdec.errors import SpecdecError
-from specdec.hf_compat import input_device
+from specdec.hf.compat import input_device
+from specdec.loading import sentence
 from specdec_bench.checks.text import ReferenceModel, check_text, promises_text
 from specdec_bench.measure.arms import Arm, ArmSpec, GenerateArm, Workbench
 from specdec_bench.measure.costs import CurveMeter

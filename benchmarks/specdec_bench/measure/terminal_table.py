@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from specdec.terminal import bold, colour_wanted, columns, dim, say, wrapped
+from specdec.artifacts.terminal import bold, colour_wanted, columns, dim, say, wrapped
 from specdec_bench.measure.schedule import Timings
 from specdec_bench.printable import printable
 from specdec_bench.report.format import NONE, fine, plain_times, share, signed_share, times

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from specdec.commands.loading import check_ids, sentence
+from specdec.audit.loops import loop_start
 from specdec.errors import ConfigError, SpecdecError
-from specdec.hf_compat import input_device
-from specdec.loops import loop_start
+from specdec.hf.compat import input_device
+from specdec.loading import check_ids, sentence
 from specdec_bench.results.records import Setting, SkippedRecord, UnitRecord
 
 SHORTEST = 16

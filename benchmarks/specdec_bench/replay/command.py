@@ -12,9 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from specdec.atomic_files import make_folder, replace_file
+from specdec.artifacts.atomic_files import make_folder, replace_file
+from specdec.artifacts.terminal import columns, say
 from specdec.errors import ConfigError
-from specdec.terminal import columns, say
 from specdec_bench.replay.methods import ReplayMethod, parse_methods
 from specdec_bench.replay.options import ReplayOptions, check_replay_options
 from specdec_bench.replay.profile import write_replay_profile

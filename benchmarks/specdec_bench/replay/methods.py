@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from specdec.commands.loading import method_options
-from specdec.drafters.base import Needs, RowDrafter, RowRound
+from specdec.contracts import Needs
+from specdec.drafters.row import RowDrafter, RowRound
 from specdec.errors import ConfigError
+from specdec.loading import method_options
 from specdec.registry import methods
+from specdec.round.tree import MAX_NODES, TokenTree
 from specdec.sources.ngram_index import NgramIndex
 from specdec.sources.ngram_pool import NgramPool
-from specdec.tree import MAX_NODES, TokenTree
 
 DEFAULT = ("prompt_lookup", "suffix")
 SPACE = "replay"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specdec.atomic_files import make_folder
+from specdec.artifacts.atomic_files import make_folder
 from specdec.errors import ConfigError
 from specdec_bench.replay.methods import ReplayMethod, config_of
 from specdec_bench.replay.replay import Replayed, by_category

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from specdec.drafters.base import BatchState, RowDrafter, RowRound
+from specdec.audit.loops import loop_start
+from specdec.contracts import BatchState
+from specdec.drafters.row import RowDrafter, RowRound
 from specdec.errors import DrafterError, SpecdecError
-from specdec.loops import loop_start
+from specdec.round.tree import TokenTree
 from specdec.sources.suffix_store import SuffixStore
-from specdec.tree import TokenTree
 from specdec_bench.replay.methods import SPACE, ReplayMethod
 from specdec_bench.replay.tokenizer import Encoder
 from specdec_bench.replay.traces import Answer, CountedAnswer

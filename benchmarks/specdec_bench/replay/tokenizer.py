@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specdec.artifacts.input_files import read_start
+from specdec.artifacts.tokenizers import tokenizer_fingerprint
 from specdec.errors import ConfigError, SpecdecError
-from specdec.input_files import read_start
-from specdec.tokenizers import tokenizer_fingerprint
 from specdec_bench.json_rows import is_rows, read_rows
 from specdec_bench.replay.traces import Message
 
@@ -55,7 +55,7 @@ def existing(name: str, with_template: bool) -> Encoder:
     Raises:
         SpecdecError: There is none, it is broken, or it has no template.
     """
-    from specdec.commands.loading import load_tokenizer, sentence
+    from specdec.loading import load_tokenizer, sentence
 
     try:
         tokenizer = load_tokenizer(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from specdec.atomic_files import make_folder, replace_file
+from specdec.artifacts.atomic_files import make_folder, replace_file
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench.report.markdown import markdown
 from specdec_bench.report.options import ReportOptions

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from specdec.atomic_files import flush_folder, is_running, make_folder
+from specdec.artifacts.atomic_files import flush_folder, is_running, make_folder
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench.results.reading import (
     BrokenRecordError,

@@ -17,8 +17,8 @@ import torch
 from transformers.utils.hub import cached_file
 
 import specdec
-from specdec.hf_compat import input_device
-from specdec.source_revision import source_revision
+from specdec.artifacts.source_revision import source_revision
+from specdec.hf.compat import input_device
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 _SAMPLED = 64  # values at each end of a weight that go into the target's hash

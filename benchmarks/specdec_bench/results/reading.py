@@ -11,8 +11,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from specdec.artifacts.input_files import read_input
 from specdec.errors import SpecdecError
-from specdec.input_files import read_input
 from specdec_bench.results.records import (
     KINDS,
     SCHEMA,

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from specdec.atomic_files import replace_file
+from specdec.artifacts.atomic_files import replace_file
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench.summary.acceptance import Acceptance
 

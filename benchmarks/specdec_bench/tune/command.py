@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from specdec.commands.loading import sentence
+from specdec.loading import sentence
 from specdec_bench.summary.intervals import Ratio
 from specdec_bench.tune.options import TuneOptions
 from specdec_bench.tune.tuner import BatchResult, tune

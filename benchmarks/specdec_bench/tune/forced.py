@@ -18,15 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.augmentation import capability
-from specdec.capability import evaluating
-from specdec.drafters.base import Drafter, RoundResult, TargetOutput
-from specdec.hf_call import introduce
+from specdec.api import capability
+from specdec.caches.tree_cache import TreeCache
+from specdec.contracts import Drafter, RoundResult, TargetOutput
+from specdec.generate.call import introduce
 from specdec.registry import methods
-from specdec.target import HFTarget, Prompt
-from specdec.tree import TokenTree, TreeBatch, bucket_size
-from specdec.tree_cache import TreeCache
-from specdec.verify import Verdict
+from specdec.round.tree import TokenTree, TreeBatch, bucket_size
+from specdec.round.verify import Verdict
+from specdec.targets.self_test import evaluating
+from specdec.targets.tree_target import HFTarget, Prompt
 from specdec_bench.measure.units import Unit
 from specdec_bench.tune.grid import Candidate
 from specdec_bench.tune.measured import Rounds
@@ -211,7 +211,7 @@ def _force_unit(
         model, Prompt(packed.to(device), None, counts), cache, taps=drafter.needs.taps
     )
     drafter.start(state)
-    target.prefill(drafter)
+    target.prefill(drafter.observe_prefill)
     advance(state, [[text[0]] for text in texts])
     nothing = np.empty(0, dtype=np.int64)
     empty = _Grown(nothing, nothing, nothing, np.empty(0), np.empty(0, dtype=np.bool_))

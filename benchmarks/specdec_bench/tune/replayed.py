@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
-from specdec.drafters.base import BatchState, RoundResult, TargetOutput
+from specdec.contracts import BatchState, RoundResult, TargetOutput
 from specdec.registry import methods
-from specdec.tree import TokenTree, TreeBatch
-from specdec.verify import HostVerdict, Verdict
+from specdec.round.tree import TokenTree, TreeBatch
+from specdec.round.verify import HostVerdict, Verdict
 from specdec_bench.measure.units import Unit
 from specdec_bench.tune.grid import Candidate
 from specdec_bench.tune.measured import Rounds

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from specdec.errors import SpecdecError
-from specdec.hf_compat import input_device
+from specdec.hf.compat import input_device
 from specdec_bench.measure.measuring import timed
 from specdec_bench.measure.units import Unit
 from specdec_bench.summary.intervals import Ratio, time_ratio

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from specdec.atomic_files import make_folder
-from specdec.augmentation import augment, capability
-from specdec.commands.loading import TOY, check_model, load_model, load_tokenizer
+from specdec.api import augment, capability
+from specdec.artifacts.atomic_files import make_folder
+from specdec.artifacts.places import DRAFT_HEAD, DRAFT_MODEL, Kind, locate
+from specdec.artifacts.target_fingerprint import TargetFingerprint
+from specdec.cost.tuned_file import TunedChoice, TunedFile, conditions, write_tuned
 from specdec.errors import ConfigError, SpecdecError
-from specdec.places import DRAFT_HEAD, DRAFT_MODEL, Kind, locate
-from specdec.target_fingerprint import TargetFingerprint
-from specdec.tuned_file import TunedChoice, TunedFile, conditions, write_tuned
+from specdec.loading import TOY, check_model, load_model, load_tokenizer
 from specdec_bench.measure.arms import Workbench
 from specdec_bench.measure.costs import measure_curve
 from specdec_bench.measure.loaded import clear_generation_config, end_ids, is_on_cpu, torch_threads

@@ -1,0 +1,1 @@
+"""What is looked at from outside: texts, their loops, and weights."""

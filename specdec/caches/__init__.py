@@ -1,0 +1,1 @@
+"""KV caches: trees, states that can be put back, and the cache that the user keeps."""

@@ -1,1 +1,0 @@
-"""The subcommands, one module each; imported only when they run."""

@@ -1,0 +1,1 @@
+"""What a forward costs on this machine, and the sizes chosen by it."""

@@ -1,0 +1,1 @@
+"""The door to Hugging Face: a prepared `generate` call, in and out."""

@@ -1,0 +1,136 @@
+"""The decoding loop that an augmented model hands to `generate(custom_generate=...)`.
+
+`generate` prepares inputs, processors, criteria and cache as ever; the loop's parts are made from
+them here, and what cannot be done goes back to the plain loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from specdec.config import SpecConfig
+from specdec.contracts import Drafter, FixedBudget
+from specdec.generate.call import Prepared, introduce
+from specdec.generate.fallback import warn_plain, why_prepared_is_plain
+from specdec.generate.outputs import Recorder, StreamObserver
+from specdec.generate.stop_rules import HostStopRules
+from specdec.generate.trace import traced
+from specdec.hf import compat
+from specdec.loop import Call, Observer, speculative_generate
+from specdec.registry import methods
+from specdec.round.sampling import PrefixIds
+from specdec.stats import GenerationStats
+from specdec.targets.chain_target import ChainTarget
+from specdec.targets.self_test import Capability
+from specdec.targets.tree_target import HFTarget
+
+
+@dataclass
+class SpeculativeDecode:
+    """A `custom_generate` callable for one call.
+
+    `generate` drops streamer and synced_gpus before it calls a callable, and pops every user
+    keyword that the callable names; so they are captured here, and `__call__` names none.
+
+    Attributes:
+        settings: How to speculate.
+        memory: What drafters keep from call to call.
+        streamer: The call's streamer.
+        keeps_cache: Whether the KV cache is the user's own.
+        found: The model's self-test.
+        stats: Filled in by the call.
+    """
+
+    settings: SpecConfig
+    memory: dict[str, Any]
+    found: Capability
+    streamer: Any = None
+    keeps_cache: bool = False
+    stats: GenerationStats = field(default_factory=lambda: GenerationStats("none"))
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Decodes a prepared call; returns what plain `generate` would return."""
+        prepared = Prepared(
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            kwargs,
+            self.keeps_cache,
+        )
+        method = self.settings.method or "none"
+        self.stats = GenerationStats(
+            method, self.found.mode, self.found.reason, options=dict(self.settings.options)
+        )
+        config = methods.configure(method, self.settings.options)
+        drafter = methods.create(method, config)
+        introduce(drafter, model, self.memory)
+        reason = why_prepared_is_plain(prepared, self.found, drafter.shape)
+        if reason is not None:
+            warn_plain(reason)
+            self.stats.mode, self.stats.mode_reason = "plain", reason
+            return compat.plain_decode(
+                model,
+                input_ids,
+                self.streamer,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                **kwargs,
+            )
+        return self._decode(prepared, drafter, methods.samples_drafts(method, config))
+
+    def _decode(self, prepared: Prepared, drafter: Drafter, sampled_drafts: bool) -> Any:
+        state, taps = prepared.state(self.memory), drafter.needs.taps
+        budget = drafter.max_nodes if self.settings.budget is None else self.settings.budget
+        target: HFTarget | ChainTarget
+        if self.found.mode == "chain":
+            target = prepared.chain_target(state, taps)
+        else:
+            target = prepared.target(taps, budget)
+        prefix = PrefixIds(prepared.input_ids, prepared.max_new_tokens)
+        picker = prepared.picker(prefix)
+        recorder = Recorder(prepared.wanted_outputs(), prepared.layout(), picker)
+        stops = HostStopRules(
+            prepared.max_new_tokens,
+            prepared.eos_ids,
+            prepared.other_criteria,
+            prefix,
+            recorder.scores_so_far,
+        )
+        observers: list[Observer] = [recorder] if recorder.wanted else []
+        if self.streamer is not None:
+            observers.append(StreamObserver(self.streamer, state, prepared.pad_id))
+        if self.settings.on_round is not None:
+            on_round = self.settings.on_round
+            observers.append(lambda _, record: on_round(record))
+        with traced(self.settings.trace, self.memory) as trace:
+            call = Call(
+                state=state,
+                picker=picker,
+                stops=stops,
+                budget=FixedBudget(budget),
+                stats=self.stats,
+                observers=[*observers, *trace],
+                show_trees=self.settings.on_round is not None or bool(trace),
+                sampled_drafts=sampled_drafts,
+            )
+            speculative_generate(target, drafter, call)
+        if self.streamer is not None:
+            self.streamer.end()
+        returns_cache = self.keeps_cache or bool(prepared.generation_config.return_dict_in_generate)
+        if returns_cache:
+            prepared.write_back(state, target, recorder)
+        return prepared.result(state, recorder)

@@ -1,0 +1,218 @@
+"""Every reason for which a call runs as plain `generate`, and the one warning that says so."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from specdec.caches import state_cache, user_cache
+from specdec.contracts import Shape
+from specdec.errors import FallbackWarning
+from specdec.generate.call import Prepared
+from specdec.hf import compat, states, steps
+from specdec.hf.names import CACHE_INPUTS, cache_argument, counts_slots
+from specdec.targets.prompt_test import why_not_trees
+from specdec.targets.self_test import Capability
+
+_KNOWN_MODEL_KWARGS = frozenset({
+    "attention_mask", "position_ids", "use_cache", "logits_to_keep", "inputs_embeds",
+    "output_hidden_states", "output_attentions", *CACHE_INPUTS,
+})  # fmt: skip
+_CACHES = ("dynamic", "static", "hybrid", "hybrid_chunked", "sliding_window")
+_OTHER_DECODERS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "penalty_alpha",
+                   "dola_layers", "token_healing", "constraints", "force_words_ids")  # fmt: skip
+
+
+def warn_plain(reason: str) -> None:
+    """The one warning of a call that runs as plain `generate`."""
+    warnings.warn(
+        f"specdec: this call runs as plain generate, because {reason}.",
+        FallbackWarning,
+        stacklevel=4,
+    )
+
+
+def option(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
+    """A generation option by `generate`'s own precedence."""
+    config = kwargs.get("generation_config")
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    if getattr(config, name, None) is not None:
+        return getattr(config, name)
+    return getattr(model.generation_config, name, None)
+
+
+def why_call_is_plain(model: Any, kwargs: Mapping[str, Any], found: Capability) -> str | None:
+    """Why a call must not reach our loop at all: its plain counterpart is not token by token."""
+    if found.mode == "plain":
+        return found.reason
+    for name in ("custom_generate", "assistant_model", "synced_gpus"):
+        if kwargs.get(name):
+            return f"{name} was given"
+    if compat.syncs_gpus(model):
+        return "several ranks must run the same number of forwards"
+    return _why_options_are_plain(lambda name: option(model, kwargs, name))
+
+
+def _why_options_are_plain(chosen: Callable[[str], Any]) -> str | None:
+    beams, guidance = chosen("num_beams"), chosen("guidance_scale")
+    if beams is not None and beams != 1:
+        return f"num_beams is {beams}"
+    if guidance is not None and guidance != 1:
+        return f"guidance_scale is {guidance}: its processor calls the model itself"
+    for name in _OTHER_DECODERS:
+        if chosen(name):
+            return f"{name} is set"
+    chunk = chosen("prefill_chunk_size")
+    if chunk is not None and not (isinstance(chunk, int) and chunk > 0):
+        return f"prefill_chunk_size is {chunk!r}"
+    if chosen("use_cache") is False:
+        return "use_cache is False"
+    implementation = chosen("cache_implementation")
+    if implementation not in (None, *_CACHES):
+        return f"cache_implementation is {implementation!r}"
+    return None
+
+
+def why_prepared_is_plain(call: Prepared, found: Capability, shape: Shape = "any") -> str | None:
+    """Why a prepared call must run as plain `generate`, or None.
+
+    Args:
+        call: The call.
+        found: The model's self-test.
+        shape: Trees that the drafter proposes.
+    """
+    reason = _why_layout(call)  # what the checks after it read rows and slots from
+    if reason is None and found.mode == "chain":
+        reason = _why_no_chains(call, found, shape)
+    elif reason is None:
+        reason = _why_no_trees(call, found)
+    reason = reason or _why_model(call) or _why_batch(call)
+    return reason or (_why_inputs(call, found) if found.mode == "tree" else None)
+
+
+def _why_no_trees(call: Prepared, found: Capability) -> str | None:
+    if call.mask is not None and not found.padded:
+        return "the model's own text changes when a row is padded"
+    window = compat.untold_window(call.model.config)
+    length = call.total + call.max_new_tokens
+    if window is not None and length > window[1]:
+        return f"its {window[0]} of {window[1]} is applied inside the layers, by slot"
+    kinds = compat.MaskKinds.of(call.model.config)
+    reached = any(kinds.reaches(kind, length) for kind in kinds.kinds)
+    if reached and not compat.masks_its_window(call.model):
+        return "its attention window is applied by the cache alone, not by a mask"
+    known = (*_KNOWN_MODEL_KWARGS, *steps.MULTIMODAL)
+    unknown = [name for name in call.inputs_given() if name not in known]
+    if unknown:
+        return f"the model input {unknown[0]!r} is not one that a token tree can carry"
+    if call.own_inputs and (reason := _why_positions(call)):
+        return reason
+    streams = states.streams_of_state(call.model.config)
+    if call.wanted_outputs().hidden_states and streams > 1:
+        return f"output_hidden_states was asked for and layers hand on {streams} streams of a state"
+    slots = call.total + call.max_new_tokens - 1
+    reason = user_cache.unsupported_cache(call.cache, slots, call.model.config, found.laid)
+    windowed = compat.MaskKinds.of(call.model.config)
+    if reason is None and call.mask is not None and _has_holes(call.mask):
+        if call.keeps_cache and _has_holes(call.mask[:, call.past :]):
+            return "its attention mask has holes where the user's cache wants every token"
+        if any(map(windowed.is_windowed, windowed.kinds)):
+            return "its attention mask has holes and the model has attention windows"
+    return reason
+
+
+def _why_positions(call: Prepared) -> str | None:
+    """Why the prompt's positions do not say where its text goes on."""
+    positions = call.kwargs.get("position_ids")
+    if positions is None:
+        return "generate prepared no position_ids for its inputs"
+    rows, width = (1, *positions.shape)[-2:]
+    if rows not in (1, call.batch) or width < call.total - call.past:
+        return f"position_ids of shape {tuple(positions.shape)} were given for {call.batch} rows"
+    return None
+
+
+def _why_inputs(call: Prepared, found: Capability) -> str | None:
+    """Tests the prompt when the model has to prepare it itself; once for every kind of prompt."""
+    names = call.own_inputs
+    if not names:
+        return None
+    kind = (*names, f"rows: {min(call.batch, 2)}", f"padding: {call.mask is not None}")
+    if kind not in found.prompts:
+        found.prompts[kind] = why_not_trees(call.model, call.plain_prompt(), found.noise)
+    reason = found.prompts[kind]
+    return None if reason is None else f"{names[-1]} was given and {reason}"
+
+
+def _why_no_chains(call: Prepared, found: Capability, shape: Shape) -> str | None:
+    if shape == "tree":
+        return "the method proposes token trees and the model takes single paths only"
+    if call.batch > 1 and not found.batched:
+        return "the model verifies one row at a time"
+    known = (*_KNOWN_MODEL_KWARGS, *steps.MULTIMODAL)
+    unknown = [name for name in call.inputs_given() if name not in known]
+    if unknown:
+        return f"the model input {unknown[0]!r} is not known"
+    if call.wanted_outputs().hidden_states:
+        return "output_hidden_states was asked for and the model takes single paths only"
+    if call.mask is not None and _has_holes(call.mask):
+        return "its attention mask has holes and the model takes single paths only"
+    if call.keeps_cache and not counts_slots(*cache_argument(call.kwargs)):
+        return "the user's cache holds states alone, and generate does not ask how long its text is"
+    padding = [int(row[0]) for row in call.slots()]
+    return state_cache.why_not_revocable(call.cache, padding)
+
+
+def _why_model(call: Prepared) -> str | None:
+    if compat.prepares_inputs_itself(call.model):
+        return "its input preparation was replaced, as PEFT does to add a learned prompt"
+    boundary = compat.length_dependent_positions(call.model.config)
+    if boundary is not None and call.total + call.max_new_tokens + call.ahead > boundary:
+        return f"its rotary positions change with the length of a forward beyond {boundary}"
+    ranked = compat.ranked_keys(call.model.config)
+    if ranked is not None and call.total + call.max_new_tokens > ranked:
+        return f"beyond {ranked} tokens its indexer chooses keys by rank, ties at random"
+    if call.kwargs.get("output_attentions"):
+        return "output_attentions was asked for"
+    if call.total <= call.past:
+        return "the cache already holds the whole prompt"
+    return None
+
+
+def _why_layout(call: Prepared) -> str | None:
+    """Why rows, cache and mask of the call do not say together where its prompt stands."""
+    cached = state_cache.rows_held(call.cache) if call.keeps_cache else None
+    if not call.batch:
+        return "the batch has no rows"
+    if cached is not None and cached != call.batch:
+        return f"the user's cache holds {cached} rows and the call has {call.batch}"
+    if call.total not in (call.given, call.past + call.given):
+        return f"the attention mask is {call.total} wide for {call.given} tokens"
+    if call.embeds is not None and call.generation_config.prefill_chunk_size is not None:
+        return "prefill_chunk_size splits ids and inputs_embeds was given"
+    if call.mask is not None and bool((call.mask[:, -1] == 0).any()):
+        return "the batch is padded on the right"
+    return None
+
+
+def _has_holes(mask: Tensor) -> bool:
+    """Whether padding follows a token."""
+    return bool((mask[:, 1:] < mask[:, :-1]).any())
+
+
+def _why_batch(call: Prepared) -> str | None:
+    if call.batch == 1:
+        return None
+    unknown = compat.unknown_processors(call.processors)
+    if unknown:
+        return f"{unknown[0]} may hold state for the whole batch"
+    unknown = compat.unknown_criteria(call.criteria)
+    if unknown:
+        return f"the stopping criterion {unknown[0]} may look at the whole batch"
+    if call.other_criteria is not None and not call.eos_ids:
+        return "rows would end without an EOS token to pad them with"
+    return None

@@ -1,0 +1,1 @@
+"""Draft heads on disk: all dialects in, and out."""

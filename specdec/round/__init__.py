@@ -1,0 +1,1 @@
+"""One round: trees, picks, the walk."""
