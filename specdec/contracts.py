@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from specdec.round.pickers import Picks
 from specdec.round.tree import TreeBatch
 from specdec.round.verify import HostVerdict, Verdict
 
@@ -141,6 +142,7 @@ class RoundResult:
     Attributes:
         trees: What was proposed.
         output: The target's answer.
+        picks: Its tokens, and the scores that they were picked by.
         verdict: Acceptance on the device, before the stop rules.
         host: Acceptance on the host, cut by the stop rules; finished rows are empty.
         node_picks: [B, T] target's greedy choices, if needed.
@@ -149,6 +151,7 @@ class RoundResult:
 
     trees: TreeBatch
     output: TargetOutput
+    picks: Picks
     verdict: Verdict
     host: HostVerdict
     node_picks: Tensor | None = None

@@ -18,7 +18,8 @@ from specdec.contracts import (
     TargetModel,
     TargetOutput,
 )
-from specdec.round.sampling import StopCheck, TokenPicker, kept_generators
+from specdec.round.noise import kept_generators
+from specdec.round.pickers import Picker, StopCheck
 from specdec.round.sealed import sealed
 from specdec.round.tree import TreeBatch
 from specdec.round.verify import CopyCounter, HostVerdict, verify
@@ -54,7 +55,7 @@ class Call:
     """
 
     state: BatchState
-    picker: TokenPicker
+    picker: Picker
     stops: StopRules
     budget: BudgetPolicy
     stats: GenerationStats
@@ -153,19 +154,19 @@ class _Rounds:
         """Picks, walks, makes the round's one host copy, and cuts it by the stop rules (I3)."""
         call, needs = self.call, self.drafter.needs
         picks = call.picker.picks(trees, output.logits, self.state, call.stops)
-        verdict = verify(trees, picks)
+        verdict = verify(trees, picks.ids)
         node_picks = None
         if needs.node_picks:
-            node_picks = picks if call.picker.picks_are_argmax else output.logits.float().argmax(-1)
-            node_picks = node_picks.to(picks.device)
+            greedy = picks.ids if call.picker.are_argmax else output.logits.float().argmax(-1)
+            node_picks = greedy.to(picks.ids.device)
         node_topk = None
         if needs.node_topk:
-            node_topk = output.logits.topk(needs.node_topk, -1).indices.to(picks.device)
+            node_topk = output.logits.topk(needs.node_topk, -1).indices.to(picks.ids.device)
         extras = (node_picks, node_topk) if self.drafter.host_needs else (None, None)
         counter = CopyCounter()
         host = call.stops.cut(verdict.host(trees, *extras, counter=counter), self.state)
         call.stats.device_to_host_copies += counter.copies
-        return RoundResult(trees, output, verdict, host, node_picks, node_topk)
+        return RoundResult(trees, output, picks, verdict, host, node_picks, node_topk)
 
     @timed("commit")
     def commit(self, result: RoundResult) -> None:

@@ -23,7 +23,9 @@ from specdec.generate.outputs import PromptLayout, Recorder, WantedOutputs
 from specdec.hf import compat
 from specdec.hf.names import CACHE, cache_argument
 from specdec.hf.steps import MULTIMODAL, cached_length
-from specdec.round.sampling import NoiseTape, PrefixIds, TokenPicker
+from specdec.round.noise import NoiseTape
+from specdec.round.pickers import Picker, picker_of
+from specdec.round.prefix import PrefixIds
 from specdec.round.tree import TokenTree, TreeBatch, bucket_size
 from specdec.targets.chain_target import ChainCall, ChainTarget
 from specdec.targets.prompt_target import PlainPrompt, PromptTarget
@@ -240,13 +242,13 @@ class Prepared:
         )
         return ChainTarget(self.model, call, state, taps)
 
-    def picker(self, prefix: PrefixIds) -> TokenPicker:
+    def picker(self, prefix: PrefixIds) -> Picker:
         """Chooses tokens as this call's plain decoding would."""
         config, device = self.generation_config, self.input_ids.device
         needs_prefix = not compat.all_stateless(self.processors)
         watched_scores = self.other_criteria is not None and bool(config.output_scores)
         lazy = needs_prefix or watched_scores or (config.do_sample and device.type == "cpu")
-        return TokenPicker(
+        return picker_of(
             self.processors if len(self.processors) else None,
             prefix,
             NoiseTape(self.batch, device) if config.do_sample else None,

@@ -21,7 +21,7 @@ from specdec.generate.trace import traced
 from specdec.hf import compat
 from specdec.loop import Call, Observer, speculative_generate
 from specdec.registry import methods
-from specdec.round.sampling import PrefixIds
+from specdec.round.prefix import PrefixIds
 from specdec.stats import GenerationStats
 from specdec.targets.chain_target import ChainTarget
 from specdec.targets.self_test import Capability

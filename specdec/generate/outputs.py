@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.contracts import BatchState, RoundResult, TargetOutput
-from specdec.round.sampling import TokenPicker
+from specdec.round.pickers import Picker
 from specdec.stats import RoundRecord
 
 
@@ -48,7 +48,7 @@ class Recorder:
     Rows that end early go on with what their padding produces, as plain `generate` reports it.
     """
 
-    def __init__(self, wanted: WantedOutputs, layout: PromptLayout, picker: TokenPicker) -> None:
+    def __init__(self, wanted: WantedOutputs, layout: PromptLayout, picker: Picker) -> None:
         self.wanted = wanted
         self._layout, self._picker = layout, picker
         rows = range(len(layout.columns))
@@ -71,7 +71,7 @@ class Recorder:
         for row, tokens in enumerate(result.host.tokens):
             for node in [0, *result.host.paths[row]][: len(tokens)]:
                 if self.wanted.scores:
-                    self._scores[row].append(self._picker.scores(row, node).clone())
+                    self._scores[row].append(result.picks.scores(row, node).clone())
                 if self.wanted.logits:
                     self._logits[row].append(_copied_float(result.output.logits[row, node]))
                 if self.wanted.hidden_states and record.index > 0:

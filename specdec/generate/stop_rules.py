@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from specdec.contracts import BatchState
-from specdec.round.sampling import PrefixIds, raise_unless_finite
+from specdec.round.pickers import raise_unless_finite
+from specdec.round.prefix import PrefixIds
 from specdec.round.verify import HostVerdict
 
 Criteria = Callable[[Tensor, "tuple[Tensor, ...] | None"], Tensor]

@@ -2,7 +2,7 @@
 
 The target's choice at a node either is one of its children, and the walk goes on there, or it is
 not, and the walk ends with that token (the correction, or the bonus after a full path). Greedy and
-sampled decoding are the same walk, because the picks already hold the noise (see `sampling.py`).
+sampled decoding are the same walk, because the picks already hold the noise (see `noise.py`).
 Knows nothing about models, tokenizers or stop rules.
 """
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from specdec.hf.compat import input_device
 from specdec.hf.steps import plain_logits, prepared_call
-from specdec.round.sampling import kept_generators
+from specdec.round.noise import kept_generators
 from specdec.targets.self_test import evaluating
 
 _RATES = ("dropout", "layerdrop", "layer_drop", "drop_path", "droppath", "jitter", "noise")

@@ -22,7 +22,8 @@ from specdec.contracts import (
     TargetOutput,
 )
 from specdec.loop import Call, speculative_generate
-from specdec.round.sampling import PrefixIds, TokenPicker
+from specdec.round.pickers import picker_of
+from specdec.round.prefix import PrefixIds
 from specdec.round.tree import TokenTree, TreeBatch
 from specdec.round.verify import HostVerdict
 from specdec.stats import GenerationStats, RoundRecord
@@ -217,7 +218,7 @@ class Game:
                 self.look()
             histories[:] = [list(tokens) for tokens in state.tokens]
 
-        picker = TokenPicker(None, PrefixIds(torch.zeros(batch, 1).long(), 1), None, False)
+        picker = picker_of(None, PrefixIds(torch.zeros(batch, 1).long(), 1), None, False)
         budget = FixedBudget(drafter.max_nodes) if self.budget is None else self
         stats = GenerationStats("toy")
         call = Call(state, picker, _After(self.limits), budget, stats, [watch], show_trees=True)

@@ -13,7 +13,7 @@ import specdec
 from helpers.hf import Both, left_padded, oracle, plain, prompt, run_both, tiny_llama
 from helpers.names import CACHE, cache_of
 from specdec.generate.outputs import Recorder
-from specdec.round import sampling
+from specdec.round import noise
 
 NEW = 16
 EVERYTHING = {
@@ -186,7 +186,7 @@ def test_recorder_does_not_keep_whole_trees_alive(
 def test_long_generation_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """2,000 tokens: noise is dropped as it is used, and buffers fit the text."""
     model = specdec.augment(tiny_llama(torch.float32, num_hidden_layers=1), "prompt_lookup")
-    held, step = [], sampling.NoiseTape.step
+    held, step = [], noise.NoiseTape.step
 
     def watched(self: Any, index: int, vocab_size: int) -> Tensor:
         draw = step(self, index, vocab_size)
@@ -196,7 +196,7 @@ def test_long_generation_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> No
     torch.manual_seed(0)
     expected = plain(model, prompt(), max_new_tokens=2000, do_sample=True, temperature=0.6)
     with monkeypatch.context() as patch:
-        patch.setattr(sampling.NoiseTape, "step", watched)
+        patch.setattr(noise.NoiseTape, "step", watched)
         torch.manual_seed(0)
         got = model.generate(
             prompt(), max_new_tokens=2000, do_sample=True, temperature=0.6,

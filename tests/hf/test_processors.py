@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from helpers.hf import VOCAB, left_padded, prompt, run_both
-from specdec.generate.decode import Prepared
+from specdec.generate import call
 from specdec.hf import compat
 from specdec.round import verify
-from specdec.round.sampling import PrefixIds, TokenPicker
+from specdec.round.pickers import picker_of
 
 NEW = 20
 SAMPLED = {"do_sample": True, "top_k": 0}
@@ -173,14 +173,12 @@ def test_left_padding_found_by_generate_itself(llama: Any) -> None:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Picks at all nodes at once and walks without host loops, as where launches are dear."""
-    make = Prepared.picker
 
-    def picker(self: Prepared, prefix: PrefixIds) -> TokenPicker:
-        made = make(self, prefix)
-        made._along_path = not compat.all_stateless(self.processors)
-        return made
+    def picker(processors: Any, *args: Any, needs_prefix: bool, **kwargs: Any) -> Any:
+        kwargs["along_path"] = not compat.all_stateless(processors or [])
+        return picker_of(processors, *args, needs_prefix=needs_prefix, **kwargs)
 
-    monkeypatch.setattr(Prepared, "picker", picker)
+    monkeypatch.setattr(call, "picker_of", picker)
     monkeypatch.setattr(verify, "walk_on_host", verify.walk_on_device)
 
 

@@ -23,7 +23,7 @@ from specdec.contracts import BatchState, Needs, RoundResult
 from specdec.drafters.row import RowRound
 from specdec.generate import call
 from specdec.round import verify as verification
-from specdec.round.sampling import TokenPicker
+from specdec.round.pickers import picker_of
 from specdec.round.verify import walk_on_device
 from specdec.stats import RoundRecord
 from specdec.targets.tree_target import HFTarget, Prompt
@@ -39,11 +39,11 @@ CPU = torch.device("cpu")
 
 
 def pick(everywhere: bool) -> Any:
-    """A `TokenPicker` that picks one way, whatever the call would choose."""
+    """A picker that picks one way, whatever the call would choose."""
 
-    def build(*args: Any, along_path: bool, **kwargs: Any) -> TokenPicker:
+    def build(*args: Any, along_path: bool, **kwargs: Any) -> Any:
         kwargs["along_path"] = not everywhere
-        return TokenPicker(*args, **kwargs)
+        return picker_of(*args, **kwargs)
 
     return build
 
@@ -169,7 +169,7 @@ def test_one_host_copy_a_round(mode: Mode, rows: int, monkeypatch: pytest.Monkey
     picks at all nodes and the walk on the device. (On a CPU the loop walks on the host.)
     """
     monkeypatch.setattr(verification, "walk_on_host", walk_on_device)
-    monkeypatch.setattr(call, "TokenPicker", pick(everywhere=True))
+    monkeypatch.setattr(call, "picker_of", pick(everywhere=True))
     case = Case("llama", mode, rows)
     by_round: list[int] = []
 
@@ -203,7 +203,7 @@ def test_both_ways_to_pick_give_plain_text(
     ledger: Ledger,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(call, "TokenPicker", pick(everywhere))
+    monkeypatch.setattr(call, "picker_of", pick(everywhere))
     case = Case("gemma3", mode, rows)
     case.check(ledger, method, case.truth())
     ledger.settle()

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specdec import TokenTree, TreeBatch
-from specdec.round.sampling import NoiseTape, PrefixIds, TokenPicker
+from specdec.round.noise import NoiseTape
+from specdec.round.pickers import picker_of
+from specdec.round.prefix import PrefixIds
 from specdec.round.tree import bucket_size
 from specdec.round.verify import walk_on_device, walk_on_host
 
@@ -103,8 +105,8 @@ def test_picks_everywhere_are_picks_along_the_path(
         torch.manual_seed(seed)
         tape = NoiseTape(batch, CPU) if sampled else None
         prefix = PrefixIds(torch.zeros(batch, 1, dtype=torch.long), 32)
-        picker = TokenPicker(None, prefix, tape, along_path)
-        found.append(picker.picks(trees, logits, rows, rows))
+        picker = picker_of(None, prefix, tape, along_path)
+        found.append(picker.picks(trees, logits, rows, rows).ids)
     everywhere, lazy = found
     assert torch.equal(everywhere[lazy >= 0], lazy[lazy >= 0])
     verdicts = [walk_on_device(trees, picks) for picks in found]

@@ -175,8 +175,8 @@ CALL: tuple[Fault, ...] = (
         "recorded_scores_keep_their_round_alive",
         "memory grows with the text",
         _OUTPUTS,
-        "self._picker.scores(row, node).clone()",
-        "self._picker.scores(row, node)",
+        "result.picks.scores(row, node).clone()",
+        "result.picks.scores(row, node)",
         "tests/hf/test_outputs.py::test_recorder_does_not_keep_whole_trees_alive",
     ),
     Fault(

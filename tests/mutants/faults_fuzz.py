@@ -2,7 +2,7 @@
 
 from mutants.fault import Fault
 
-_FALLBACK, _SAMPLING = "specdec/generate/fallback.py", "specdec/round/sampling.py"
+_FALLBACK, _PICKERS = "specdec/generate/fallback.py", "specdec/round/pickers.py"
 _LAYOUTS = "tests/hf/test_odd_layouts.py"
 _RAISES = "tests/hf/test_interruptions.py::test_a_call_that_ends_in_the_middle"
 
@@ -74,7 +74,7 @@ FUZZ: tuple[Fault, ...] = (
     Fault(
         "a_failed_walk_gives_its_noise_back",
         "state after an exception",
-        _SAMPLING,
+        _PICKERS,
         "self._noise.finish(max(steps, self._chosen))",
         "self._noise.finish(steps)",
         f"{_RAISES} -k 'processor and sampled'",
@@ -82,7 +82,7 @@ FUZZ: tuple[Fault, ...] = (
     Fault(
         "the_first_token_of_a_failed_call_is_undrawn",
         "state after an exception",
-        _SAMPLING,
+        _PICKERS,
         "self._chosen = max(self._chosen, *steps, 0)",
         "self._chosen = 0",
         f"{_RAISES} -k 'criterion and sampled'",

@@ -79,9 +79,9 @@ LIVE: tuple[Fault, ...] = (
     Fault(
         "drafters_may_move_the_generator",
         "seed and generator",
-        "specdec/round/sampling.py",
-        "            generator.set_state(state)\n\n\nclass PrefixIds",
-        "            pass\n\n\nclass PrefixIds",
+        "specdec/round/noise.py",
+        "            generator.set_state(state)\n\n\nclass NoiseTape",
+        "            pass\n\n\nclass NoiseTape",
         f"{_I5} -k random",
     ),
     Fault(
@@ -175,7 +175,7 @@ LIVE: tuple[Fault, ...] = (
     Fault(
         "padding_of_ended_rows_is_not_shown_to_processors",
         "scores of the wrong row",
-        "specdec/round/sampling.py",
+        "specdec/round/pickers.py",
         "        self._prefix.write(row, index, pad)\n        return scores[0]",
         "        return scores[0]",
         "tests/hf/test_outputs.py -k end_early",

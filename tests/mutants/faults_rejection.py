@@ -2,7 +2,8 @@
 
 from mutants.fault import Fault
 
-_REJECTION, _SAMPLING = "specdec/round/rejection.py", "specdec/round/sampling.py"
+_REJECTION, _PICKERS = "specdec/round/rejection.py", "specdec/round/pickers.py"
+_NOISE = "specdec/round/noise.py"
 _TESTS = "tests/unit/test_rejection.py"
 
 REJECTION: tuple[Fault, ...] = (
@@ -49,7 +50,7 @@ REJECTION: tuple[Fault, ...] = (
     Fault(
         "the_law_before_the_processors",
         "sampling parameters applied to draft/target inconsistently",
-        _SAMPLING,
+        _PICKERS,
         "            law = rejection.law_of(scores)",
         "            law = rejection.law_of(logits.float())",
         _TESTS,
@@ -57,7 +58,7 @@ REJECTION: tuple[Fault, ...] = (
     Fault(
         "the_tape_is_never_left",
         "seed ignored / shared RNG / depends on batch",
-        _SAMPLING,
+        _NOISE,
         "        self._left = True\n        self._states.clear()",
         "        pass",
         _TESTS,

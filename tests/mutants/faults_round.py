@@ -3,7 +3,8 @@
 from mutants.fault import Fault
 
 _TREE, _VERIFY = "specdec/round/tree.py", "specdec/round/verify.py"
-_SAMPLING, _STOPS = "specdec/round/sampling.py", "specdec/generate/stop_rules.py"
+_PICKERS, _NOISE = "specdec/round/pickers.py", "specdec/round/noise.py"
+_STOPS = "specdec/generate/stop_rules.py"
 _LOOP, _STATS = "specdec/loop.py", "specdec/stats.py"
 
 _WALKS = "tests/laws/test_walks.py"
@@ -196,7 +197,7 @@ ROUND: tuple[Fault, ...] = (
     Fault(
         "noise_of_the_next_step_along_the_path",
         "noise of the wrong step",
-        _SAMPLING,
+        _PICKERS,
         "noise = self._noise.step(index, scores.shape[-1])[row]",
         "noise = self._noise.step(index + 1, scores.shape[-1])[row]",
         _SAMPLED_TEXT,
@@ -204,7 +205,7 @@ ROUND: tuple[Fault, ...] = (
     Fault(
         "noise_of_the_root_at_all_nodes",
         "noise of the wrong step",
-        _SAMPLING,
+        _PICKERS,
         "tape.gather(1, index)",
         "tape.gather(1, torch.zeros_like(index))",
         _ALL_NODES,
@@ -212,7 +213,7 @@ ROUND: tuple[Fault, ...] = (
     Fault(
         "noise_of_the_first_row",
         "noise of the wrong row",
-        _SAMPLING,
+        _PICKERS,
         "noise = self._noise.step(index, scores.shape[-1])[row]",
         "noise = self._noise.step(index, scores.shape[-1])[0]",
         _SAMPLED_TEXT,
@@ -220,7 +221,7 @@ ROUND: tuple[Fault, ...] = (
     Fault(
         "the_generator_is_not_set_back",
         "seed and generator",
-        _SAMPLING,
+        _NOISE,
         "self._generator.set_state(self._states[steps])",
         "self._states[steps]",
         _ALL_NODES,
@@ -228,7 +229,7 @@ ROUND: tuple[Fault, ...] = (
     Fault(
         "noise_is_forgotten_when_the_fastest_row_used_it",
         "seed and generator",
-        _SAMPLING,
+        _PICKERS,
         "self._noise.release(min(emitted))",
         "self._noise.release(max(emitted))",
         _SAMPLED_TEXT,
@@ -236,7 +237,7 @@ ROUND: tuple[Fault, ...] = (
     Fault(
         "noise_is_never_forgotten",
         "memory grows with the text",
-        _SAMPLING,
+        _NOISE,
         "for step in [s for s in self._draws if s < below]:",
         "for step in [s for s in self._draws if s < below - 1000]:",
         "tests/hf/test_outputs.py::test_long_generation_keeps_its_memory",
@@ -244,7 +245,7 @@ ROUND: tuple[Fault, ...] = (
     Fault(
         "processors_are_called_twice_a_token",
         "stateful processors",
-        _SAMPLING,
+        _PICKERS,
         "        scores = self._processed(row, index, logits)\n        self._walked",
         "        self._processed(row, index, logits)\n"
         "        scores = self._processed(row, index, logits)\n        self._walked",
@@ -253,7 +254,7 @@ ROUND: tuple[Fault, ...] = (
     Fault(
         "processors_see_tokens_after_the_end",
         "stateful processors",
-        _SAMPLING,
+        _PICKERS,
         "if stops.is_final(row, index, token):",
         "if stops.is_final(row, index, token) and node == 0:",
         _STATEFUL,
@@ -261,7 +262,7 @@ ROUND: tuple[Fault, ...] = (
     Fault(
         "processors_see_the_prefix_of_the_round",
         "stateful processors",
-        _SAMPLING,
+        _PICKERS,
         "process(self._prefix.row(row, index), scores)",
         "process(self._prefix.row(row, index - int(node > 0)), scores)",
         _PROCESSED_TEXT,
@@ -269,7 +270,7 @@ ROUND: tuple[Fault, ...] = (
     Fault(
         "processors_write_into_the_logits",
         "stateful processors",
-        _SAMPLING,
+        _PICKERS,
         "logits[None].to(copy=True, dtype=torch.float32)",
         "logits[None].float()",
         "tests/hf/test_processor_edges.py::test_in_place_changes_do_not_reach_the_logits",
@@ -277,7 +278,7 @@ ROUND: tuple[Fault, ...] = (
     Fault(
         "warpers_are_left_out_at_all_nodes",
         "sampling options ignored",
-        _SAMPLING,
+        _PICKERS,
         "flat = self._processors(no_ids, scores.reshape(batch * size, vocab))",
         "flat = scores.reshape(batch * size, vocab)",
         _ALL_NODES,

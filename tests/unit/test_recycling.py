@@ -19,6 +19,7 @@ from specdec.drafters.recycling import (
     rank_weight,
 )
 from specdec.errors import ConfigError
+from specdec.round.pickers import Picks
 from specdec.round.tree import TokenTree, TreeBatch, bucket_size
 from specdec.round.verify import HostVerdict, Verdict
 
@@ -57,7 +58,8 @@ def finished(trees: TreeBatch, topk: Tensor, rows: Sequence[bool]) -> RoundResul
     picks = topk[:, :1, 0]
     host = HostVerdict([[] for _ in rows], [[0] if row else [] for row in rows])
     verdict = Verdict(picks[:, :0].int(), torch.zeros_like(picks[:, 0]), picks)
-    return RoundResult(trees, TargetOutput(topk.float()), verdict, host, None, topk)
+    output = TargetOutput(topk.float())
+    return RoundResult(trees, output, Picks(picks), verdict, host, None, topk)
 
 
 def learn(drafter: Recycling, trees: TreeBatch, rows: Sequence[bool] = (True,)) -> Tensor:

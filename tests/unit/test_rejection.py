@@ -16,7 +16,9 @@ from specdec import SpecConfig
 from specdec.generate import call
 from specdec.round import rejection
 from specdec.round import verify as verification
-from specdec.round.sampling import NoiseTape, PrefixIds, TokenPicker
+from specdec.round.noise import NoiseTape
+from specdec.round.pickers import picker_of
+from specdec.round.prefix import PrefixIds
 from specdec.round.tree import TokenTree, TreeBatch
 from specdec.round.verify import verify, walk_on_device
 
@@ -227,9 +229,9 @@ def test_picker_and_walk_have_the_targets_law(
     trees = TreeBatch.chains(torch.stack([torch.zeros_like(first), first, second], 1))
     trees = TreeBatch(trees.tokens, trees.parents, trees.sizes, 2, draft_law=laws)
     prefix = PrefixIds(torch.zeros(draws, 1, dtype=torch.long), 8)
-    picker = TokenPicker(processor, prefix, NoiseTape(draws, CPU), along_path)
+    picker = picker_of(processor, prefix, NoiseTape(draws, CPU), along_path)
     rows = Rows(draws)
-    picks = picker.picks(trees, target[contexts.T], rows, rows)
+    picks = picker.picks(trees, target[contexts.T], rows, rows).ids
     verdict = verify(trees, picks)
     assert torch.equal(verdict.tokens, walk_on_device(trees, picks).tokens)
     tokens, length = verdict.tokens, verdict.length
@@ -260,12 +262,12 @@ def test_nan_raises_what_plain_raises() -> None:
     logits, rows = torch.full((1, 2, SMALL), torch.nan), Rows(1)
     for along_path in (False, True):
         prefix = PrefixIds(torch.zeros(1, 1, dtype=torch.long), 4)
-        picker = TokenPicker(None, prefix, NoiseTape(1, CPU), along_path)
+        picker = picker_of(None, prefix, NoiseTape(1, CPU), along_path)
         if along_path:
             with pytest.raises(RuntimeError, match="probability tensor contains"):
                 picker.picks(trees, logits, rows, rows)
         else:
-            assert (picker.picks(trees, logits, rows, rows) == -2).all()
+            assert (picker.picks(trees, logits, rows, rows).ids == -2).all()
 
 
 # The generator
@@ -310,7 +312,7 @@ def test_rounds_without_a_draft_draw_only_their_own_step(along_path: bool) -> No
     )
     tape, rows = CountingTape(1, CPU), Rows(1)
     prefix = PrefixIds(torch.zeros(1, 1, dtype=torch.long), 1000)
-    picker = TokenPicker(None, prefix, tape, along_path)
+    picker = picker_of(None, prefix, tape, along_path)
     picker.picks(sampled, torch.zeros(1, 2, SMALL), rows, rows)
     rows.count = 500
     picker.picks(TreeBatch.roots(torch.tensor([3])), torch.zeros(1, 1, SMALL), rows, rows)
@@ -369,8 +371,8 @@ def test_generate_has_plains_law(
         monkeypatch.setattr(verification, "walk_on_host", walk_on_device)
         monkeypatch.setattr(
             call,
-            "TokenPicker",
-            lambda *args, along_path, **rest: TokenPicker(*args, along_path=False, **rest),
+            "picker_of",
+            lambda *args, along_path, **rest: picker_of(*args, along_path=False, **rest),
         )
     prompt, rows = torch.tensor([[3, 7, 1, 4]]), 2500
     torch.manual_seed(5)

@@ -23,6 +23,7 @@ from specdec.caches.tree_cache import TreeCache
 from specdec.contracts import Drafter, RoundResult, TargetOutput
 from specdec.generate.call import introduce
 from specdec.registry import methods
+from specdec.round.pickers import Picks
 from specdec.round.tree import TokenTree, TreeBatch, bucket_size
 from specdec.round.verify import Verdict
 from specdec.targets.self_test import evaluating
@@ -229,7 +230,7 @@ def _force_unit(
         verdict = Verdict(empty_path, torch.zeros_like(tokens[:, 0]), tokens)
         advance(state, host.tokens)
         state.lengths = state.lengths + 1
-        drafter.observe(RoundResult(one, output, verdict, host))
+        drafter.observe(RoundResult(one, output, Picks(tokens), verdict, host))
     return grown
 
 

@@ -12,6 +12,7 @@ import torch
 
 from specdec.contracts import BatchState, RoundResult, TargetOutput
 from specdec.registry import methods
+from specdec.round.pickers import Picks
 from specdec.round.tree import TokenTree, TreeBatch
 from specdec.round.verify import HostVerdict, Verdict
 from specdec_bench.measure.units import Unit
@@ -43,7 +44,9 @@ def replay(candidate: Candidate, unit: Unit, vocab_size: int) -> Rounds:
                  for row, (tree, text, on) in enumerate(zip(rows, texts, state.active, strict=True))
                  ]  # fmt: skip
         host = emit(state, texts, paths)
-        result = RoundResult(trees, TargetOutput(torch.empty(0)), no_verdict(len(rows)), host)
+        nothing = torch.empty(0)
+        output, picks = TargetOutput(nothing), Picks(nothing)
+        result = RoundResult(trees, output, picks, no_verdict(len(rows)), host)
         before = time.perf_counter()
         advance(state, host.tokens)
         drafter.observe(result)
