@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,10 +30,12 @@ from specdec.loading import (
     pick_device,
     sentence,
 )
+from specdec.round.noise import kept_generators
 from specdec.stats import GenerationStats
 
 _DEFAULT_NEW_TOKENS = 128
 _DEFAULT_SEED = 0
+_COMPARED_RUNS = 2
 _ANSWER_SHARE = 4  # of the context, what a chat leaves for an answer where nothing is said
 
 
@@ -152,15 +155,40 @@ class Session:
         ids = ids.to(self.model.device)
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         begin = time.perf_counter()
+        # The comparison draws the same noise again.
+        with kept_generators(ids.device) if self.options.compare else nullcontext():
+            new = self._generate(ids, limit, streamer=streamer)
+        seconds, stats = time.perf_counter() - begin, last_stats(self.model)
+        if self.options.stats:
+            print_stats(stats, len(new), seconds)
+        if self.options.compare:
+            self._compare(ids, limit, new)
+        text: str = self.tokenizer.decode(new, skip_special_tokens=True)
+        return text
+
+    def _compare(self, ids: Tensor, limit: int, new: list[int]) -> None:
+        """Runs the same answer plainly and with the method, in turn, without the streamer."""
+        seconds, same = {True: 0.0, False: 0.0}, True
+        runs = [False, True] * _COMPARED_RUNS
+        for left, method in zip(reversed(range(len(runs))), runs, strict=True):
+            with kept_generators(ids.device) if left else nullcontext():  # the last one moves it
+                begin = time.perf_counter()
+                text = self._generate(ids, limit, specdec=None if method else False)
+                seconds[method] += time.perf_counter() - begin
+            same = same and text == new
+        print_comparison(seconds[False] / seconds[True], same)
+
+    def _generate(self, ids: Tensor, limit: int, **how: Any) -> list[int]:
+        """The new tokens of one call."""
         try:
             output = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=limit,
-                streamer=streamer,
                 tokenizer=self.tokenizer,  # for stop strings in the model's own settings
                 return_dict_in_generate=False,
                 **self._sampling,
+                **how,
             )
         except SpecdecError:
             raise
@@ -173,12 +201,8 @@ class Session:
             raise SpecdecError(
                 f"generate fails with the settings of {name!r}: {kind}: {sentence(problem)}"
             ) from problem
-        new = output[0, ids.shape[1] :].tolist()
-        if self.options.stats:
-            seconds = time.perf_counter() - begin
-            print_stats(last_stats(self.model), len(new), seconds)
-        text: str = self.tokenizer.decode(new, skip_special_tokens=True)
-        return text
+        new: list[int] = output[0, ids.shape[1] :].tolist()
+        return new
 
     def room_for(self, width: int) -> int:
         """New tokens that are wanted and fit after a prompt of `width` tokens."""
@@ -209,6 +233,22 @@ def _chat(session: Session) -> int:
         answer = session.answer(session.encode_newest(messages))
         messages.append({"role": "assistant", "content": answer})
     return 0
+
+
+def print_comparison(ratio: float, same: bool) -> None:
+    """How the method did against plain `generate`, to standard error.
+
+    Args:
+        ratio: Seconds of plain `generate` over those of the method.
+        same: Whether all runs wrote the same tokens.
+    """
+    speed = f"{ratio:.2f}x of plain generate on this text"
+    if ratio < 1:
+        speed = f"slower than plain generate on this text: {ratio:.2f}x; try another --method"
+    lines = [("speed", f"{speed} ({_COMPARED_RUNS} runs each, in turn)")]
+    lines.append(("text", "identical" if same else "not identical: half precision rounds"))
+    say("", sys.stderr)
+    say("\n".join(facts(lines)), sys.stderr)
 
 
 def print_stats(stats: GenerationStats, tokens: int, seconds: float) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ FROZEN_OPTIONS = {
         "model": None, "prompt": None, "file": None, "chat": False, "max_new_tokens": None,
         "sample": False, "temperature": None, "top_p": None, "top_k": None, "seed": None,
         "dtype": "auto", "device": "auto", "method": None, "budget": None, "option": (),
-        "stats": False,
+        "stats": False, "compare": False,
     },
     "doctor": {"model": None, "dtype": "auto", "device": "auto"},
     "data prepare": {
@@ -244,6 +245,41 @@ def test_stats_go_to_standard_error(model_folder: Path, run: Run) -> None:
                    "tokens by source", "seconds by stage", "forward"):  # fmt: skip
         assert wanted in made.err
     assert "acceptance" not in made.out
+
+
+@pytest.mark.parametrize("sampled", [[], ["--sample", "--seed", 3]])
+def test_plain_generate_on_the_same_text(
+    model_folder: Path, run: Run, sampled: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("generate", "--model", model_folder, "--prompt", "abcabcab", "--method", "suffix",
+               "--max-new-tokens", 24, *sampled)  # fmt: skip
+    alone = run(*command)
+    after = torch.get_rng_state()
+    made = run(*command, "--compare")
+    assert made.out == alone.out
+    assert torch.equal(torch.get_rng_state(), after)
+    assert "plain generate on this text" in made.err
+    assert "identical" in made.err
+    assert "not identical" not in made.err
+    real = generate_command.Session._generate
+
+    def lossy(session: Any, *args: Any, **how: Any) -> list[int]:
+        text = real(session, *args, **how)
+        return text if how.get("specdec", True) is False else [*text[:-1], 0]
+
+    monkeypatch.setattr(generate_command.Session, "_generate", lossy)
+    assert "not identical" in run(*command, "--compare").err
+
+
+@pytest.mark.parametrize(("ratio", "said"), [
+    (1.417, "1.42x of plain generate on this text"),
+    (0.871, "slower than plain generate on this text: 0.87x; try another --method"),
+])  # fmt: skip
+def test_the_comparison_in_words(
+    ratio: float, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate_command.print_comparison(ratio, same=True)
+    assert said in capsys.readouterr().err
 
 
 def test_stats_of_a_plain_call(capsys: pytest.CaptureFixture[str]) -> None:
