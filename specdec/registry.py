@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 from specdec.errors import ConfigError
@@ -45,6 +46,7 @@ class Registry:
     def __init__(self, built_in: Mapping[str, str]) -> None:
         self._built_in = dict(built_in)
         self._entries: dict[str, str | Callable[[Any], Drafter]] = dict(built_in)
+        self._loaded: dict[str, Callable[[Any], Drafter]] = {}  # from packages and places
         self._knows_packages = False
 
     def names(self) -> list[str]:
@@ -57,7 +59,7 @@ class Registry:
         return list(self._entries)
 
     def register(
-        self, name: str, drafter: Callable[[Any], Drafter] | None = None
+        self, name: str, drafter: Callable[[Any], Drafter] | EllipsisType = ...
     ) -> Callable[[Any], Any]:
         """Adds a method, or replaces one that was added before.
 
@@ -75,7 +77,7 @@ class Registry:
             )
         if name in self._built_in:
             raise ConfigError(f"method {name!r} is built in; choose another name")
-        if drafter is None:
+        if isinstance(drafter, EllipsisType):
             return lambda decorated: self.register(name, decorated)
         self._entries[name] = _checked(name, drafter)
         return drafter
@@ -102,8 +104,9 @@ class Registry:
         if not isinstance(entry, str):
             return entry
         if name not in self._built_in:
-            entry = self._entries[name] = _checked(name, _imported(name, entry))
-            return entry
+            if name not in self._loaded:
+                self._loaded[name] = _checked(name, _imported(name, entry))
+            return self._loaded[name]
         module, attribute = entry.split(":")
         loaded: Callable[[Any], Drafter] = getattr(import_module(module), attribute)
         return loaded

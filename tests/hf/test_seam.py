@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import pickle  # noqa: TID251 - that a model survives it is what is tested
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import specdec
 from helpers.hf import fallbacks, left_padded, oracle, plain, prompt, run_both, tiny_llama
 from specdec import SpecConfig
 from specdec.errors import ConfigError, FallbackWarning, UnsupportedModelError
+from specdec.registry import methods
 
 NEW = 12
 
@@ -319,3 +321,39 @@ def test_model_that_fails_the_self_test_runs_plain_with_one_warning() -> None:
         got = model.generate(prompt(), max_new_tokens=6)
     assert torch.equal(got, expected)
     assert specdec.last_stats(model).mode == "plain"
+
+
+def test_a_drafter_that_is_named_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As module:Class, from the working directory, with one option and state of its own."""
+    (tmp_path / "own_drafters.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from typing import Annotated\n"
+        "from specdec import RowDrafter, TokenTree, register_drafter\n"
+        "from specdec.method_options import MethodOptions, Range\n"
+        "@dataclass(frozen=True)\n"
+        "class Options(MethodOptions):\n"
+        "    length: Annotated[int, Range(1, 8)] = 4\n"
+        "@register_drafter('parrot_of_seam_tests')\n"
+        "class Parrot(RowDrafter):\n"
+        "    Config = Options\n"
+        "    def propose_row(self, row, history, budget):\n"
+        "        ahead = history[-self.config.length :][:budget]\n"
+        "        return TokenTree.chain(history[-1], ahead)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    model = tiny_llama()
+    expected = plain(model, prompt(), max_new_tokens=NEW)
+    for name in ("own_drafters:Parrot", "parrot_of_seam_tests"):
+        specdec.augment(model, name, length=2)
+        assert torch.equal(model.generate(prompt(), max_new_tokens=NEW), expected)
+        assert specdec.last_stats(model).method == name
+        assert specdec.last_stats(model).drafted_nodes > NEW
+        with pytest.raises(ConfigError, match="length must be a whole number from 1 to 8, got 9"):
+            specdec.augment(model, name, length=9)
+    for wrong in ("own_drafters:Missing", "no_such_module:Parrot"):
+        with pytest.raises(ConfigError, match=f"method '{wrong}'"):
+            specdec.augment(model, wrong)
+    methods.unregister("parrot_of_seam_tests")
+    assert "own_drafters:Parrot" not in methods.names()
