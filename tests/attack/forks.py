@@ -58,7 +58,7 @@ def preload(caches: Path) -> None:
         caches: Where libraries keep what they would keep in the user's home.
     """
     os.environ.pop("HF_HUB_OFFLINE", None)  # the hub is asked, and does not answer
-    os.environ |= {"HF_HOME": str(caches / "hf"), "MPLCONFIGDIR": str(caches / "matplotlib")}
+    os.environ["HF_HOME"] = str(caches / "hf")
     for name in _PRELOADED:
         importlib.import_module(name)
     import torch

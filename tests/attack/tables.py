@@ -176,7 +176,7 @@ FILE_TAKERS = (
     "inspect HEAD --target=MODEL --probe --new-tokens=8 --prompts=NAME",
     "bench replay NAME",
     _MEASURE + " --target=MODEL --arms=hf --tasks=NAME",
-    "bench report NAME --no-png --output=o",
+    "bench report NAME --output=o",
     "bench gate RESULTS NAME",
     "data doctor --target=demo --data=NAME",
     _TRAIN + " --data=DATA --deepspeed=NAME",
@@ -197,7 +197,7 @@ OUTPUT_TAKERS = (
     "train --data=DATA --max-steps=0 --output=NAME",
     "bench run --target=MODEL --arms=hf --limit=1 --max-new-tokens=16 --pairs=1 --output=NAME",
     "bench replay ANSWERS --output=NAME",
-    "bench report RESULTS --no-png --output=NAME",
+    "bench report RESULTS --output=NAME",
     "convert HEAD -- NAME",
     _TUNE + " --target=MODEL --output=NAME",
 )
@@ -218,7 +218,7 @@ HOME_READERS = (
 )
 HOME_WRITERS = (
     GENERATE + " --method=suffix --option=store=~/store",
-    "bench report RESULTS --no-png --output=~/r",
+    "bench report RESULTS --output=~/r",
     _PREPARE + " --input=ROWS",
 )
 """Run with such a home; the latter not where it would be a real one."""

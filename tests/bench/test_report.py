@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -353,42 +352,14 @@ def test_contrast(scheme: str) -> None:
 
 def test_command_writes_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(Fake().results(), tmp_path / "run.jsonl")
-    assert run_report(ReportOptions(source, no_png=True)) == 0
+    assert run_report(ReportOptions(source)) == 0
     folder = tmp_path / "run-report"
     assert sorted(p.name for p in folder.iterdir()) == ["report.html", "report.md"]
     assert "report.html: open it in a browser" in capsys.readouterr().out
-    assert run_report(ReportOptions(source, tmp_path / "new" / "deep", no_png=True)) == 0
+    assert run_report(ReportOptions(source, tmp_path / "new" / "deep")) == 0
     assert (tmp_path / "new" / "deep" / "report.html").read_bytes() == (
         folder / "report.html"
     ).read_bytes()
-
-
-def test_plots(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    name = "a $x^2$ arm_with $"
-    arms = {**ARMS, name: FakeArm(1.3, 2.0)}
-    fake = with_arm(Fake(arms=arms), "hf_prompt_lookup", wrong=(1,))
-    source = write(fake.results(), tmp_path / "run.jsonl")
-    assert run_report(ReportOptions(source)) == 0
-    found = {p.name: p.read_bytes() for p in (tmp_path / "run-report").glob("*.png")}
-    assert set(found) == {
-        "acceptance-float32-batch-1-greedy.png",
-        "cost-curve.png",
-        "costs-float32-batch-1-greedy.png",
-        "speedup-float32-batch-1-greedy.png",
-    }
-    assert all(data.startswith(b"\x89PNG") and len(data) > 10_000 for data in found.values())
-
-
-def test_without_matplotlib_it_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    source = write(Fake().results(), tmp_path / "run.jsonl")
-    assert run_report(ReportOptions(source)) == 0
-    assert "matplotlib is not installed" in capsys.readouterr().out
-    assert (tmp_path / "run-report" / "report.html").is_file()
 
 
 def test_refused(tmp_path: Path) -> None:
@@ -407,7 +378,7 @@ def test_refused(tmp_path: Path) -> None:
     assert nothing.end is not None
     empty = write(replace(nothing, end=replace(nothing.end, records=lines)), tmp_path / "e.jsonl")
     with pytest.raises(SpecdecError, match="has no units"):
-        run_report(ReportOptions(empty, no_png=True))
+        run_report(ReportOptions(empty))
 
 
 def test_half_a_surrogate_pair_is_written(tmp_path: Path) -> None:
@@ -417,14 +388,14 @@ def test_half_a_surrogate_pair_is_written(tmp_path: Path) -> None:
     last = json.loads(lines[-1])
     last["records"] = len(lines) - 1
     source.write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n", encoding="utf-8")
-    assert run_report(ReportOptions(source, no_png=True)) == 0
+    assert run_report(ReportOptions(source)) == 0
     (tmp_path / "run-report" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_browser_asks_for_nothing_and_complains_of_nothing(tmp_path: Path) -> None:
     source = write(Fake().results(), tmp_path / "run.jsonl")
-    run_report(ReportOptions(source, no_png=True))
+    run_report(ReportOptions(source))
     log, place = tmp_path / "net.json", tmp_path / "run-report" / "report.html"
     assert CHROMIUM is not None
     done = subprocess.run(

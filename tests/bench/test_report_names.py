@@ -9,12 +9,11 @@ from __future__ import annotations
 import itertools
 import re
 from html import unescape
-from typing import Any
 
 import pytest
 
 from bench.fake_results import ARMS, Fake, FakeArm
-from specdec_bench.report import charts, png
+from specdec_bench.report import charts
 from specdec_bench.report.page import page
 from specdec_bench.report.svg import NARROW, WIDE, fitting, wrapped
 from specdec_bench.summary.summarize import summarize
@@ -78,35 +77,3 @@ def test_names_beside_bars(drawing: str, summary: Summary) -> None:
 def test_rows_of_short_names_are_as_high_as_ever() -> None:
     for width, bars, height in ((WIDE, 32, 38), (WIDE, 24, 30), (NARROW, 32, 50), (NARROW, 24, 42)):
         assert charts._placed(["hf", "suffix"], width, bars)[1] == 2 * height
-
-
-def test_names_in_plots(summary: Summary, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As matplotlib lays them out: inside the picture, and no name over another one."""
-    pytest.importorskip("matplotlib")
-    from matplotlib.text import Text
-
-    figures: list[Any] = []
-    monkeypatch.setattr(png, "_png", lambda figure: figures.append(figure) or b"")
-    drawn = png.plots(summary)
-    assert len(figures) == len(drawn) == 5
-    for title, figure in zip(drawn, figures, strict=True):
-        figure.draw_without_rendering()
-        found = figure.findobj(lambda one: isinstance(one, Text) and one.get_visible())
-        texts = [t for t in found if len(t.get_text()) > 6 and "mathd" not in t.get_text()]
-        boxes = [text.get_window_extent() for text in texts]
-        for text, box in zip(texts, boxes, strict=True):
-            assert figure.bbox.x0 - 1 <= box.x0 < box.x1 <= figure.bbox.x1 + 1, (title, text)
-            assert figure.bbox.y0 - 1 <= box.y0 < box.y1 <= figure.bbox.y1 + 1, (title, text)
-        axes = figure.axes[0]
-        assert axes.get_window_extent().width > figure.bbox.width / 2, title
-        named = [box for text, box in zip(texts, boxes, strict=True) if len(text.get_text()) > 50]
-        assert named or title.startswith("cost-curve")
-        assert not [pair for pair in itertools.combinations(named, 2) if overlap(*pair)], title
-        plot = axes.get_window_extent()
-        assert not [box for box in named if overlap(box, plot)], title
-
-
-def overlap(one: Any, other: Any) -> bool:
-    across = min(one.x1, other.x1) - max(one.x0, other.x0)
-    down = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return bool(across > 1 and down > 1)

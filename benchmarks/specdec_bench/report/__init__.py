@@ -1,1 +1,1 @@
-"""`specdec bench report`: one page, Markdown and plots."""
+"""`specdec bench report`: one page, and Markdown."""

@@ -1,15 +1,12 @@
-"""`specdec bench report`: from a result file to a page, Markdown and plots."""
+"""`specdec bench report`: from a result file to a page and Markdown."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from specdec.artifacts.atomic_files import make_folder, replace_file
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench.report.markdown import markdown
 from specdec_bench.report.options import ReportOptions
 from specdec_bench.report.page import page, stamps
-from specdec_bench.report.png import plots
 from specdec_bench.results.files import read_results
 from specdec_bench.summary.summarize import summarize
 
@@ -36,26 +33,14 @@ def run_report(options: ReportOptions) -> int:
     files = {"report.html": page(summary), "report.md": markdown(summary)}
     # A token may hold half of a surrogate pair, which no encoding can write.
     content = {name: text.encode("utf-8", "replace") for name, text in files.items()}
-    note = ""
-    if not options.no_png:
-        try:
-            content.update(plots(summary))
-        except ImportError:
-            note = "no PNG plots: matplotlib is not installed (pip install 'specdec-torch[bench]')"
     try:
         make_folder(folder)
         for name, data in content.items():
             replace_file(folder / name, data)
     except OSError as problem:
         raise SpecdecError(f"cannot write {folder}: {problem.strerror or problem}") from problem
-    _say(folder, list(content), [words for _, words, _ in stamps(summary)], note)
-    return 0
-
-
-def _say(folder: Path, names: list[str], warnings: list[str], note: str) -> None:
-    for words in warnings:
+    for _, words, _ in stamps(summary):
         print(f"warning: {words}")
     print(f"{folder / 'report.html'}: open it in a browser")
-    print(f"beside it: {', '.join(names[1:])}")
-    if note:
-        print(note)
+    print("beside it: report.md")
+    return 0

@@ -1,4 +1,4 @@
-"""How figures are written: the same in the page, in Markdown and in plots."""
+"""How figures are written: the same in the page, in Markdown and at the end of a run."""
 
 from __future__ import annotations
 

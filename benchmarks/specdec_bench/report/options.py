@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 import tyro
 
-_Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
-
 
 def _arg(metavar: str, default: str = "") -> Any:
     hint = f"(default: {default})" if default else ""
@@ -18,11 +16,9 @@ def _arg(metavar: str, default: str = "") -> Any:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Turn the results of a run into one HTML page, Markdown and PNG plots."""
+    """Turn the results of a run into one HTML page, and Markdown."""
 
     results: Annotated[tyro.conf.Positional[Path], _arg("RESULTS")]
     """File of a finished `specdec bench run`."""
     output: Annotated[Path | None, _arg("FOLDER", "RESULTS-report beside the file")] = None
-    """Folder for report.html, report.md and the plots; files of these names are replaced."""
-    no_png: _Flag = False
-    """No PNG plots. They need matplotlib; the page has its own plots in any case."""
+    """Folder for report.html and report.md; files of these names are replaced."""
