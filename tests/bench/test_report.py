@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,9 @@ from bench.fake_results import ARMS, PROVENANCE, Fake, FakeArm, sampled, with_ar
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench.report.command import run_report
 from specdec_bench.report.format import NONE, facts, fine, seconds, times
-from specdec_bench.report.markdown import escaped, markdown
+from specdec_bench.report.headline import stamps
 from specdec_bench.report.options import ReportOptions
-from specdec_bench.report.page import page, stamps
-from specdec_bench.report.style import STYLE
+from specdec_bench.report.page import escaped, markdown, page
 from specdec_bench.report.svg import NARROW, WIDE, Scale, spread, ticks
 from specdec_bench.results.records import Results, Setting, ViewRecord
 from specdec_bench.summary.intervals import Ratio
@@ -25,6 +25,7 @@ from specdec_bench.summary.summarize import summarize
 
 EAGLE = "eagle3:depth=3,top_k=1"
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;|`*_"
+STYLE = files("specdec_bench.report").joinpath("templates/style.css").read_text("utf-8")
 VOID = {"meta", "br", "wbr"}
 X = "\u00d7"  # the sign of multiplication
 CHROMIUM = next(

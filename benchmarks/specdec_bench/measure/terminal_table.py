@@ -11,8 +11,9 @@ from typing import Any, TextIO
 from specdec.artifacts.terminal import bold, colour_wanted, columns, dim, say, wrapped
 from specdec_bench.measure.schedule import Timings
 from specdec_bench.printable import printable
+from specdec_bench.report.cells import text_cell
 from specdec_bench.report.format import NONE, fine, plain_times, share, signed_share, times
-from specdec_bench.report.tables import NOT_PROMISED_NOTE, text_cell
+from specdec_bench.report.tables import NOT_PROMISED_NOTE
 from specdec_bench.results.records import Results
 from specdec_bench.summary.intervals import Ratio
 from specdec_bench.summary.summarize import runs_on_device, summarize

@@ -1,60 +1,44 @@
-"""The charts of the report, each as a function from figures to a drawing at a given width."""
+"""The charts of the report, each as a function from a width and figures to a drawing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
-from specdec_bench.report.format import NONE, plain_times, seconds, share, signed_share, times
+from specdec_bench.report.cells import RESIDUAL_LIMIT
+from specdec_bench.report.format import plain_times, seconds, share, signed_share, times
 from specdec_bench.report.svg import NARROW, Canvas, Scale, fitting, spread, ticks, wrapped
+from specdec_bench.report.tables import judged, split_arms
 from specdec_bench.results.records import CurveRecord
+from specdec_bench.summary.acceptance import Acceptance
 from specdec_bench.summary.intervals import Ratio
 from specdec_bench.summary.types import STAGES, ArmFigures, Gain, SettingFigures
-
-RESIDUAL_LIMIT = 0.15
-"""Measured over predicted speed-up, minus 1, beyond which something is not understood."""
 
 _REASONS = {
     "another distribution": "WRONG DISTRIBUTION, no speed-up",
     " is wrong": "not shown: see the wrong text",
     "not checked": "not checked",
 }
-_LABELS = 250  # width of the column of names on wide screens
+_LABELS = 250.0  # width of the column of names on wide screens
 _VALUES = 58  # width of the column of figures
 _LINE = 15.0  # from one line of a name to the next
+_AXIS = 34.0  # height of an axis with its title
+
+Label = list[tuple[tuple[float, float], str]]
+"""The lines of a name with their places."""
 
 
-def _rows(figures: SettingFigures, baseline: str) -> list[tuple[str, Gain | None, str]]:
-    """Name, gain and reason of each bar; the machine's own noise first."""
-    first: list[tuple[str, Gain | None, str]] = []
-    if figures.again is not None:
-        first.append((f"A/A: {baseline} over itself", figures.again, ""))
-    return first + [(a.name, a.gain, _reason(a)) for a in figures.arms if a.name != baseline]
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """Where a row of bars begins, and the lines of its name with their places."""
-
-    top: float
-    name: list[tuple[tuple[float, float], str]]
-
-    def label(self, canvas: Canvas, width: float) -> None:
-        """Writes the name."""
-        for place, words in self.name:
-            canvas.text(place, words, "name", "start" if width <= NARROW else "end")
-
-
-def _placed(names: Sequence[str], width: float, bars: float) -> tuple[list[_Row], float]:
-    """Rows with their whole names, beside the bars or, on phones, above them; their height.
+def _placed(
+    names: Sequence[str], width: float, bars: float
+) -> tuple[list[tuple[float, Label]], float]:
+    """Top and whole name of each row, beside the bars or, on phones, above them; their height.
 
     Args:
         names: Of the rows.
         width: Of the drawing.
         bars: Height of the bars of a row, with the room between rows.
     """
-    narrow, rows, y = width <= NARROW, list[_Row](), 4.0
+    narrow, rows, y = width <= NARROW, list[tuple[float, Label]](), 4.0
     for name in names:
         lines = wrapped(name, fitting(width if narrow else _LABELS - 12))
         words = _LINE * len(lines)
@@ -64,38 +48,51 @@ def _placed(names: Sequence[str], width: float, bars: float) -> tuple[list[_Row]
             height = max(bars + 6, words + 8)
             top = y + (height - bars - 6) / 2
             first = top + bars / 2 + 3 - (words - _LINE) / 2
-        x = 0.0 if narrow else _LABELS - 10.0
-        rows.append(_Row(top, [((x, first + _LINE * n), line) for n, line in enumerate(lines)]))
+        x = 0.0 if narrow else _LABELS - 10
+        rows.append((top, [((x, first + _LINE * n), line) for n, line in enumerate(lines)]))
         y += height
     return rows, y - 4
 
 
-def speedups(figures: SettingFigures, baseline: str, width: float) -> Canvas:
-    """Bars from 1.0 to the speed-up, with the interval; by wall time, and by CPU time below it."""
-    rows = _rows(figures, baseline)
+def _labelled(canvas: Canvas, width: float, rows: Sequence[tuple[float, Label]]) -> Iterator[float]:
+    """Writes the name of each row, and gives its top."""
+    for top, label in rows:
+        for place, words in label:
+            canvas.text(place, words, "name", "start" if width <= NARROW else "end")
+        yield top
+
+
+def speedups(width: float, figures: SettingFigures, baseline: str) -> Canvas:
+    """Bars from 1.0 to the speed-up, with the interval; by wall time, and by CPU time below it.
+
+    Args:
+        width: Of the drawing.
+        figures: Of the setting.
+        baseline: Name of the arm that the others are compared with; not drawn but over itself.
+    """
+    rows = [(a.name, a.gain, _reason(a)) for a in figures.arms if a.name != baseline]
+    if figures.again is not None:
+        rows.insert(0, (f"A/A: {baseline} over itself", figures.again, ""))
     narrow = width <= NARROW
-    left, right = (4.0, width - _VALUES) if narrow else (float(_LABELS), width - _VALUES)
     placed, height = _placed([name for name, _, _ in rows], width, 32)
-    height += 40
+    bottom = height + 6
     ratios = [r for _, gain, _ in rows if gain for r in (gain.wall, gain.cpu) if r]
-    scale = Scale(*_around_one(ratios), left, right)
+    scale = Scale(*_around_one(ratios), 4 if narrow else _LABELS, width - _VALUES)
     said = "; ".join(f"{name}: {times(gain.wall) if gain else why}" for name, gain, why in rows)
-    canvas = Canvas(width, height, f"Speed-up over {baseline}, {figures.setting}", said)
-    bottom = height - 34.0
-    for tick in ticks(scale.low, scale.high, 5 if narrow else 8):
-        canvas.line((scale(tick), 2), (scale(tick), bottom), "grid")
-        canvas.text((scale(tick), bottom + 15), f"{tick:g}", "tick", "middle")
+    title = f"Speed-up over {baseline}, {figures.setting}"
+    canvas = Canvas(width, bottom + _AXIS, title, said)
+    canvas.across(scale, 5 if narrow else 8, (2, bottom))
     canvas.line((scale(1.0), 2), (scale(1.0), bottom), "one")
-    canvas.text((scale(1.0), bottom + 30), f"1 = as fast as {baseline}", "axis", "middle")
-    for row, (name, gain, why) in zip(placed, rows, strict=True):
-        row.label(canvas, width)
+    canvas.text((scale(1.0), bottom + 30), f"1 = as fast as {baseline}", "axis")
+    tops = _labelled(canvas, width, placed)
+    for top, (name, gain, why) in zip(tops, rows, strict=True):
         if gain is None:
-            canvas.text((scale(1.0) + 8, row.top + 18), why, "bad")
+            canvas.text((scale(1.0) + 8, top + 18), why, "bad", "start")
             continue
         again = name.startswith("A/A")
-        _speedup_bar(canvas, scale, row.top, gain, again)
+        _speedup_bar(canvas, scale, top, gain, again)
         value = f"{gain.wall.value:.3f}" if again else plain_times(gain.wall.value)
-        canvas.text((width, row.top + 18), value, "value", "end")
+        canvas.text((width, top + 18), value, "value", "end")
     return canvas
 
 
@@ -103,17 +100,15 @@ def _reason(arm: ArmFigures) -> str:
     """What stands in the bar's place when there is none."""
     if arm.wrong:
         return "WRONG TEXT, no speed-up"
-    for part, words in _REASONS.items():
-        if part in arm.no_gain:
-            return words
-    return "no timing"
+    found = (words for part, words in _REASONS.items() if part in arm.no_gain)
+    return next(found, "no timing")
 
 
 def _speedup_bar(canvas: Canvas, scale: Scale, top: float, gain: Gain, again: bool) -> None:
-    bars = [(gain.wall, "wall", 4.0, 14.0)]
-    if gain.cpu is not None:
-        bars.append((gain.cpu, "cpu", 20.0, 7.0))
+    bars = ((gain.wall, "wall", 4.0, 14.0), (gain.cpu, "cpu", 20.0, 7.0))
     for ratio, clock, offset, thick in bars:
+        if ratio is None:
+            continue
         middle = top + offset + thick / 2
         start, end = sorted((scale(1.0), scale(ratio.value)))
         style = "again" if again else f"{clock} {'slower' if ratio.value < 1 else 'faster'}"
@@ -133,109 +128,110 @@ def _around_one(ratios: Sequence[Ratio]) -> tuple[float, float]:
     return max(low - room, 0.0), high + room
 
 
-def histogram(arm: ArmFigures, shares: Sequence[tuple[int, float]], width: float) -> Canvas:
+def histogram(width: float, arm: str, found: Acceptance) -> Canvas:
     """How many tokens a row emitted in a round.
 
     Args:
-        arm: Whose rounds.
-        shares: Tokens and the share of rounds with so many, in order.
         width: Of the drawing.
+        arm: Whose rounds.
+        found: In them.
     """
-    height, left, bottom = 150.0, 8.0, 122.0
-    tau = f"{arm.tau.value:.2f}" if arm.tau else NONE
-    said = ", ".join(f"{tokens}: {share(part, 1)}" for tokens, part in shares)
-    canvas = Canvas(width, height, f"{arm.name}: tokens per round", f"mean {tau}; {said}")
-    top = max((part for _, part in shares), default=1.0)
-    scale = Scale(0, top, bottom, 18)
-    slot = (width - left) / max(len(shares), 1)
-    for index, (tokens, part) in enumerate(shares):
-        x = left + index * slot
-        thick = min(slot * 0.8, 44)
-        place = x + (slot - thick) / 2
-        hint = f"{tokens} tokens: {share(part, 1)} of rounds"
-        canvas.bar((place, scale(part)), (thick, bottom - scale(part)), "c0", hint)
+    shares, left, bottom = found.shares, 8.0, 122.0
+    said = ", ".join(f"{tokens}: {share(part, 1)}" for tokens, part in enumerate(shares, 1))
+    title = f"{arm}: tokens per round"
+    canvas = Canvas(width, bottom + 28, title, f"mean {found.tau_per_step:.2f}; {said}")
+    scale = Scale(0, max(shares), bottom, 18)
+    slot = (width - left) / len(shares)
+    thick = min(slot * 0.8, 44)
+    for index, part in enumerate(shares):
+        middle = left + (index + 0.5) * slot
+        hint = f"{index + 1} tokens: {share(part, 1)} of rounds"
+        corner = (middle - thick / 2, scale(part))
+        canvas.bar(corner, (thick, bottom - scale(part)), "c0", hint)
         if slot >= 18:
             words = f"{100 * part:.0f}" if part >= 0.005 or not part else "<1"
-            canvas.text((x + slot / 2, scale(part) - 4), words, "tick", "middle")
+            canvas.text((middle, scale(part) - 4), words, "tick")
         if slot >= 14 or index % 4 == 0:
-            canvas.text((x + slot / 2, bottom + 14), str(tokens), "tick", "middle")
+            canvas.text((middle, bottom + 14), str(index + 1), "tick")
     canvas.line((left, bottom), (width, bottom), "base")
-    canvas.text((width / 2, height - 1), "tokens in a round (bars: % of rounds)", "axis", "middle")
+    canvas.text((width / 2, bottom + 27), "tokens in a round (bars: % of rounds)", "axis")
     return canvas
 
 
-def by_position(
-    arm: ArmFigures, marginal: Sequence[float], conditional: Sequence[float], width: float
-) -> Canvas:
-    """Chance that the i-th draft is accepted: at all, and given that those before it were."""
-    height, left, right, bottom = 150.0, 34.0, width - 8, 122.0
+def by_position(width: float, arm: str, found: Acceptance) -> Canvas:
+    """Chance that the i-th draft is accepted: at all, and given that those before it were.
+
+    Args:
+        width: Of the drawing.
+        arm: Whose drafts.
+        found: Of them.
+    """
+    left, right, bottom, many = 34.0, width - 8, 122.0, found.positions
     said = "; ".join(
         f"position {i}: {share(m, 1)} at all, {share(c, 1)} after the one before it"
-        for i, (m, c) in enumerate(zip(marginal, conditional, strict=True), 1)
+        for i, (m, c) in enumerate(zip(found.marginal, found.conditional, strict=True), 1)
     )
-    canvas = Canvas(width, height, f"{arm.name}: acceptance by position", said)
-    up = Scale(0, 1, bottom, 10)
-    across = Scale(0.5, len(marginal) + 0.5, left, right)
-    for level in (0, 0.25, 0.5, 0.75, 1):
-        canvas.line((left, up(level)), (right, up(level)), "grid")
-        canvas.text((left - 5, up(level) + 4), f"{100 * level:.0f}", "tick", "end")
-    every = max(1, len(marginal) // 10)
-    for index in range(1, len(marginal) + 1, every):
-        canvas.text((across(index), bottom + 14), str(index), "tick", "middle")
-    for values, style, name in ((conditional, "c2", "conditional"), (marginal, "c0", "marginal")):
-        points = [(across(i), up(v)) for i, v in enumerate(values, 1)]
+    canvas = Canvas(width, bottom + 28, f"{arm}: acceptance by position", said)
+    up, across = Scale(0, 100, bottom, 10), Scale(0.5, many + 0.5, left, right)
+    canvas.up(up, (0, 25, 50, 75, 100), (left, right))
+    for index in range(1, many + 1, max(1, many // 10)):
+        canvas.text((across(index), bottom + 14), str(index), "tick")
+    for values, style, name in (
+        (found.conditional, "c2 dashed", "conditional"),
+        (found.marginal, "c0", "marginal"),
+    ):
+        points = [(across(i), up(100 * v)) for i, v in enumerate(values, 1)]
         if len(points) > 1:
-            canvas.path(points, f"curve {style}{' dashed' if name == 'conditional' else ''}")
-        for (x, y), value in zip(points, values, strict=True):
-            canvas.dot((x, y), 3, style, f"{name}: {share(value, 1)}")
-    canvas.text(((left + right) / 2, height - 1), "position of the draft", "axis", "middle")
+            canvas.path(points, f"curve {style}")
+        for point, value in zip(points, values, strict=True):
+            canvas.dot(point, 3, style.split()[0], f"{name}: {share(value, 1)}")
+    canvas.text(((left + right) / 2, bottom + 27), "position of the draft", "axis")
     return canvas
 
 
-def cost_split(arms: Sequence[ArmFigures], width: float) -> Canvas:
-    """Where the time of an emitted token goes, stage by stage."""
-    shown = [(arm.name, arm.costs.per_token) for arm in arms if arm.costs is not None]
+def cost_split(width: float, figures: SettingFigures) -> Canvas:
+    """Where the time of an emitted token goes, stage by stage.
+
+    Args:
+        width: Of the drawing.
+        figures: Of the setting; some arm's time is known by stage.
+    """
+    shown = [(name, costs.per_token) for name, costs in split_arms(figures)]
     narrow = width <= NARROW
-    left, right = (4.0, width - _VALUES - 8) if narrow else (float(_LABELS), width - _VALUES - 8)
+    left, right = 4.0 if narrow else _LABELS, width - _VALUES - 8
     placed, height = _placed([name for name, _ in shown], width, 24)
-    height += 38
-    bottom = height - 34.0
-    most = max(sum(split.values()) for _, split in shown)
-    scale = Scale(0, most, left, right)
+    bottom = height + 4
+    scale = Scale(0, max(sum(split.values()) for _, split in shown), left, right)
     said = "; ".join(f"{name}: {seconds(sum(split.values()))}" for name, split in shown)
-    canvas = Canvas(width, height, "Time per token by stage", said)
-    for tick in ticks(0, most * 1e3, 4 if narrow else 7):
-        canvas.line((scale(tick / 1e3), 2), (scale(tick / 1e3), bottom), "grid")
-        canvas.text((scale(tick / 1e3), bottom + 15), f"{tick:g}", "tick", "middle")
-    canvas.text(((left + right) / 2, bottom + 30), "ms per emitted token", "axis", "middle")
-    for row, (name, split) in zip(placed, shown, strict=True):
-        row.label(canvas, width)
+    canvas = Canvas(width, bottom + _AXIS, "Time per token by stage", said)
+    canvas.across(scale, 4 if narrow else 7, (2, bottom), times=1e3)
+    canvas.text(((left + right) / 2, bottom + 30), "ms per emitted token", "axis")
+    tops = _labelled(canvas, width, placed)
+    for top, (name, split) in zip(tops, shown, strict=True):
         x = left
         for number, stage in enumerate(STAGES):
             part = scale(split[stage]) - left
             hint = f"{name}, {stage}: {seconds(split[stage])} per token"
             if part > 0:
-                canvas.bar((x, row.top), (part, 20), f"c{number}", hint)
+                canvas.bar((x, top), (part, 20), f"c{number}", hint)
             x += part
-        total = seconds(sum(split.values()))
-        canvas.text((width, row.top + 15), total, "value", "end")
+        canvas.text((width, top + 15), seconds(sum(split.values())), "value", "end")
     return canvas
 
 
-def predicted_measured(arms: Sequence[ArmFigures], width: float, judged: bool = True) -> Canvas:
+def predicted_measured(width: float, figures: SettingFigures, on_device: bool) -> Canvas:
     """Speed-up that theory gives against the measured one; the band is the allowed residual.
 
     Args:
-        arms: Those with both figures; dots carry their numbers, from 1.
         width: Of the drawing.
-        judged: Mark those outside of the band.
+        figures: Of the setting; dots carry the numbers of the table.
+        on_device: Mark none outside of the band: stages are not exact on a GPU.
     """
     size = min(width, 390.0)
     left, bottom, right, top = 44.0, size - 42, size - 10, 10.0
     points = [
-        (arm.name, arm.costs.predicted, arm.gain.steadier().value, arm.costs.residual)
-        for arm in arms
-        if arm.costs and arm.gain and arm.costs.predicted and arm.costs.residual is not None
+        (arm.name, costs.predicted or 0.0, gain.steadier().value, residual)
+        for arm, gain, costs, residual in judged(figures)
     ]
     every = [value for _, x, y, _ in points for value in (x, y)]
     low, high = min([0.9, *every]) * 0.95, max([1.1, *every]) * 1.05
@@ -249,35 +245,38 @@ def predicted_measured(arms: Sequence[ArmFigures], width: float, judged: bool = 
     above = [(across(v), up(v * (1 + RESIDUAL_LIMIT))) for v in along]
     below = [(across(v), up(v * (1 - RESIDUAL_LIMIT))) for v in reversed(along)]
     canvas.path(above + below, "band", closed=True)
-    for tick in ticks(low, high, 5):
-        canvas.line((across(tick), top), (across(tick), bottom), "grid")
-        canvas.line((left, up(tick)), (right, up(tick)), "grid")
-        canvas.text((across(tick), bottom + 15), f"{tick:g}", "tick", "middle")
-        canvas.text((left - 6, up(tick) + 4), f"{tick:g}", "tick", "end")
+    canvas.across(across, 5, (top, bottom))
+    canvas.up(up, ticks(low, high, 5), (left, right))
     canvas.path([(across(low), up(low)), (across(high), up(high))], "one")
-    canvas.text(((left + right) / 2, size - 8), "predicted speed-up", "axis", "middle")
-    canvas.text((left + 6, top + 12), "measured", "axis")
+    canvas.text(((left + right) / 2, size - 8), "predicted speed-up", "axis")
+    canvas.text((left + 6, top + 12), "measured", "axis", "start")
     for number, (name, x, y, residual) in enumerate(points, 1):
-        outside = judged and residual is not None and abs(residual) > RESIDUAL_LIMIT
+        outside = not on_device and abs(residual) > RESIDUAL_LIMIT
         hint = f"{name}: predicted {x:.2f}, measured {y:.2f}, {signed_share(residual)}"
         canvas.dot((across(x), up(y)), 9, "t2" if outside else "t0", hint)
-        canvas.text((across(x), up(y) + 4), str(number), "inside", "middle")
+        canvas.text((across(x), up(y) + 4), str(number), "inside")
     return canvas
 
 
-def curves(records: Sequence[CurveRecord], width: float) -> Canvas:
-    """t(q) over t(1): what verifying q tokens costs, relative to one."""
-    lines = [
-        (str(c), sorted((int(q), s) for q, s in c.seconds.items()))
-        for c in records
-        if len(c.seconds) > 1 and float(c.seconds.get("1", 0)) > 0
-    ]
+def drawable(records: Sequence[CurveRecord]) -> list[CurveRecord]:
+    """Curves with more than one point that begin at one token."""
+    return [c for c in records if len(c.seconds) > 1 and float(c.seconds.get("1", 0)) > 0]
+
+
+def curves(width: float, records: Sequence[CurveRecord]) -> Canvas:
+    """t(q) over t(1): what verifying q tokens costs, relative to one.
+
+    Args:
+        width: Of the drawing.
+        records: Those that are drawable.
+    """
+    lines = [(str(c), sorted((int(q), s) for q, s in c.seconds.items())) for c in records]
     narrow = width <= NARROW
     height, left, top = 260.0, 38.0, 10.0
     right, bottom = width - (8 if narrow else 150), height - 40
-    sizes = sorted({q for _, points in lines for q, _ in points})
+    most = max(points[-1][0] for _, points in lines)
     highest = max(s / points[0][1] for _, points in lines for _, s in points)
-    across = Scale(0, math.log2(max(sizes[-1], 2)), left, right)
+    across = Scale(0, math.log2(max(most, 2)), left, right)
     up = Scale(0, max(highest * 1.05, 1.2), bottom, top)
     said = "; ".join(
         f"{name}: {seconds(p[0][1])} for one token, {p[-1][1] / p[0][1]:.2f} times that for "
@@ -285,21 +284,17 @@ def curves(records: Sequence[CurveRecord], width: float) -> Canvas:
         for name, p in lines
     )
     canvas = Canvas(width, height, "Cost of a forward over q tokens, t(q) / t(1)", said)
-    for tick in ticks(0, up.high, 5):
-        canvas.line((left, up(tick)), (right, up(tick)), "grid")
-        canvas.text((left - 6, up(tick) + 4), f"{tick:g}", "tick", "end")
-    for q in [2**n for n in range(int(math.log2(sizes[-1])) + 1)]:
-        canvas.text((across(math.log2(q)), bottom + 15), str(q), "tick", "middle")
+    canvas.up(up, ticks(0, up.high, 5), (left, right))
+    for power in range(int(math.log2(most)) + 1):
+        canvas.text((across(power), bottom + 15), str(2**power), "tick")
     canvas.path([(left, up(1)), (right, up(1))], "one")
-    middle = (left + right) / 2
-    canvas.text((middle, height - 8), "tokens a row in the forward, q", "axis", "middle")
-    for number, (_, points) in enumerate(lines):
+    canvas.text(((left + right) / 2, height - 8), "tokens a row in the forward, q", "axis")
+    ends = spread([up(p[-1][1] / p[0][1]) for _, p in lines], 15)
+    for number, ((name, points), end) in enumerate(zip(lines, ends, strict=True)):
         path = [(across(math.log2(q)), up(s / points[0][1])) for q, s in points]
         canvas.path(path, f"curve c{number % 6}")
-        for (x, y), (q, s) in zip(path, points, strict=True):
-            canvas.dot((x, y), 3, f"c{number % 6}", f"q = {q}: {seconds(s)}")
-    if not narrow:
-        ends = [up(points[-1][1] / points[0][1]) for _, points in lines]
-        for number, ((name, _), y) in enumerate(zip(lines, spread(ends, 15), strict=True)):
-            canvas.text((right + 8, y + 4), name, f"label t{number % 6}")
+        for place, (q, s) in zip(path, points, strict=True):
+            canvas.dot(place, 3, f"c{number % 6}", f"q = {q}: {seconds(s)}")
+        if not narrow:
+            canvas.text((right + 8, end + 4), name, f"label t{number % 6}", "start")
     return canvas

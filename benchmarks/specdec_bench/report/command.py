@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from specdec.artifacts.atomic_files import make_folder, replace_file
 from specdec.errors import ConfigError, SpecdecError
-from specdec_bench.report.markdown import markdown
+from specdec_bench.report.headline import stamps
 from specdec_bench.report.options import ReportOptions
-from specdec_bench.report.page import page, stamps
+from specdec_bench.report.page import markdown, page
 from specdec_bench.results.files import read_results
 from specdec_bench.summary.summarize import summarize
 

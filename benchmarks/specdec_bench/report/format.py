@@ -8,39 +8,31 @@ from typing import Any
 from specdec_bench.summary.intervals import Ratio
 
 NONE = "–"  # noqa: RUF001 - the dash of an empty cell
-_TIMES = "×"  # noqa: RUF001
+TIMES = "×"  # noqa: RUF001 - the sign of multiplication
 _UNITS = ((1.0, "s", 1.0), (1e-3, "ms", 1e3), (0.0, "µs", 1e6))
 
 
 def times(ratio: Ratio | None) -> str:
     """A speed-up with its interval."""
-    if ratio is None:
-        return NONE
-    return f"{plain_times(ratio.value)} {interval(ratio)}"
+    return NONE if ratio is None else f"{plain_times(ratio.value)} {interval(ratio)}"
 
 
-def interval(ratio: Ratio) -> str:
+def interval(ratio: Ratio, decimals: int = 2) -> str:
     """As "[1.58, 1.66]"; a star marks one that holds for these prompts only."""
     if ratio.over == "nothing":
         return "[no interval]"
     star = "*" if ratio.over == "repeats" else ""
-    return f"[{ratio.low:.2f}, {ratio.high:.2f}]{star}"
+    return f"[{ratio.low:.{decimals}f}, {ratio.high:.{decimals}f}]{star}"
 
 
 def fine(ratio: Ratio | None) -> str:
     """A ratio near 1 with three decimals."""
-    if ratio is None:
-        return NONE
-    if ratio.over == "nothing":
-        return f"{ratio.value:.3f} [no interval]"
-    return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]" + (
-        "*" if ratio.over == "repeats" else ""
-    )
+    return NONE if ratio is None else f"{ratio.value:.3f} {interval(ratio, 3)}"
 
 
 def plain_times(value: float | None) -> str:
     """A speed-up without an interval."""
-    return NONE if value is None else f"{value:.2f}{_TIMES}"
+    return NONE if value is None else f"{value:.2f}{TIMES}"
 
 
 def seconds(value: float | None) -> str:

@@ -153,6 +153,14 @@ class Acceptance:
         return max(self.histogram) - 1
 
     @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of the rounds in which a row emitted 1, 2, ... tokens."""
+        return tuple(
+            self.histogram.get(tokens, 0) / self.rounds
+            for tokens in range(1, max(self.histogram) + 1)
+        )
+
+    @property
     def marginal(self) -> tuple[float, ...]:
         """P(at least i + 1 drafts accepted) at position i, over all rounds."""
         return tuple(count / self.rounds for count in self._survivors()[1:])
