@@ -83,7 +83,6 @@ _EXTRAS = {  # package -> the extra of ours that installs it
     "datasets": "train",
     "deepspeed": "deepspeed",
     "triton": "kernels",
-    "rich": "bench",
 }
 _BUG, _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)

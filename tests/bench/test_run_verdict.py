@@ -1,16 +1,19 @@
 """What `specdec bench run` says at its end of wrong texts, wrong laws and texts of arms' own."""
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
-from bench.fake_results import PROVENANCE, Fake, sampled, with_arm
+from bench.fake_results import ARMS, PROVENANCE, Fake, FakeArm, sampled, with_arm
 from specdec_bench.measure import command
 from specdec_bench.measure.arms import parse_arm
 from specdec_bench.measure.options import RunOptions
 from specdec_bench.measure.setting_run import not_promised
+from specdec_bench.measure.terminal_table import print_results
 from specdec_bench.results.records import Results, Setting
 
 EAGLE = "eagle3:depth=3,top_k=1"
@@ -42,7 +45,8 @@ def test_a_wrong_text_takes_all_speedups(
     code, words = end_of(results, monkeypatch, capsys)
     assert code == 1
     assert not re.findall(rf"\d{X}", words)
-    assert f"WRONG TEXT: {name}, unit prompt3/0, row 0, token 7; no speed-up of any arm" in words
+    place = "unit prompt3/0, row 0, token 7"
+    assert f"{name}: WRONG TEXT, first at {place}: no speed-up of any arm" in words
 
 
 def test_a_wrong_law_takes_its_own(
@@ -52,7 +56,7 @@ def test_a_wrong_law_takes_its_own(
     code, words = end_of(results, monkeypatch, capsys)
     assert code == 1
     assert f"WRONG sampling of {EAGLE}: p = 1e-09" in words
-    assert f"no speed-up of {EAGLE}: {EAGLE} samples from another distribution" in words
+    assert f"{EAGLE}: no speed-up: {EAGLE} samples from another distribution" in words
     assert f"1.62{X}" not in words
     assert f"1.21{X}" in words
 
@@ -76,6 +80,27 @@ def test_a_gpu_has_no_unexplained_share(
         fake = Fake(provenance={**PROVENANCE, "device": device})
         _, words = end_of(with_arm(fake, EAGLE, speed=4.0).results(), monkeypatch, capsys)
         assert ("is unexplained" in words) == said
+
+
+@pytest.mark.parametrize(("columns", "rest"), [(80, "$"), (200, " +exact 12 of 12 .* 1.6")])
+def test_a_table_that_does_not_fit_is_a_list(
+    columns: int, rest: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    arms = {**ARMS, "\x1b[2J文": FakeArm(1.3, 2.0)}
+    for no_colour in (True, False):
+        print_results(Fake(arms=arms).results(), no_colour)
+        said = capsys.readouterr().out
+        assert ("\x1b[32m" in said) == (not no_colour and columns == 200)
+        assert "\x1b[2J" not in said
+        plain = re.sub(r"\x1b\[\d*m", "", said).splitlines()
+        row = next(line for line in plain if line.startswith(EAGLE))
+        assert re.match(re.escape(EAGLE) + rest, row)
+        assert plain[plain.index(row) + 1].startswith("  text exact 12 of 12") == (columns == 80)
+        assert max(map(cell_len, plain)) <= columns
 
 
 def test_the_header_says_whose_texts_are_their_own() -> None:

@@ -252,7 +252,7 @@ def test_a_lossy_verifier_is_found_and_gets_no_speed_up(
     row = next(line for line in said.splitlines() if line.startswith("recycling"))
     assert "WRONG" in row
     assert "×" not in row  # noqa: RUF001
-    assert "WRONG TEXT: recycling:nodes=8" in said
+    assert "recycling:nodes=8: WRONG TEXT" in said
     verdicts = {(c.arm, c.verdict) for c in read_results(path).checks}
     assert ("recycling:nodes=8", "wrong") in verdicts
     assert {v for arm, v in verdicts if arm != "recycling:nodes=8"} == {"exact"}
