@@ -33,10 +33,7 @@ def _placed(
 ) -> tuple[list[tuple[float, Label]], float]:
     """Top and whole name of each row, beside the bars or, on phones, above them; their height.
 
-    Args:
-        names: Of the rows.
-        width: Of the drawing.
-        bars: Height of the bars of a row, with the room between rows.
+    `bars` is the height of the bars of a row, with the room between rows.
     """
     narrow, rows, y = width <= NARROW, list[tuple[float, Label]](), 4.0
     for name in names:
@@ -63,13 +60,7 @@ def _labelled(canvas: Canvas, width: float, rows: Sequence[tuple[float, Label]])
 
 
 def speedups(width: float, figures: SettingFigures, baseline: str) -> Canvas:
-    """Bars from 1.0 to the speed-up, with the interval; by wall time, and by CPU time below it.
-
-    Args:
-        width: Of the drawing.
-        figures: Of the setting.
-        baseline: Name of the arm that the others are compared with; not drawn but over itself.
-    """
+    """Bars from 1.0 to the speed-up, with the interval; by wall time, and by CPU time below it."""
     rows = [(a.name, a.gain, _reason(a)) for a in figures.arms if a.name != baseline]
     if figures.again is not None:
         rows.insert(0, (f"A/A: {baseline} over itself", figures.again, ""))
@@ -78,19 +69,17 @@ def speedups(width: float, figures: SettingFigures, baseline: str) -> Canvas:
     bottom = height + 6
     ratios = [r for _, gain, _ in rows if gain for r in (gain.wall, gain.cpu) if r]
     scale = Scale(*_around_one(ratios), 4 if narrow else _LABELS, width - _VALUES)
-    said = "; ".join(f"{name}: {times(gain.wall) if gain else why}" for name, gain, why in rows)
-    title = f"Speed-up over {baseline}, {figures.setting}"
-    canvas = Canvas(width, bottom + _AXIS, title, said)
+    canvas = Canvas(width, bottom + _AXIS, f"Speed-up over {baseline}, {figures.setting}")
     canvas.across(scale, 5 if narrow else 8, (2, bottom))
     canvas.line((scale(1.0), 2), (scale(1.0), bottom), "one")
     canvas.text((scale(1.0), bottom + 30), f"1 = as fast as {baseline}", "axis")
     tops = _labelled(canvas, width, placed)
     for top, (name, gain, why) in zip(tops, rows, strict=True):
         if gain is None:
-            canvas.text((scale(1.0) + 8, top + 18), why, "bad", "start")
+            canvas.text((scale(1.0) + 8, top + 18), why, "bad", "start", f"{name}: {why}")
             continue
-        again = name.startswith("A/A")
-        _speedup_bar(canvas, scale, top, gain, again)
+        again = gain is figures.again
+        _speedup_bar(canvas, scale, top, gain, name, again)
         value = f"{gain.wall.value:.3f}" if again else plain_times(gain.wall.value)
         canvas.text((width, top + 18), value, "value", "end")
     return canvas
@@ -104,7 +93,9 @@ def _reason(arm: ArmFigures) -> str:
     return next(found, "no timing")
 
 
-def _speedup_bar(canvas: Canvas, scale: Scale, top: float, gain: Gain, again: bool) -> None:
+def _speedup_bar(
+    canvas: Canvas, scale: Scale, top: float, gain: Gain, name: str, again: bool
+) -> None:
     bars = ((gain.wall, "wall", 4.0, 14.0), (gain.cpu, "cpu", 20.0, 7.0))
     for ratio, clock, offset, thick in bars:
         if ratio is None:
@@ -112,7 +103,8 @@ def _speedup_bar(canvas: Canvas, scale: Scale, top: float, gain: Gain, again: bo
         middle = top + offset + thick / 2
         start, end = sorted((scale(1.0), scale(ratio.value)))
         style = "again" if again else f"{clock} {'slower' if ratio.value < 1 else 'faster'}"
-        canvas.bar((start, top + offset), (end - start, thick), style, f"{clock}: {times(ratio)}")
+        hint = f"{name}, {clock}: {times(ratio)}"
+        canvas.bar((start, top + offset), (end - start, thick), style, hint)
         if ratio.over != "nothing":
             canvas.line((scale(ratio.low), middle), (scale(ratio.high), middle), "whisker")
             for end in (ratio.low, ratio.high):
@@ -129,17 +121,9 @@ def _around_one(ratios: Sequence[Ratio]) -> tuple[float, float]:
 
 
 def histogram(width: float, arm: str, found: Acceptance) -> Canvas:
-    """How many tokens a row emitted in a round.
-
-    Args:
-        width: Of the drawing.
-        arm: Whose rounds.
-        found: In them.
-    """
+    """How many tokens a row emitted in a round."""
     shares, left, bottom = found.shares, 8.0, 122.0
-    said = ", ".join(f"{tokens}: {share(part, 1)}" for tokens, part in enumerate(shares, 1))
-    title = f"{arm}: tokens per round"
-    canvas = Canvas(width, bottom + 28, title, f"mean {found.tau_per_step:.2f}; {said}")
+    canvas = Canvas(width, bottom + 28, f"{arm}: {found.tau_per_step:.2f} tokens per round")
     scale = Scale(0, max(shares), bottom, 18)
     slot = (width - left) / len(shares)
     thick = min(slot * 0.8, 44)
@@ -159,19 +143,9 @@ def histogram(width: float, arm: str, found: Acceptance) -> Canvas:
 
 
 def by_position(width: float, arm: str, found: Acceptance) -> Canvas:
-    """Chance that the i-th draft is accepted: at all, and given that those before it were.
-
-    Args:
-        width: Of the drawing.
-        arm: Whose drafts.
-        found: Of them.
-    """
+    """Chance that the i-th draft is accepted: at all, and given that those before it were."""
     left, right, bottom, many = 34.0, width - 8, 122.0, found.positions
-    said = "; ".join(
-        f"position {i}: {share(m, 1)} at all, {share(c, 1)} after the one before it"
-        for i, (m, c) in enumerate(zip(found.marginal, found.conditional, strict=True), 1)
-    )
-    canvas = Canvas(width, bottom + 28, f"{arm}: acceptance by position", said)
+    canvas = Canvas(width, bottom + 28, f"{arm}: acceptance by position")
     up, across = Scale(0, 100, bottom, 10), Scale(0.5, many + 0.5, left, right)
     canvas.up(up, (0, 25, 50, 75, 100), (left, right))
     for index in range(1, many + 1, max(1, many // 10)):
@@ -183,27 +157,21 @@ def by_position(width: float, arm: str, found: Acceptance) -> Canvas:
         points = [(across(i), up(100 * v)) for i, v in enumerate(values, 1)]
         if len(points) > 1:
             canvas.path(points, f"curve {style}")
-        for point, value in zip(points, values, strict=True):
-            canvas.dot(point, 3, style.split()[0], f"{name}: {share(value, 1)}")
+        for i, (point, value) in enumerate(zip(points, values, strict=True), 1):
+            canvas.dot(point, 3, style.split()[0], f"position {i}, {name}: {share(value, 1)}")
     canvas.text(((left + right) / 2, bottom + 27), "position of the draft", "axis")
     return canvas
 
 
 def cost_split(width: float, figures: SettingFigures) -> Canvas:
-    """Where the time of an emitted token goes, stage by stage.
-
-    Args:
-        width: Of the drawing.
-        figures: Of the setting; some arm's time is known by stage.
-    """
+    """Where the time of an emitted token goes, stage by stage; of some arm this is known."""
     shown = [(name, costs.per_token) for name, costs in split_arms(figures)]
     narrow = width <= NARROW
     left, right = 4.0 if narrow else _LABELS, width - _VALUES - 8
     placed, height = _placed([name for name, _ in shown], width, 24)
     bottom = height + 4
     scale = Scale(0, max(sum(split.values()) for _, split in shown), left, right)
-    said = "; ".join(f"{name}: {seconds(sum(split.values()))}" for name, split in shown)
-    canvas = Canvas(width, bottom + _AXIS, "Time per token by stage", said)
+    canvas = Canvas(width, bottom + _AXIS, "Time per token by stage")
     canvas.across(scale, 4 if narrow else 7, (2, bottom), times=1e3)
     canvas.text(((left + right) / 2, bottom + 30), "ms per emitted token", "axis")
     tops = _labelled(canvas, width, placed)
@@ -215,17 +183,15 @@ def cost_split(width: float, figures: SettingFigures) -> Canvas:
             if part > 0:
                 canvas.bar((x, top), (part, 20), f"c{number}", hint)
             x += part
-        canvas.text((width, top + 15), seconds(sum(split.values())), "value", "end")
+        total = seconds(sum(split.values()))
+        canvas.text((width, top + 15), total, "value", "end", f"{name}: {total} per token")
     return canvas
 
 
 def predicted_measured(width: float, figures: SettingFigures, on_device: bool) -> Canvas:
     """Speed-up that theory gives against the measured one; the band is the allowed residual.
 
-    Args:
-        width: Of the drawing.
-        figures: Of the setting; dots carry the numbers of the table.
-        on_device: Mark none outside of the band: stages are not exact on a GPU.
+    Dots carry the numbers of the table. On a GPU, where stages are not exact, none is marked.
     """
     size = min(width, 390.0)
     left, bottom, right, top = 44.0, size - 42, size - 10, 10.0
@@ -236,11 +202,7 @@ def predicted_measured(width: float, figures: SettingFigures, on_device: bool) -
     every = [value for _, x, y, _ in points for value in (x, y)]
     low, high = min([0.9, *every]) * 0.95, max([1.1, *every]) * 1.05
     across, up = Scale(low, high, left, right), Scale(low, high, bottom, top)
-    said = "; ".join(
-        f"{name}: predicted {x:.2f}, measured {y:.2f}, residual {signed_share(r)}"
-        for name, x, y, r in points
-    )
-    canvas = Canvas(size, size, "Predicted and measured speed-up", said)
+    canvas = Canvas(size, size, "Predicted and measured speed-up")
     along = [low + (high - low) * step / 24 for step in range(25)]
     above = [(across(v), up(v * (1 + RESIDUAL_LIMIT))) for v in along]
     below = [(across(v), up(v * (1 - RESIDUAL_LIMIT))) for v in reversed(along)]
@@ -252,7 +214,7 @@ def predicted_measured(width: float, figures: SettingFigures, on_device: bool) -
     canvas.text((left + 6, top + 12), "measured", "axis", "start")
     for number, (name, x, y, residual) in enumerate(points, 1):
         outside = not on_device and abs(residual) > RESIDUAL_LIMIT
-        hint = f"{name}: predicted {x:.2f}, measured {y:.2f}, {signed_share(residual)}"
+        hint = f"{name}: predicted {x:.2f}, measured {y:.2f}, residual {signed_share(residual)}"
         canvas.dot((across(x), up(y)), 9, "t2" if outside else "t0", hint)
         canvas.text((across(x), up(y) + 4), str(number), "inside")
     return canvas
@@ -264,12 +226,7 @@ def drawable(records: Sequence[CurveRecord]) -> list[CurveRecord]:
 
 
 def curves(width: float, records: Sequence[CurveRecord]) -> Canvas:
-    """t(q) over t(1): what verifying q tokens costs, relative to one.
-
-    Args:
-        width: Of the drawing.
-        records: Those that are drawable.
-    """
+    """t(q) over t(1): what verifying q tokens costs, relative to one. The records are drawable."""
     lines = [(str(c), sorted((int(q), s) for q, s in c.seconds.items())) for c in records]
     narrow = width <= NARROW
     height, left, top = 260.0, 38.0, 10.0
@@ -278,12 +235,7 @@ def curves(width: float, records: Sequence[CurveRecord]) -> Canvas:
     highest = max(s / points[0][1] for _, points in lines for _, s in points)
     across = Scale(0, math.log2(max(most, 2)), left, right)
     up = Scale(0, max(highest * 1.05, 1.2), bottom, top)
-    said = "; ".join(
-        f"{name}: {seconds(p[0][1])} for one token, {p[-1][1] / p[0][1]:.2f} times that for "
-        f"{p[-1][0]}"
-        for name, p in lines
-    )
-    canvas = Canvas(width, height, "Cost of a forward over q tokens, t(q) / t(1)", said)
+    canvas = Canvas(width, height, "Cost of a forward over q tokens, t(q) / t(1)")
     canvas.up(up, ticks(0, up.high, 5), (left, right))
     for power in range(int(math.log2(most)) + 1):
         canvas.text((across(power), bottom + 15), str(2**power), "tick")
@@ -294,7 +246,7 @@ def curves(width: float, records: Sequence[CurveRecord]) -> Canvas:
         path = [(across(math.log2(q)), up(s / points[0][1])) for q, s in points]
         canvas.path(path, f"curve c{number % 6}")
         for place, (q, s) in zip(path, points, strict=True):
-            canvas.dot(place, 3, f"c{number % 6}", f"q = {q}: {seconds(s)}")
+            canvas.dot(place, 3, f"c{number % 6}", f"{name}, q = {q}: {seconds(s)}")
         if not narrow:
             canvas.text((right + 8, end + 4), name, f"label t{number % 6}", "start")
     return canvas

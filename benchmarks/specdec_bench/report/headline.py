@@ -16,11 +16,7 @@ Stamp = tuple[str, str, list[str]]
 
 
 def stamps(summary: Summary) -> list[Stamp]:
-    """What a reader must know first.
-
-    Args:
-        summary: Of the run.
-    """
+    """What a reader must know first."""
     found: list[Stamp] = []
     wrong = [
         f"{name} in {figures.setting}: {texts.units['wrong']} of "
@@ -57,11 +53,7 @@ def stamps(summary: Summary) -> list[Stamp]:
 
 
 def provenance_line(summary: Summary) -> str:
-    """What was measured with what, where and when, in a line; the whole list stands below.
-
-    Args:
-        summary: Of the run.
-    """
+    """What was measured with what, where and when, in a line; the whole list stands below."""
     facts = summary.header.provenance
     packages, threads = facts.get("packages"), facts.get("threads")
     versions = {"specdec": facts.get("specdec")}
@@ -78,21 +70,13 @@ def provenance_line(summary: Summary) -> str:
 
 
 def target_name(summary: Summary) -> str:
-    """Of the target, as it was given.
-
-    Args:
-        summary: Of the run.
-    """
+    """Of the target, as it was given."""
     provenance, config = summary.header.provenance, summary.header.config
     return str(config.get("target") or provenance.get("target") or "a run")
 
 
 def what_ran(summary: Summary) -> str:
-    """Target, tasks and device in a sentence.
-
-    Args:
-        summary: Of the run.
-    """
+    """Target, tasks and device in a sentence."""
     tasks = summary.header.config.get("tasks") or ["smoke"]
     names = ", ".join(map(str, tasks)) if isinstance(tasks, list | tuple) else str(tasks)
     device = summary.header.provenance.get("device", "")
@@ -100,11 +84,7 @@ def what_ran(summary: Summary) -> str:
 
 
 def tiles(summary: Summary) -> Iterator[Cell]:
-    """Figures at a glance, each with words below it.
-
-    Args:
-        summary: Of the run.
-    """
+    """Figures at a glance, each with words below it."""
     arms = [(arm, figures) for figures in summary.settings for arm in figures.arms]
     gains = [(a.gain, a.name, s) for a, s in arms if a.gain and a.name != "hf"]
     if gains:

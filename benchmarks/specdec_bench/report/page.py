@@ -23,11 +23,7 @@ _BREAK = re.compile(r"([:,_+])")  # where a long name of an arm may go on in the
 
 
 def page(summary: Summary) -> str:
-    """The page: no script, no font, no network.
-
-    Args:
-        summary: What to show.
-    """
+    """The page: no script, no font, no network."""
     header, end = summary.header, summary.end
     run = {"run": header.run_id, "baseline": header.baseline, "schema": header.schema}
     if end is not None:
@@ -56,11 +52,7 @@ def page(summary: Summary) -> str:
 
 
 def markdown(summary: Summary) -> str:
-    """The page's tables without its charts.
-
-    Args:
-        summary: What to show.
-    """
+    """The page's tables without its charts."""
     sections: list[tuple[str, str, list[Table]]] = [
         (str(figures.setting), lead(figures), list(setting_tables(figures, summary).values()))
         for figures in summary.settings

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Concatenate, ParamSpec
 from xml.etree import ElementTree
 
 from markupsafe import Markup
@@ -21,31 +20,33 @@ WIDE, NARROW = 980, 330
 _MARKS, _MOST_LINES = ",:/ ", 8
 _CHARACTER = 7.3  # mean width of a character at 12.5 pixels in a wide font
 
-_Given = ParamSpec("_Given")
-
 
 class Canvas:
     """An SVG that is being drawn. Coordinates are pixels from the upper left corner.
 
+    Hints show when an element is pointed at; together they describe the chart to those who cannot
+    see it.
+
     Args:
         width: Of the drawing.
         height: Of the drawing.
-        title: Name of the chart, for those who cannot see it.
-        description: What it shows, in a sentence or the figures themselves.
+        title: Name of the chart.
     """
 
-    def __init__(self, width: float, height: float, title: str, description: str) -> None:
+    def __init__(self, width: float, height: float, title: str) -> None:
         box = {"width": f"{width:.0f}", "height": f"{height:.0f}"}
         view = f"0 0 {width:.0f} {height:.0f}"
         self._svg = ElementTree.Element("svg", {"role": "img", **box, "viewBox": view})
         ElementTree.SubElement(self._svg, "title").text = title
-        ElementTree.SubElement(self._svg, "desc").text = description
+        self._description = ElementTree.SubElement(self._svg, "desc")
+        self._hints: list[str] = []
 
     def _add(self, tag: str, style: str, hint: str = "", **places: float) -> ElementTree.Element:
         written = {name: f"{place:.1f}" for name, place in places.items()}
         added = ElementTree.SubElement(self._svg, tag, {"class": style, **written})
         if hint:
             ElementTree.SubElement(added, "title").text = hint
+            self._hints.append(hint)
         return added
 
     def line(self, start: tuple[float, float], end: tuple[float, float], style: str) -> None:
@@ -58,33 +59,31 @@ class Canvas:
         self._add("path", style).set("d", f"M{moves}{' Z' if closed else ''}")
 
     def bar(
-        self, corner: tuple[float, float], size: tuple[float, float], style: str, hint: str = ""
+        self, corner: tuple[float, float], size: tuple[float, float], style: str, hint: str
     ) -> None:
-        """A rectangle with a text that shows when it is pointed at."""
+        """A rectangle."""
         width, height = (max(side, 0.5) for side in size)
         self._add("rect", style, hint, x=corner[0], y=corner[1], width=width, height=height, rx=1.5)
 
-    def dot(self, centre: tuple[float, float], radius: float, style: str, hint: str = "") -> None:
-        """A filled circle with a text that shows when it is pointed at."""
+    def dot(self, centre: tuple[float, float], radius: float, style: str, hint: str) -> None:
+        """A filled circle."""
         self._add("circle", style, hint, cx=centre[0], cy=centre[1], r=radius)
 
     def text(
-        self, place: tuple[float, float], words: str, style: str, anchor: str = "middle"
+        self,
+        place: tuple[float, float],
+        words: str,
+        style: str,
+        anchor: str = "middle",
+        hint: str = "",
     ) -> None:
         """Words on a base line; the anchor is start, middle or end."""
-        added = self._add("text", style, x=place[0], y=place[1])
+        added = self._add("text", style, hint, x=place[0], y=place[1])
         added.set("text-anchor", anchor)
         added.text = words
 
     def across(self, scale: Scale, most: int, ends: tuple[float, float], times: float = 1) -> None:
-        """Vertical lines at round figures, which stand below them.
-
-        Args:
-            scale: Of the axis.
-            most: Figures, about.
-            ends: Pixels at which the lines begin and end.
-            times: Figures are shown in units of which `scale` has so many in 1.
-        """
+        """Vertical lines at round figures, which stand below them as `times` as many units."""
         for tick in ticks(scale.low * times, scale.high * times, most):
             x = scale(tick / times)
             self.line((x, ends[0]), (x, ends[1]), "grid")
@@ -99,6 +98,7 @@ class Canvas:
 
     def render(self, style: str = "") -> Markup:
         """The element; `style` is its class."""
+        self._description.text = "; ".join(self._hints)
         self._svg.attrib = {"class": style, **self._svg.attrib}
         text = ElementTree.tostring(self._svg, encoding="unicode", short_empty_elements=False)
         return Markup(text)  # noqa: S704 - ElementTree has escaped every word
@@ -126,18 +126,9 @@ class Scale:
         return self.start + share * (self.end - self.start)
 
 
-def both(
-    draw: Callable[Concatenate[float, _Given], Canvas], *args: _Given.args, **kwargs: _Given.kwargs
-) -> Markup:
-    """The chart for wide screens and for phones.
-
-    Args:
-        draw: Draws it at a width.
-        args: What else it takes.
-        kwargs: The same by name.
-    """
-    wide, narrow = draw(WIDE, *args, **kwargs), draw(NARROW, *args, **kwargs)
-    return wide.render("wide") + narrow.render("narrow")
+def both(draw: Callable[..., Canvas], *shown: object) -> Markup:
+    """The chart for wide screens and for phones; `draw` draws it at a width."""
+    return draw(WIDE, *shown).render("wide") + draw(NARROW, *shown).render("narrow")
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:

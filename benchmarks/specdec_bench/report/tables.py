@@ -83,12 +83,7 @@ _SHOWN_LOOPING = 0.0005  # a smaller share would be shown as 0.0 %
 
 
 def setting_tables(figures: SettingFigures, summary: Summary) -> Mapping[str, Table]:
-    """Tables of a setting by the names that the page's template uses; those without rows are out.
-
-    Args:
-        figures: Of the setting.
-        summary: Of the run.
-    """
+    """Tables of a setting that have rows, by the names that the page's template uses."""
     found = {
         "problems": table("Problems", ["arm", "what"], problems(figures)),
         "results": _results(figures, summary),
