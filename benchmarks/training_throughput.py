@@ -35,11 +35,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specdec.heads.eagle3.config import Eagle3Config
 from specdec.heads.eagle3.head import Eagle3Head
 from specdec_bench.paired import ratio
-from specdec_training.batches import collate
-from specdec_training.losses import LossKind
-from specdec_training.online import OnlineFeatures
-from specdec_training.teaching import Teaching
-from specdec_training.ttt_step import LossPlan
+from specdec_training.data.batches import collate
+from specdec_training.features.online import OnlineFeatures
+from specdec_training.objective.losses import LossKind
+from specdec_training.objective.ttt_step import LossPlan
+from specdec_training.run.teaching import Teaching
 
 _VOCAB, _DRAFT, _TAPS = 4096, 2048, (1, 3, 4)  # layer outputs, from 0
 _HEAD_SHAPE = {

@@ -37,8 +37,8 @@ _COMMANDS = {  # name -> its options, and what runs them
     "data": ("specdec.cli.options:DataOptions", ""),  # a group
     "bench": ("specdec.cli.options:BenchOptions", ""),  # a group
     "train": (
-        "specdec_training.train_options:TrainOptions",
-        "specdec_training.train_command:run_train",
+        "specdec_training.run.options:TrainOptions",
+        "specdec_training.commands.train:run_train",
     ),
     "inspect": ("specdec.cli.head_options:InspectOptions", "specdec.cli.heads:run_inspect"),
     "convert": ("specdec.cli.head_options:ConvertOptions", "specdec.cli.heads:run_convert"),
@@ -46,14 +46,14 @@ _COMMANDS = {  # name -> its options, and what runs them
 _GROUPS = {
     "data": {
         name: (
-            f"specdec_training.{module}_options:Data{name.title()}Options",
-            f"specdec_training.{commands}:run_{name}",
+            f"specdec_training.{folder}.options:Data{name.title()}Options",
+            f"specdec_training.commands.{folder}:run_{name}",
         )
-        for name, module, commands in (
-            ("prepare", "data", "data_commands"),
-            ("regenerate", "data", "data_commands"),
-            ("doctor", "data", "data_commands"),
-            ("features", "feature", "feature_command"),
+        for name, folder in (
+            ("prepare", "data"),
+            ("regenerate", "data"),
+            ("doctor", "data"),
+            ("features", "features"),
         )
     },
     "bench": {

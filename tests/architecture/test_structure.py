@@ -26,6 +26,8 @@ FLOORS = (
     {"api"},
     {"cli"},
 )
+TRAINING = ROOT / "draft_training" / "specdec_training"
+TRAINING_FLOORS = ("contracts", "data", "features", "objective", "run", "commands")
 WITHOUT_TRANSFORMERS = ("round", "loop", "contracts", "stats", "registry", "generate/stop_rules")
 WITHOUT_TORCH = ("sources", "errors")
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load"}
@@ -87,14 +89,42 @@ def test_imports_go_down(path: Path) -> None:
     assert not wrong, f"{own} imports {wrong}, which is on no floor below"
 
 
+def training_folder(module: str) -> str:
+    """Folder of the trainer that a module is in, or itself; empty for one of another package."""
+    package, _, rest = module.partition(".")
+    return rest.partition(".")[0] if package == TRAINING.name else ""
+
+
+@pytest.mark.parametrize(
+    "path", sorted(TRAINING.rglob("*.py")), ids=lambda p: str(p.relative_to(TRAINING))
+)
+def test_imports_of_the_trainer_go_down(path: Path) -> None:
+    own = path.relative_to(TRAINING).with_suffix("").parts[0]
+    below = TRAINING_FLOORS[: TRAINING_FLOORS.index(own)] if own != "__init__" else ()
+    others = {training_folder(name) for name in imports(path)} - {"", own}
+    assert others <= set(below), f"{path} imports {others - set(below)}, which is not below"
+
+
 def test_the_top_level_is_small() -> None:
     assert len(list((ROOT / "specdec").glob("*.py"))) <= 10
     rooms = {room(module_name(path)) for path in CORE}
     assert rooms == set().union(*FLOORS)
 
 
+def trainer_name(path: Path) -> str:
+    """Full name of one of the trainer's modules."""
+    return ".".join(path.relative_to(TRAINING.parent).with_suffix("").parts)
+
+
+def trainer_imports(path: Path) -> set[str]:
+    """Modules of the trainer that a file imports, by their full names."""
+    known = {trainer_name(other) for other in TRAINING.rglob("*.py")}
+    return known & set(imports(path))
+
+
 def test_no_import_cycles() -> None:
     graph = {module_name(path): specdec_imports(path) for path in CORE}
+    graph |= {trainer_name(path): trainer_imports(path) for path in TRAINING.rglob("*.py")}
 
     def reach(start: str) -> set[str]:
         seen, queue = set(), [start]

@@ -31,7 +31,7 @@ from specdec.errors import ConfigError
 from specdec.loading import method_options
 from specdec.registry import methods
 from specdec.stats import GenerationStats
-from specdec_training.data_options import (
+from specdec_training.data.options import (
     DataDoctorOptions,
     DataPrepareOptions,
     DataRegenerateOptions,

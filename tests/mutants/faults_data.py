@@ -2,7 +2,7 @@
 
 from mutants.fault import Fault
 
-_HERE = "draft_training/specdec_training"
+_HERE = "draft_training/specdec_training/data"
 _TURNS, _ROWS = f"{_HERE}/turns.py", f"{_HERE}/conversations.py"
 _SPANS, _TOKENS, _CHAT = f"{_HERE}/answer_spans.py", f"{_HERE}/token_spans.py", f"{_HERE}/chat.py"
 _ANSWERS = f"{_HERE}/regenerate.py"

@@ -5,9 +5,9 @@ from mutants.fault import Fault
 _HEAD, _DRAFTER = "specdec/heads/eagle3/head.py", "specdec/drafters/head.py"
 _STEPPED = "specdec/heads/eagle3/stepped.py"
 _MASKS, _TTT = "specdec/heads/eagle3/draft_masks.py", "specdec/heads/eagle3/ttt_attention.py"
-_LOSS = "draft_training/specdec_training/losses.py"
-_STORE = "draft_training/specdec_training/checkpoints.py"
-_CLOCK = "draft_training/specdec_training/run_state.py"
+_LOSS = "draft_training/specdec_training/objective/losses.py"
+_STORE = "draft_training/specdec_training/run/checkpoints.py"
+_CLOCK = "draft_training/specdec_training/run/state.py"
 
 _LOOP = "tests/heads/test_closed_loop.py"
 _CHAIN_STEPS = f"{_LOOP}::test_a_chain_steps_through_the_training_states"
@@ -223,7 +223,7 @@ HEADS = (
     Fault(
         "a_run_that_lost_its_checkpoints_is_overwritten",
         "a finished head is lost without a word",
-        "draft_training/specdec_training/trainer.py",
+        "draft_training/specdec_training/run/trainer.py",
         "refuse_lost_run(folder, damaged=not self._store.is_empty)",
         "pass",
         "tests/training/test_train_command.py::test_a_run_without_its_checkpoints_is_not_overwritten",
@@ -231,7 +231,7 @@ HEADS = (
     Fault(
         "layers_are_looked_at_when_the_head_is_written",
         "a run fails at its end for what was known at its start",
-        "draft_training/specdec_training/layers.py",
+        "draft_training/specdec_training/features/layers.py",
         'check_layers(layers, count, "--aux-layers")',
         "pass",
         "tests/training/test_train_command.py::test_what_cannot_be_used_is_refused_before_anything_is_written",

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from specdec_training.chat import ChatFormat, Encoded
+from specdec_training.data.chat import ChatFormat, Encoded
 
 START, END, EOS, BOS = "<|im_start|>", "<|im_end|>", "<eos>", "<bos>"
 CONTEXT = 160

@@ -26,16 +26,16 @@ import torch
 from torch import Tensor
 
 from specdec.artifacts import atomic_files
+from specdec.artifacts.tensor_files import _NAMES as DTYPE_NAMES
 from specdec.errors import ConfigError, SpecdecError
-from specdec_training import checkpoints
-from specdec_training.checkpoints import (
+from specdec_training.run import checkpoints
+from specdec_training.run.checkpoints import (
     Checkpoint,
     CheckpointError,
     CheckpointStore,
     CheckpointWarning,
     RunLock,
 )
-from specdec_training.tensor_files import _NAMES as DTYPE_NAMES
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -777,7 +777,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There the process number decides."""
-    from specdec_training import run_lock
+    from specdec.artifacts import run_lock
 
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -21,11 +21,11 @@ from tokenizers import processors
 
 from specdec import demo
 from specdec.errors import ConfigError
-from specdec_training.bad_rows import BadRow
-from specdec_training.chat import ChatFormat, chat_template, template_options
-from specdec_training.conversations import Row, parse_row
-from specdec_training.encoding import Encoder
-from specdec_training.turns import Turn
+from specdec_training.data.bad_rows import BadRow
+from specdec_training.data.chat import ChatFormat, chat_template, template_options
+from specdec_training.data.conversations import Row, parse_row
+from specdec_training.data.encoding import Encoder
+from specdec_training.data.turns import Turn
 
 ONE = [Turn("user", "Hi"), Turn("assistant", "Hello, you.")]
 THREE = [

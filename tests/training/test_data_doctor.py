@@ -17,18 +17,18 @@ from data_helpers import CHATML, byte_tokenizer, chat_row, write_rows, write_tar
 from transformers import AutoModelForCausalLM
 
 from specdec.errors import ConfigError
-from specdec_training.data_commands import run_doctor
-from specdec_training.data_doctor import examine, examine_with_target, pieces
-from specdec_training.data_options import (
+from specdec_training.commands.data import run_doctor
+from specdec_training.commands.data_report import painted, show_data
+from specdec_training.data.doctor import examine, examine_with_target, pieces
+from specdec_training.data.options import (
     DataDoctorOptions,
     DataPrepareOptions,
     DataRegenerateOptions,
 )
-from specdec_training.data_report import painted, show_data
-from specdec_training.data_target import open_target
-from specdec_training.prepare import prepare
-from specdec_training.prepared import Example, PreparedData
-from specdec_training.regenerate import regenerate
+from specdec_training.data.prepare import prepare
+from specdec_training.data.prepared import Example, PreparedData
+from specdec_training.data.regenerate import regenerate
+from specdec_training.data.target import open_target
 
 ROWS = [chat_row(f"question {n}", f"answer {n * n}") for n in range(150)]
 

@@ -22,14 +22,14 @@ from data_helpers import (
     write_target,
 )
 
-from specdec_training.bad_rows import BadRow
-from specdec_training.conversations import Row, parse_row
-from specdec_training.data_options import DataPrepareOptions, DataRegenerateOptions, ReadOptions
-from specdec_training.encoding import Encoder
-from specdec_training.prepare import prepare
-from specdec_training.regenerate import regenerate
-from specdec_training.row_files import Inputs
-from specdec_training.turns import Turn
+from specdec_training.data.bad_rows import BadRow
+from specdec_training.data.conversations import Row, parse_row
+from specdec_training.data.encoding import Encoder
+from specdec_training.data.options import DataPrepareOptions, DataRegenerateOptions, ReadOptions
+from specdec_training.data.prepare import prepare
+from specdec_training.data.regenerate import regenerate
+from specdec_training.data.row_files import Inputs
+from specdec_training.data.turns import Turn
 
 
 def user(text: Any, **fields: Any) -> dict[str, Any]:

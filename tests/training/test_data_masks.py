@@ -19,10 +19,10 @@ from data_helpers import (
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from specdec_training.answer_spans import Conversation, tagged_spans
-from specdec_training.bad_rows import BadRow
-from specdec_training.chat import ChatFormat
-from specdec_training.turns import Turn
+from specdec_training.data.answer_spans import Conversation, tagged_spans
+from specdec_training.data.bad_rows import BadRow
+from specdec_training.data.chat import ChatFormat
+from specdec_training.data.turns import Turn
 
 WORDS = ["[UNK]", "user", "hi", "there", "yes", "no", "bot", ":", "ok", "!"]
 MARKED = "{% generation %}CONTENT{% endgeneration %}"

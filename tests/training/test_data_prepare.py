@@ -17,12 +17,12 @@ from data_helpers import CHATML, TAGGED_WHOLE, byte_tokenizer, chat_row, write_r
 from safetensors.torch import load_file, save_file
 
 from specdec.errors import ConfigError
-from specdec_training import dataset_bars
-from specdec_training import prepare as prepare_module
-from specdec_training.data_commands import run_prepare
-from specdec_training.data_options import DataPrepareOptions
-from specdec_training.prepare import prepare
-from specdec_training.prepared import PreparedData
+from specdec_training.commands.data import run_prepare
+from specdec_training.data import dataset_bars
+from specdec_training.data import prepare as prepare_module
+from specdec_training.data.options import DataPrepareOptions
+from specdec_training.data.prepare import prepare
+from specdec_training.data.prepared import PreparedData
 
 ROWS = [chat_row(f"question {n}", f"answer {n * n}") for n in range(40)]
 Make = Callable[..., PreparedData]

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from specdec.audit.loops import loop_start
 from specdec.errors import ConfigError
-from specdec_training import regenerate as regenerate_module
-from specdec_training.data_commands import run_regenerate
-from specdec_training.data_options import DataPrepareOptions, DataRegenerateOptions
-from specdec_training.generation import Sampling, Writer
-from specdec_training.prepare import prepare
-from specdec_training.regenerate import regenerate
+from specdec_training.commands.data import run_regenerate
+from specdec_training.data import regenerate as regenerate_module
+from specdec_training.data.generation import Sampling, Writer
+from specdec_training.data.options import DataPrepareOptions, DataRegenerateOptions
+from specdec_training.data.prepare import prepare
+from specdec_training.data.regenerate import regenerate
 
 ROWS = [
     *({"text": f"prefix {n} " * (1 + n % 3)} for n in range(5)),

@@ -15,14 +15,14 @@ import pytest
 from data_helpers import CHATML, chat_format, chat_row, write_rows
 
 from specdec.errors import ConfigError
-from specdec_training import row_files
-from specdec_training.bad_rows import REASONS, BadRow, Tally
-from specdec_training.conversations import Row, parse_row
-from specdec_training.data_options import DataPrepareOptions, ReadOptions
-from specdec_training.encoding import Encoder
-from specdec_training.prepare import prepare
-from specdec_training.row_files import Inputs
-from specdec_training.turns import Turn
+from specdec_training.data import row_files
+from specdec_training.data.bad_rows import REASONS, BadRow, Tally
+from specdec_training.data.conversations import Row, parse_row
+from specdec_training.data.encoding import Encoder
+from specdec_training.data.options import DataPrepareOptions, ReadOptions
+from specdec_training.data.prepare import prepare
+from specdec_training.data.row_files import Inputs
+from specdec_training.data.turns import Turn
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 Reader = Callable[..., list[Row]]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.errors import ConfigError
-from specdec_training import draft_vocab
+from specdec_training.data import draft_vocab
 
 COUNTS = st.lists(st.integers(0, 5), min_size=2, max_size=60)
 

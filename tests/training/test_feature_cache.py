@@ -20,16 +20,17 @@ from torch import Tensor
 
 from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError, SpecdecError
-from specdec_training import feature_cache, feature_command, feature_writer
-from specdec_training.batches import collate
+from specdec_training.commands import features as command_module
+from specdec_training.commands.features import run_features
 from specdec_training.contracts import FeatureSource, TokenBatch
-from specdec_training.feature_cache import CachedFeatures, FeatureError
-from specdec_training.feature_command import run_features
-from specdec_training.feature_options import DataFeaturesOptions
-from specdec_training.feature_writer import estimate_bytes, write_features
-from specdec_training.online import OnlineFeatures
-from specdec_training.prepared import ExampleList, PreparedData, PreparedMeta
-from specdec_training.target_output import weights_hash
+from specdec_training.data.batches import collate
+from specdec_training.data.prepared import ExampleList, PreparedData, PreparedMeta
+from specdec_training.features import cache, writer
+from specdec_training.features.cache import CachedFeatures, FeatureError
+from specdec_training.features.online import OnlineFeatures
+from specdec_training.features.options import DataFeaturesOptions
+from specdec_training.features.target_output import weights_hash
+from specdec_training.features.writer import estimate_bytes, write_features
 
 LAYERS = (0, 2, 1)
 VOCAB, WIDTH = 97, 32
@@ -190,7 +191,7 @@ def test_only_what_is_asked_for_is_read(recorded: Recorded, monkeypatch: Any) ->
 
     class File:
         def __init__(self, path: Path) -> None:
-            self.inner: Any = feature_cache.safe_open(path, "pt")
+            self.inner: Any = cache.safe_open(path, "pt")
 
         def get_slice(self, name: str) -> Counted:
             return Counted(self.inner.get_slice(name))
@@ -201,7 +202,7 @@ def test_only_what_is_asked_for_is_read(recorded: Recorded, monkeypatch: Any) ->
             return found
 
     source = recorded.open()
-    monkeypatch.setattr(feature_cache, "_mapped", File)
+    monkeypatch.setattr(cache, "_mapped", File)
     batch = recorded.batch()
     source.features(batch)
     assert read == [d.stop - d.start for d in batch.documents for _ in range(3)]
@@ -210,7 +211,7 @@ def test_only_what_is_asked_for_is_read(recorded: Recorded, monkeypatch: Any) ->
 def test_many_shards_are_not_all_open(recorded: Recorded, monkeypatch: Any) -> None:
     recorded.write(shard_tokens=1)  # an example longer than a shard gets one of its own
     assert len(list(recorded.folder.glob("features-*"))) == 23
-    monkeypatch.setattr(feature_cache, "_MOST_OPEN", 2)
+    monkeypatch.setattr(cache, "_MOST_OPEN", 2)
     source = recorded.open()
     online = OnlineFeatures(recorded.model, LAYERS)
     for batch in (
@@ -393,7 +394,7 @@ def test_a_killed_writer_is_continued(recorded: Recorded, monkeypatch: Any) -> N
     assert content(recorded.folder) == wanted
     computed: list[int] = []
     monkeypatch.setattr(
-        feature_writer,
+        writer,
         "_features_of",
         lambda *a: computed.append(1) or {},  # type: ignore[func-returns-value]
     )
@@ -468,8 +469,8 @@ def test_a_full_disk_keeps_the_finished_shards(
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataFeaturesOptions:
-    from specdec_training.data_options import DataPrepareOptions
-    from specdec_training.prepare import prepare
+    from specdec_training.data.options import DataPrepareOptions
+    from specdec_training.data.prepare import prepare
 
     prepare(DataPrepareOptions(input=("demo",), limit=40, output=tmp_path / "data", max_length=64))
     return DataFeaturesOptions(
@@ -502,8 +503,8 @@ def test_the_command_records_the_bundled_toy(
 def test_training_on_them_is_training_online(command: DataFeaturesOptions, tmp_path: Path) -> None:
     """The losses of a short run, with the target and with what was recorded of it."""
     pytest.importorskip("accelerate")
-    from specdec_training.train_command import run_train
-    from specdec_training.train_options import TrainOptions
+    from specdec_training.commands.train import run_train
+    from specdec_training.run.options import TrainOptions
 
     run_features(command)
     losses = []
@@ -523,11 +524,11 @@ def test_training_on_them_is_training_online(command: DataFeaturesOptions, tmp_p
 def test_the_command_refuses_what_is_too_large(
     command: DataFeaturesOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_command, "estimate_bytes", lambda *_: 30 * 10**9)
-    monkeypatch.setattr(feature_command, "free_bytes", lambda _: 25 * 10**9)
+    monkeypatch.setattr(command_module, "estimate_bytes", lambda *_: 30 * 10**9)
+    monkeypatch.setattr(command_module, "free_bytes", lambda _: 25 * 10**9)
     with pytest.raises(FeatureError, match=r"need 30\.0 GB more and 25\.0 GB are free"):
         run_features(command)
-    monkeypatch.setattr(feature_command, "free_bytes", lambda _: 10**12)
+    monkeypatch.setattr(command_module, "free_bytes", lambda _: 10**12)
     with pytest.raises(FeatureError, match=r"would write 30\.0 GB; say --yes"):
         run_features(command)
     assert not Path(str(command.output)).exists()

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from specdec.errors import ConfigError
-from specdec_training.checkpoints import Checkpoint, CheckpointStore
-from specdec_training.stepping import _settle
-from specdec_training.train_options import TrainOptions
+from specdec_training.run.checkpoints import Checkpoint, CheckpointStore
+from specdec_training.run.options import TrainOptions
+from specdec_training.run.stepping import _settle
 
 psutil = pytest.importorskip("psutil")  # comes with accelerate
 
@@ -55,8 +55,8 @@ TRAIN = """
 import json, sys
 from pathlib import Path
 import torch
-from specdec_training.train_command import run_train
-from specdec_training.train_options import TrainOptions
+from specdec_training.commands.train import run_train
+from specdec_training.run.options import TrainOptions
 torch.set_num_threads(1)
 given = json.loads(sys.argv[1])
 for name in ("data", "output", "deepspeed"):
@@ -143,8 +143,8 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    from specdec_training.data_options import DataPrepareOptions
-    from specdec_training.prepare import prepare
+    from specdec_training.data.options import DataPrepareOptions
+    from specdec_training.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("runs")
     prepare(
@@ -242,7 +242,7 @@ import json, sys
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DeepSpeedPlugin
-from specdec_training.stepping import make_stepper
+from specdec_training.run.stepping import make_stepper
 
 torch.set_num_threads(1)
 

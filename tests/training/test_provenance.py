@@ -29,8 +29,8 @@ from specdec.artifacts.atomic_files import (
 from specdec.artifacts.source_revision import source_revision
 from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError
-from specdec_training.provenance import provenance
-from specdec_training.train_options import TrainOptions
+from specdec_training.run.options import TrainOptions
+from specdec_training.run.provenance import provenance
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from train_helpers import Example, make_examples, make_head, make_target
 
 from specdec.errors import ConfigError
-from specdec_training.batches import RowSampler, Sizes, collate, own_batches, pack
-from specdec_training.online import OnlineFeatures
+from specdec_training.data.batches import RowSampler, Sizes, collate, own_batches, pack
+from specdec_training.features.online import OnlineFeatures
 
 
 def sampler(count: int = 200, width: int = 64, seed: int = 0) -> RowSampler:

@@ -13,16 +13,16 @@ import torch
 from transformers import AutoConfig
 
 from specdec import demo
+from specdec.artifacts.run_lock import RunLock
 from specdec.errors import ConfigError, SpecdecError
 from specdec.heads.checkpoints.load import load_head
-from specdec_training.checkpoints import CheckpointStore
-from specdec_training.data_options import DataPrepareOptions
-from specdec_training.feature_writer import write_features
-from specdec_training.prepare import prepare
-from specdec_training.prepared import PreparedData
-from specdec_training.run_lock import RunLock
-from specdec_training.train_command import head_config, run_train
-from specdec_training.train_options import TrainOptions
+from specdec_training.commands.train import head_config, run_train
+from specdec_training.data.options import DataPrepareOptions
+from specdec_training.data.prepare import prepare
+from specdec_training.data.prepared import PreparedData
+from specdec_training.features.writer import write_features
+from specdec_training.run.checkpoints import CheckpointStore
+from specdec_training.run.options import TrainOptions
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.filterwarnings("ignore::specdec_training.checkpoints.CheckpointWarning")
+@pytest.mark.filterwarnings("ignore::specdec_training.run.checkpoints.CheckpointWarning")
 @pytest.mark.parametrize("lost", ["damaged", "deleted", "and no metrics", "and bad metrics"])
 def test_a_run_without_its_checkpoints_is_not_overwritten(
     lost: str, data: Path, trained: Path, tmp_path: Path

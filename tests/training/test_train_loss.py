@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from train_helpers import VOCAB, Example, make_examples, make_head, make_target
 
-from specdec_training import losses
-from specdec_training.batches import collate
 from specdec_training.contracts import FeatureBatch, TokenBatch
-from specdec_training.losses import LossJob, Slots, simulated_length, soft_target_loss
-from specdec_training.online import OnlineFeatures
-from specdec_training.ttt_step import LossPlan, TttStep, draft_ids_of, prepare, spans_of
+from specdec_training.data.batches import collate
+from specdec_training.features.online import OnlineFeatures
+from specdec_training.objective import losses
+from specdec_training.objective.losses import LossJob, Slots, simulated_length, soft_target_loss
+from specdec_training.objective.ttt_step import LossPlan, TttStep, draft_ids_of, prepare, spans_of
 
 STEPS = 3
 

@@ -13,12 +13,12 @@ import torch
 from train_helpers import make_head, make_options
 
 from specdec.errors import ConfigError
-from specdec_training.evaluate import Acceptance
-from specdec_training.feature_options import DataFeaturesOptions
-from specdec_training.optim import Guard, lr_factor, make_optimizer
-from specdec_training.progress import StepLog, summary
-from specdec_training.run_state import Clock
-from specdec_training.train_options import TrainOptions, check_train_options, resolved
+from specdec_training.features.options import DataFeaturesOptions
+from specdec_training.run.evaluate import Acceptance
+from specdec_training.run.optim import Guard, lr_factor, make_optimizer
+from specdec_training.run.options import TrainOptions, check_train_options, resolved
+from specdec_training.run.progress import StepLog, summary
+from specdec_training.run.state import Clock
 
 FROZEN = """
 target data output features init_from steps minutes max_steps intermediate_size aux_layers fc_norm
@@ -113,7 +113,7 @@ def test_schedule() -> None:
 
 def test_clock_by_steps_and_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("specdec_training.run_state.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("specdec_training.run.state.time.monotonic", lambda: now[0])
     assert Clock(40, None).share(10) == 0.25
     clock = Clock(None, 2.0, spent=30.0)
     now[0] = 130.0
@@ -189,7 +189,7 @@ def test_summary_names_start_best_and_end() -> None:
 
 
 def test_tensorboard_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from specdec_training.progress import Progress
+    from specdec_training.run.progress import Progress
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match="pip install tensorboard"):

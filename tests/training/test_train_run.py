@@ -31,13 +31,13 @@ from train_helpers import (
     train,
 )
 
+from specdec.artifacts.run_lock import RunLock
 from specdec.errors import ConfigError, SpecdecError
-from specdec_training import trainer
-from specdec_training.checkpoints import CheckpointStore
 from specdec_training.contracts import FeatureBatch, TokenBatch
-from specdec_training.evaluate import Acceptance, AcceptanceMeter, DraftShape, Selection
-from specdec_training.run_lock import RunLock
-from specdec_training.trainer import RunParts, Trainer
+from specdec_training.run import trainer
+from specdec_training.run.checkpoints import CheckpointStore
+from specdec_training.run.evaluate import Acceptance, AcceptanceMeter, DraftShape, Selection
+from specdec_training.run.trainer import RunParts, Trainer
 
 HERE = Path(__file__).resolve().parent
 _CHILD = """
@@ -46,7 +46,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from train_helpers import make_options, make_parts
-from specdec_training.trainer import Trainer
+from specdec_training.run.trainer import Trainer
 
 folder, stop, number = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 
@@ -353,7 +353,7 @@ def test_four_texts_learnt_by_heart_are_drafted_whole(tmp_path: Path) -> None:
 
 
 def trainer_length(accuracy: list[float]) -> float:
-    from specdec_training.losses import simulated_length
+    from specdec_training.objective.losses import simulated_length
 
     return simulated_length(accuracy)
 

@@ -15,11 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec.heads.eagle3.config import Eagle3Config, default_aux_layers
 from specdec.heads.eagle3.head import Eagle3Head
-from specdec_training.batches import RowSampler, Sizes
-from specdec_training.evaluate import AcceptanceMeter
-from specdec_training.online import OnlineFeatures
-from specdec_training.train_options import TrainOptions
-from specdec_training.trainer import RunParts, RunResult, Trainer
+from specdec_training.data.batches import RowSampler, Sizes
+from specdec_training.features.online import OnlineFeatures
+from specdec_training.run.evaluate import AcceptanceMeter
+from specdec_training.run.options import TrainOptions
+from specdec_training.run.trainer import RunParts, RunResult, Trainer
 
 VOCAB, DRAFT = 48, 32
 TIMING = ("seconds", "tokens_per_second", "memory_gb")

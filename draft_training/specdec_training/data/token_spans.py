@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from specdec_training.bad_rows import BadRow
+from specdec_training.data.bad_rows import BadRow
 
 Span = tuple[int, int]
 """First character, and the one behind the last."""

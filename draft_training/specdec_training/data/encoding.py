@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from specdec_training.bad_rows import BadRow
-from specdec_training.chat import ChatFormat, Encoded
-from specdec_training.conversations import Row
+from specdec_training.data.bad_rows import BadRow
+from specdec_training.data.chat import ChatFormat, Encoded
+from specdec_training.data.conversations import Row
 
 FORMAT_VERSION = 2
 """Of the encoding: another number makes old caches useless."""

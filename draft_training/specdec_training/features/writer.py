@@ -24,10 +24,13 @@ from specdec.artifacts.atomic_files import (
     replace_file,
     size_text,
 )
+from specdec.artifacts.run_lock import RunLock
 from specdec.artifacts.target_fingerprint import TargetFingerprint
+from specdec.artifacts.tensor_files import write_tensors
 from specdec.errors import ConfigError
 from specdec_training.contracts import Document, TokenBatch
-from specdec_training.feature_cache import (
+from specdec_training.data.prepared import PreparedData
+from specdec_training.features.cache import (
     DTYPES,
     INDEX,
     META,
@@ -40,11 +43,8 @@ from specdec_training.feature_cache import (
     meta_text,
     read_index,
 )
-from specdec_training.online import OnlineFeatures
-from specdec_training.prepared import PreparedData
-from specdec_training.run_lock import RunLock
-from specdec_training.target_output import OutputMatrix, weights_hash
-from specdec_training.tensor_files import write_tensors
+from specdec_training.features.online import OnlineFeatures
+from specdec_training.features.target_output import OutputMatrix, weights_hash
 
 _BATCH_TOKENS = 8192  # slots of a forward of the target
 _ID_BYTES = 8

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from specdec.heads.eagle3.head import Eagle3Head
 from specdec.heads.eagle3.ttt_attention import Spans
 from specdec_training.contracts import FeatureSource, TokenBatch
-from specdec_training.losses import (
+from specdec_training.objective.losses import (
     LossJob,
     LossKind,
     Slots,

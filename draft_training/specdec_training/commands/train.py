@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from specdec.artifacts.atomic_files import make_folder
+from specdec.artifacts.run_lock import RunLock
 from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.artifacts.terminal import colour_wanted, say
 from specdec.errors import ConfigError, SpecdecError
@@ -20,21 +21,20 @@ from specdec.heads.eagle3.config import Eagle3Config
 from specdec.heads.eagle3.head import Eagle3Head
 from specdec.heads.ready import has_bf16_products
 from specdec.loading import load_config, load_model, load_tokenizer, pick_device, sentence
-from specdec_training.batches import RowSampler, Sizes
 from specdec_training.contracts import FeatureSource
-from specdec_training.evaluate import Acceptance, AcceptanceMeter, DraftShape
-from specdec_training.feature_cache import CachedFeatures
-from specdec_training.layers import chosen_layers
-from specdec_training.online import OnlineFeatures
-from specdec_training.prepared import PreparedData
-from specdec_training.progress import summary
-from specdec_training.provenance import provenance
-from specdec_training.run_folder import check_run_folder
-from specdec_training.run_lock import RunLock
-from specdec_training.stepping import deepspeed_plugin
-from specdec_training.target_output import weights_hash
-from specdec_training.train_options import TrainOptions, check_train_options, resolved
-from specdec_training.trainer import RunParts, RunResult, Trainer
+from specdec_training.data.batches import RowSampler, Sizes
+from specdec_training.data.prepared import PreparedData
+from specdec_training.features.cache import CachedFeatures
+from specdec_training.features.layers import chosen_layers
+from specdec_training.features.online import OnlineFeatures
+from specdec_training.features.target_output import weights_hash
+from specdec_training.run.evaluate import Acceptance, AcceptanceMeter, DraftShape
+from specdec_training.run.folder import check_run_folder
+from specdec_training.run.options import TrainOptions, check_train_options, resolved
+from specdec_training.run.progress import summary
+from specdec_training.run.provenance import provenance
+from specdec_training.run.stepping import deepspeed_plugin
+from specdec_training.run.trainer import RunParts, RunResult, Trainer
 
 _ROPE_KINDS = ("default", "linear", "llama3", "yarn")  # what a head may copy from its target
 _WAIT = datetime.timedelta(hours=2)  # for the process that measures, or loads

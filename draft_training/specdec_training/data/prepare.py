@@ -16,16 +16,16 @@ import datasets
 
 from specdec.artifacts.tokenizers import tokenizer_fingerprint
 from specdec.errors import ConfigError, SpecdecError
-from specdec_training import draft_vocab
-from specdec_training.bad_rows import BadDataError, Tally
-from specdec_training.data_options import DataPrepareOptions
-from specdec_training.data_target import DataTarget, open_target
-from specdec_training.dataset_bars import quiet_datasets, row_bar
-from specdec_training.encoding import COLUMNS, FORMAT_VERSION, Encoder
-from specdec_training.folders import check_folder, fresh_folder
-from specdec_training.prepared import PreparedData
-from specdec_training.prepared_writer import write_prepared
-from specdec_training.row_files import Inputs
+from specdec_training.data import draft_vocab
+from specdec_training.data.bad_rows import BadDataError, Tally
+from specdec_training.data.dataset_bars import quiet_datasets, row_bar
+from specdec_training.data.encoding import COLUMNS, FORMAT_VERSION, Encoder
+from specdec_training.data.folders import check_folder, fresh_folder
+from specdec_training.data.options import DataPrepareOptions
+from specdec_training.data.prepared import PreparedData
+from specdec_training.data.prepared_writer import write_prepared
+from specdec_training.data.row_files import Inputs
+from specdec_training.data.target import DataTarget, open_target
 
 _READ_COLUMNS = ("where", "row", "reason", "detail")
 _DRAW = 1  # another number holds out other prompts of the same input

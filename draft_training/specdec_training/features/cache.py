@@ -22,10 +22,10 @@ from torch import Tensor
 
 from specdec.artifacts.atomic_files import Digest, digest_of, from_json, read_small, to_json
 from specdec.artifacts.target_fingerprint import TargetFingerprint
+from specdec.artifacts.tensor_files import read_tensors
 from specdec.errors import ConfigError, SpecdecError
 from specdec_training.contracts import Document, FeatureBatch, TokenBatch
-from specdec_training.target_output import OutputMatrix
-from specdec_training.tensor_files import read_tensors
+from specdec_training.features.target_output import OutputMatrix
 
 META, INDEX, TARGET = "meta.json", "index.json", "target.safetensors"
 DTYPES: Mapping[str, torch.dtype] = {

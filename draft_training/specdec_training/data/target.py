@@ -13,7 +13,7 @@ from specdec import demo
 from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError
 from specdec.loading import TOY, check_model, load_tokenizer, sentence
-from specdec_training.chat import ChatFormat, chat_template, template_options
+from specdec_training.data.chat import ChatFormat, chat_template, template_options
 
 
 @dataclass(frozen=True)

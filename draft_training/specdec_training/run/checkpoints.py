@@ -33,9 +33,9 @@ from specdec.artifacts.atomic_files import (
     to_json,
     write_new,
 )
+from specdec.artifacts.run_lock import RunLock
+from specdec.artifacts.tensor_files import check_tensors, read_tensors, write_tensors
 from specdec.errors import ConfigError, SpecdecError
-from specdec_training.run_lock import RunLock
-from specdec_training.tensor_files import check_tensors, read_tensors, write_tensors
 
 __all__ = ["Checkpoint", "CheckpointError", "CheckpointStore", "CheckpointWarning", "RunLock"]
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specdec_training import draft_vocab
-from specdec_training.prepared import (
+from specdec_training.data import draft_vocab
+from specdec_training.data.prepared import (
     EXAMPLES,
     FORMAT_VERSION,
     HELD_OUT,

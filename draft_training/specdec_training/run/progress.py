@@ -16,7 +16,7 @@ from tqdm import tqdm
 from specdec.artifacts.atomic_files import replace_file
 from specdec.artifacts.terminal import bold, columns, dim
 from specdec.errors import ConfigError
-from specdec_training.evaluate import Acceptance
+from specdec_training.run.evaluate import Acceptance
 
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"
 MODES = ("chain_t0", "tree_t0", "chain_t1", "tree_t1")

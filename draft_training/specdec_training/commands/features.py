@@ -12,12 +12,12 @@ from specdec.artifacts.atomic_files import size_text
 from specdec.artifacts.terminal import facts, say
 from specdec.errors import ConfigError, SpecdecError
 from specdec.loading import TOY, load_model
-from specdec_training.data_target import open_target
-from specdec_training.feature_cache import FeatureError
-from specdec_training.feature_options import DataFeaturesOptions
-from specdec_training.feature_writer import estimate_bytes, free_bytes, write_features
-from specdec_training.layers import chosen_layers
-from specdec_training.prepared import PreparedData
+from specdec_training.data.prepared import PreparedData
+from specdec_training.data.target import open_target
+from specdec_training.features.cache import FeatureError
+from specdec_training.features.layers import chosen_layers
+from specdec_training.features.options import DataFeaturesOptions
+from specdec_training.features.writer import estimate_bytes, free_bytes, write_features
 
 _MOST_UNASKED = 20 * 10**9
 

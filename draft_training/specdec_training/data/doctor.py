@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specdec_training import draft_vocab
-from specdec_training.data_target import DataTarget
-from specdec_training.prepared import Example, PreparedData
+from specdec_training.data import draft_vocab
+from specdec_training.data.prepared import Example, PreparedData
+from specdec_training.data.target import DataTarget
 
 Level = Literal["error", "warning"]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from specdec.artifacts.atomic_files import from_json, read_small
 from specdec.errors import ConfigError
-from specdec_training.optim import load_optimizer_tensors, optimizer_tensors, set_lr
+from specdec_training.run.optim import load_optimizer_tensors, optimizer_tensors, set_lr
 
 _NOT_SAVED = "embed_tokens"  # the target's, and frozen
 _STAGES = (1, 2)

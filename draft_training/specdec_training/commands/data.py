@@ -11,18 +11,23 @@ from pathlib import Path
 from specdec.artifacts.terminal import colour_wanted, facts, say
 from specdec.errors import ConfigError
 from specdec.loading import load_model
-from specdec_training.bad_rows import BadDataError, Tally
-from specdec_training.data_doctor import examine, examine_with_target
-from specdec_training.data_options import (
+from specdec_training.commands.data_report import (
+    show_data,
+    show_problems,
+    show_samples,
+    show_target,
+)
+from specdec_training.data.bad_rows import BadDataError, Tally
+from specdec_training.data.doctor import examine, examine_with_target
+from specdec_training.data.options import (
     DataDoctorOptions,
     DataPrepareOptions,
     DataRegenerateOptions,
 )
-from specdec_training.data_report import show_data, show_problems, show_samples, show_target
-from specdec_training.data_target import open_target
-from specdec_training.prepare import prepare
-from specdec_training.prepared import META, PreparedData
-from specdec_training.regenerate import regenerate
+from specdec_training.data.prepare import prepare
+from specdec_training.data.prepared import META, PreparedData
+from specdec_training.data.regenerate import regenerate
+from specdec_training.data.target import open_target
 
 
 def run_prepare(options: DataPrepareOptions) -> int:

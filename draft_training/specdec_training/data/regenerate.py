@@ -21,16 +21,16 @@ from tqdm import tqdm
 from specdec.api import augmented
 from specdec.errors import ConfigError
 from specdec.loading import TOY, load_model
-from specdec_training.answers import AnswerFile, open_answers
-from specdec_training.bad_rows import BadRow, Tally
-from specdec_training.chat import ChatFormat
-from specdec_training.conversations import Row
-from specdec_training.data_options import DataRegenerateOptions
-from specdec_training.data_target import DataTarget, open_target
-from specdec_training.generation import Sampling, Writer
-from specdec_training.prepare import check_reading
-from specdec_training.row_files import Inputs
-from specdec_training.turns import Turn
+from specdec_training.data.answers import AnswerFile, open_answers
+from specdec_training.data.bad_rows import BadRow, Tally
+from specdec_training.data.chat import ChatFormat
+from specdec_training.data.conversations import Row
+from specdec_training.data.generation import Sampling, Writer
+from specdec_training.data.options import DataRegenerateOptions
+from specdec_training.data.prepare import check_reading
+from specdec_training.data.row_files import Inputs
+from specdec_training.data.target import DataTarget, open_target
+from specdec_training.data.turns import Turn
 
 FORMAT_VERSION = 2
 _ID_DIGITS = 24  # of a content's hash

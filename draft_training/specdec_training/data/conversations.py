@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from specdec_training.bad_rows import BadRow, shown
-from specdec_training.turns import Turn, check_unknown, objects, parse_turn, present, text_of
+from specdec_training.data.bad_rows import BadRow, shown
+from specdec_training.data.turns import Turn, check_unknown, objects, parse_turn, present, text_of
 
 Kind = Literal["chat", "text", "pair", "prompt", "tokens"]
 

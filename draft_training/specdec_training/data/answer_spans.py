@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from specdec_training.bad_rows import BadRow
-from specdec_training.token_spans import Span
-from specdec_training.turns import Turn
+from specdec_training.data.bad_rows import BadRow
+from specdec_training.data.token_spans import Span
+from specdec_training.data.turns import Turn
 
 _OPENING = 32  # characters of an answer by which it is recognised
 _TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")

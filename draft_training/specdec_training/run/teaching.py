@@ -16,9 +16,8 @@ from torch import Tensor
 
 from specdec.heads.eagle3.head import Eagle3Head
 from specdec_training.contracts import FeatureSource, TokenBatch
-from specdec_training.losses import LossJob, lk_mix, simulated_length
-from specdec_training.stepping import make_stepper
-from specdec_training.ttt_step import (
+from specdec_training.objective.losses import LossJob, lk_mix, simulated_length
+from specdec_training.objective.ttt_step import (
     LossPlan,
     Prepared,
     TttStep,
@@ -27,6 +26,7 @@ from specdec_training.ttt_step import (
     prepare,
     spans_of,
 )
+from specdec_training.run.stepping import make_stepper
 
 
 @dataclass(frozen=True)

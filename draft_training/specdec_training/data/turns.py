@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from specdec_training.bad_rows import BadRow, shown
+from specdec_training.data.bad_rows import BadRow, shown
 
 ROLES: Mapping[str, str] = {
     "user": "user",

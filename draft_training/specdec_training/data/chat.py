@@ -16,10 +16,10 @@ from typing import Any
 
 from specdec.artifacts.input_files import MOST_TEMPLATE, read_input_text
 from specdec.errors import ConfigError
-from specdec_training.answer_spans import Conversation, prefix_spans, tagged_spans
-from specdec_training.bad_rows import BadRow
-from specdec_training.token_spans import OwnedTokens, owned_tokens
-from specdec_training.turns import Turn, strings_in
+from specdec_training.data.answer_spans import Conversation, prefix_spans, tagged_spans
+from specdec_training.data.bad_rows import BadRow
+from specdec_training.data.token_spans import OwnedTokens, owned_tokens
+from specdec_training.data.turns import Turn, strings_in
 
 Messages = Sequence[Turn | tuple[str, str]]
 """Turns; a role and a content make one, too."""

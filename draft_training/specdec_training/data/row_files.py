@@ -22,9 +22,9 @@ from specdec.artifacts.hub import require_hub
 from specdec.artifacts.places import is_hub_id
 from specdec.demo.corpus import fingerprint, read_sources
 from specdec.errors import ConfigError
-from specdec_training.bad_rows import BadRow, shown
-from specdec_training.conversations import Row, parse_row
-from specdec_training.data_options import ReadOptions
+from specdec_training.data.bad_rows import BadRow, shown
+from specdec_training.data.conversations import Row, parse_row
+from specdec_training.data.options import ReadOptions
 
 DEMO, DEMO_HELD_OUT = "demo", "demo-held-out"
 """Names of the bundled corpus where an input is asked for: what the toy was trained on, and the

@@ -15,17 +15,17 @@ from typing import Any
 from specdec.artifacts.atomic_files import replace_file, to_json
 from specdec.errors import ConfigError
 from specdec.heads.eagle3.head import Eagle3Head
-from specdec_training.batches import AnyExample, RowSampler, collate, own_batches
-from specdec_training.checkpoints import Checkpoint, CheckpointStore
 from specdec_training.contracts import FeatureSource, TokenBatch
-from specdec_training.evaluate import Acceptance, AcceptanceMeter, Selection
-from specdec_training.optim import Guard, lr_factor, make_optimizer
-from specdec_training.progress import Progress, StepLog, memory_gb, write_metrics
-from specdec_training.run_folder import note_saved, refuse_lost_run, restore_results
-from specdec_training.run_state import Clock, StopSignals, random_state, restore_random_state
-from specdec_training.teaching import StepNumbers, Teaching
-from specdec_training.train_options import TrainOptions, resolved
-from specdec_training.ttt_step import LossPlan
+from specdec_training.data.batches import AnyExample, RowSampler, collate, own_batches
+from specdec_training.objective.ttt_step import LossPlan
+from specdec_training.run.checkpoints import Checkpoint, CheckpointStore
+from specdec_training.run.evaluate import Acceptance, AcceptanceMeter, Selection
+from specdec_training.run.folder import note_saved, refuse_lost_run, restore_results
+from specdec_training.run.optim import Guard, lr_factor, make_optimizer
+from specdec_training.run.options import TrainOptions, resolved
+from specdec_training.run.progress import Progress, StepLog, memory_gb, write_metrics
+from specdec_training.run.state import Clock, StopSignals, random_state, restore_random_state
+from specdec_training.run.teaching import StepNumbers, Teaching
 
 _MEASUREMENTS = 8  # of a run, when nothing else is said
 _MOST_MEASURING = 0.2  # share of a time budget that measurements may take, roughly

@@ -25,7 +25,7 @@ _LEAST_TOKENS = 3  # slot 0 predicts token 2
 
 
 class AnyExample(Protocol):
-    """What a row is made of; `specdec_training.prepared.Example` is one."""
+    """What a row is made of; `specdec_training.data.prepared.Example` is one."""
 
     @property
     def token_ids(self) -> list[int]:

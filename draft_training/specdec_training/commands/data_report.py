@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from specdec.artifacts.terminal import bar, columns, dim, facts, say, wrapped
-from specdec_training.data_doctor import Findings, pieces
-from specdec_training.prepared import PreparedData
+from specdec_training.data.doctor import Findings, pieces
+from specdec_training.data.prepared import PreparedData
 
 _GREEN, _GREY, _RED, _RESET = "\x1b[32m", "\x1b[90m", "\x1b[31m", "\x1b[0m"
 _BINS = 8

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.errors import ConfigError, SpecdecError
-from specdec_training.train_options import TrainOptions
+from specdec_training.run.options import TrainOptions
 
 
 def make_optimizer(head: nn.Module, options: TrainOptions) -> torch.optim.AdamW:

@@ -9,8 +9,8 @@ from typing import Any
 
 from specdec.artifacts.atomic_files import replace_file, to_json
 from specdec.errors import ConfigError
-from specdec_training.evaluate import Acceptance, Selection
-from specdec_training.progress import write_metrics
+from specdec_training.run.evaluate import Acceptance, Selection
+from specdec_training.run.progress import write_metrics
 
 _SAVED = "saved.json"
 OWN_FILES = frozenset(

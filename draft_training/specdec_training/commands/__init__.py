@@ -1,0 +1,1 @@
+"""What `specdec train` and `specdec data` run, and what they print."""

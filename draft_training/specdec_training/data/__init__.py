@@ -1,0 +1,1 @@
+"""Rows in, prepared data out: conversations, tokens, loss masks, and what is wrong with them."""

@@ -1,0 +1,1 @@
+"""A run: optimiser steps, measurements, checkpoints, and where all of it is written down."""
