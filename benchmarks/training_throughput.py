@@ -38,8 +38,8 @@ from specdec_bench.paired import ratio
 from specdec_training.data.batches import collate
 from specdec_training.features.online import OnlineFeatures
 from specdec_training.objective.losses import LossKind
-from specdec_training.objective.ttt_step import LossPlan
-from specdec_training.run.teaching import Teaching
+from specdec_training.run.options import TrainOptions
+from specdec_training.run.train_step import Told, TrainStep
 
 _VOCAB, _DRAFT, _TAPS = 4096, 2048, (1, 3, 4)  # layer outputs, from 0
 _HEAD_SHAPE = {
@@ -166,19 +166,18 @@ def specdec_arm(problem: Problem, folder: str) -> Step:
     head.attach(problem.target.get_input_embeddings().weight)
     bf16 = problem.options.bf16
     source = OnlineFeatures(problem.target, _TAPS, low=torch.bfloat16 if bf16 else None)
-    adam = adamw(head, fused=True)
-    precision = "bf16" if bf16 else "no"
-    accelerator = Accelerator(cpu=True, mixed_precision=precision)
-    plan = LossPlan(problem.options.ttt, _KIND)
-    teaching = Teaching(accelerator, head, source, plan, adam)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if bf16 else "no")
+    learning = TrainOptions(
+        ttt_steps=problem.options.ttt, loss=_KIND, lr=1e-3, warmup=0.0, final_lr=1.0,
+        weight_decay=0.01, clip=0.5,
+    )  # fmt: skip
+    learn = TrainStep(accelerator, head, source, learning)
 
     def step(tokens: Tensor) -> None:
         rows = zip(tokens.tolist(), problem.answered(tokens).tolist(), strict=True)
         examples = [Example(tuple(row), tuple(mask)) for row, mask in rows]
         batch = collate([(i,) for i in range(len(examples))], examples, tokens.shape[1])
-        teaching.gradients([batch], [0.0], clip=0.5, seed=0)
-        teaching.update(1e-3)
-        teaching.clear()
+        learn([batch], Told(), seed=0)
 
     return step
 

@@ -39,6 +39,11 @@ class TokenBatch:
     loss_mask: Tensor
     documents: tuple[Document, ...]
 
+    @property
+    def filled(self) -> int:
+        """Slots that are no padding."""
+        return sum(document.stop - document.start for document in self.documents)
+
     def spans(self) -> list[list[tuple[int, int]]]:
         """For every row the [start, stop) of its documents, as the attention takes them."""
         found: list[list[tuple[int, int]]] = [[] for _ in range(len(self.token_ids))]

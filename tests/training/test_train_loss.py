@@ -14,8 +14,14 @@ from specdec_training.contracts import FeatureBatch, TokenBatch
 from specdec_training.data.batches import collate
 from specdec_training.features.online import OnlineFeatures
 from specdec_training.objective import losses
+from specdec_training.objective.batch import (
+    HeadWithLoss,
+    LossPlan,
+    draft_ids_of,
+    spans_of,
+    taught_batch,
+)
 from specdec_training.objective.losses import LossJob, Slots, simulated_length, soft_target_loss
-from specdec_training.objective.ttt_step import LossPlan, TttStep, draft_ids_of, prepare, spans_of
 
 STEPS = 3
 
@@ -27,14 +33,16 @@ class World:
         self.target = make_target().double()
         self.head = make_head(self.target, draft).double()
         self.source = OnlineFeatures(self.target, self.head.config.aux_output_layers)
-        self.module = TttStep(self.head, STEPS)
+        self.module = HeadWithLoss(self.head, STEPS)
 
     def loss(
         self, batches: list[TokenBatch], plan: LossPlan | None = None, source: Any = None
     ) -> tuple[float, dict[str, Tensor]]:
         """Loss and gradients of a global batch in these parts."""
         plan = plan or LossPlan(STEPS)
-        parts = [prepare(b, source or self.source, plan, draft_ids_of(self.head)) for b in batches]
+        parts = [
+            taught_batch(b, source or self.source, plan, draft_ids_of(self.head)) for b in batches
+        ]
         counts = torch.stack([p.teacher.counts for p in parts]).sum(0).double()
         slots = torch.tensor(float(sum(p.tokens.token_ids.numel() for p in parts)))
         self.head.zero_grad()
@@ -157,7 +165,7 @@ def test_recomputation_changes_nothing(world: World) -> None:
 
 def test_average_over_all_slots_as_specforge(world: World) -> None:
     batch = batch_of(make_examples(4, 20))
-    part = prepare(batch, world.source, LossPlan(STEPS), draft_ids_of(world.head))
+    part = taught_batch(batch, world.source, LossPlan(STEPS), draft_ids_of(world.head))
     states = list(world.head.unroll(batch.token_ids, world.head.features(part.aux), STEPS,
                                     batch.spans()))  # fmt: skip
     assert world.head.lm_head is not None
@@ -243,7 +251,7 @@ def test_a_prompt_costs_no_more_than_its_keys(monkeypatch: pytest.MonkeyPatch) -
     examples = [Example(e.token_ids, [i > 9 for i in range(len(e.token_ids))])
                 for e in make_examples(5, 20)]  # fmt: skip
     batch = batch_of(examples, [(0, 3), (2, 1), (4,)])
-    part = prepare(batch, world.source, LossPlan(STEPS), draft_ids_of(world.head))
+    part = taught_batch(batch, world.source, LossPlan(STEPS), draft_ids_of(world.head))
     assert part.wanted is not None
     assert len(part.wanted) < batch.token_ids.numel() / 2
     found = world.loss([batch])
@@ -302,8 +310,8 @@ def test_bfloat16_autocast_is_close() -> None:
     head = make_head(target)
     source = OnlineFeatures(target, head.config.aux_output_layers)
     batch = batch_of(make_examples(4, 20))
-    part = prepare(batch, source, LossPlan(STEPS), draft_ids_of(head))
-    module = TttStep(head, STEPS)
+    part = taught_batch(batch, source, LossPlan(STEPS), draft_ids_of(head))
+    module = HeadWithLoss(head, STEPS)
     job = LossJob(part.teacher, LossPlan(STEPS).scale(part.teacher.counts, torch.tensor(1.0)))
     wanted, _ = module(batch.token_ids, part.aux, batch.spans(), job)
     with torch.autocast("cpu", torch.bfloat16):

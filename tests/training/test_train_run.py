@@ -197,14 +197,14 @@ def test_what_is_not_finite_never_reaches_the_optimiser(tmp_path: Path, value: f
     parts.source = Poisoned(parts.source, lambda call: call in (3, 5, 6), value)
     seen: list[bool] = []
     training = Trainer(parts, make_options(tmp_path, steps=8, accumulate=2, batch_rows=1))
-    step = training._teaching.stepper.optimizer.step
+    step = training._train_step.stepper.optimizer.step
 
     def spy(*a: Any, **k: Any) -> Any:
         seen.append(all(bool(p.grad.isfinite().all()) for p in parts.head.parameters()
                         if p.grad is not None))  # fmt: skip
         return step(*a, **k)
 
-    training._teaching.stepper.optimizer.step = spy
+    training._train_step.stepper.optimizer.step = spy
     found = training.run()
     assert found.skipped == 2  # calls 3 and 4 are step 2, calls 5 and 6 step 3
     assert seen == [True] * 6

@@ -33,7 +33,7 @@ _LARGE_GROUP = 8  # rows of one group that may be held out together, whatever th
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PrepareResult:
     """What `prepare` did.
 
     Attributes:
@@ -45,7 +45,7 @@ class Prepared:
     tally: Tally
 
 
-def prepare(options: DataPrepareOptions) -> Prepared:
+def prepare(options: DataPrepareOptions) -> PrepareResult:
     """Writes the folder `options.output`.
 
     Raises:
@@ -77,7 +77,7 @@ def prepare(options: DataPrepareOptions) -> Prepared:
     facts = _facts(target, encoder, options, tally) | {"kept_vocabulary": kept}
     with fresh_folder(options.output, options.overwrite) as folder, quiet_datasets():
         write_prepared(folder, table.select(chosen), prompts, facts)
-    return Prepared(PreparedData.load(options.output), tally)
+    return PrepareResult(PreparedData.load(options.output), tally)
 
 
 def check_options(options: DataPrepareOptions) -> None:

@@ -1,6 +1,6 @@
 """The training loop of an EAGLE-3 head: batches, optimiser, measurements, checkpoints.
 
-Knows steps, schedules, files and when to stop; gradients are made in `teaching`.
+Knows steps, schedules, files and when to stop; how the head learns stands in `train_step`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from specdec.errors import ConfigError
 from specdec.heads.eagle3.head import Eagle3Head
 from specdec_training.contracts import FeatureSource, TokenBatch
 from specdec_training.data.batches import AnyExample, RowSampler, collate, own_batches
-from specdec_training.objective.ttt_step import LossPlan
 from specdec_training.run.checkpoints import Checkpoint, CheckpointStore
 from specdec_training.run.evaluate import Acceptance, AcceptanceMeter, Selection
 from specdec_training.run.folder import note_saved, refuse_lost_run, restore_results
-from specdec_training.run.optim import Guard, lr_factor, make_optimizer
 from specdec_training.run.options import TrainOptions, resolved
 from specdec_training.run.progress import Progress, StepLog, memory_gb, write_metrics
 from specdec_training.run.state import Clock, StopSignals, random_state, restore_random_state
-from specdec_training.run.teaching import StepNumbers, Teaching
+from specdec_training.run.train_step import StepResult, Told, TrainStep
 
 _MEASUREMENTS = 8  # of a run, when nothing else is said
 _MOST_MEASURING = 0.2  # share of a time budget that measurements may take, roughly
@@ -98,18 +96,8 @@ class Trainer:
         self.parts, self.options = parts, options
         self.step, self._share = 0, 0.0
         self._accelerator, self._head = parts.accelerator, parts.head
-        plan = LossPlan(
-            steps=options.ttt_steps or 1,
-            kind=options.loss,
-            decay=options.step_decay,
-            over_all=options.reduction == "all",
-            noise=options.noise,
-        )
-        self._optimizer = make_optimizer(parts.head, options)
-        self._teaching = Teaching(
-            parts.accelerator, parts.head, parts.source, plan, self._optimizer, options.recompute
-        )
-        self._guard = Guard(options.max_bad_steps)
+        self._train_step = TrainStep(parts.accelerator, parts.head, parts.source, options)
+        self._guard = self._train_step.guard
         self._selection = Selection(options.patience)
         self._baselines: dict[str, Any] = {}
         self._store = CheckpointStore(parts.folder / "checkpoints", options.keep)
@@ -194,49 +182,48 @@ class Trainer:
 
     def _result(self, reason: str, signal: int | None) -> RunResult:
         return RunResult(
-            self.step, self._selection.history, self._baselines, signal, reason, self._guard.skipped
+            self.step,
+            self._selection.history,
+            self._baselines,
+            signal,
+            reason,
+            self._guard.skipped,
         )
 
     def _dry_run(self) -> None:
         """One batch forward and backward, so that whatever fails later fails now."""
         before = self.parts.sampler.state()
         batches = self._batches(self._next_rows())
-        self._teaching.gradients(batches, (), self.options.clip, self.options.seed)
-        self._teaching.clear()
+        self._train_step(batches, Told(), self.options.seed, update=False)
         self.parts.sampler.restore(before)
 
     def _one_step(self, signals: StopSignals) -> tuple[dict[str, Any], str]:
         """Does an optimiser step; returns its record, and why all processes stop, or nothing."""
-        options, teaching = self.options, self._teaching
         if self.step <= 1:  # after the first measurement, and what a first step compiles
             self._clock.begin()
         rows = self._next_rows()
         early = self._leads and self._selection.is_over  # the others do not measure
         share = self._clock.share(self.step + 1) if self._leads else 0.0
         due = self._leads and self._measurement_due(self.step + 1, share)
-        seed = options.seed * 2**32 + self.step
-        told = (float(signals.received is not None), float(early), share, float(due))
-        found = teaching.gradients(self._batches(rows), told, options.clip, seed)
-        self._share, self._is_due = found.told[2], found.told[3] > 0
-        lr = (options.lr or 0.0) * lr_factor(self._share, options.warmup, options.final_lr)
-        if self._guard.passes(found.loss, found.norm):
-            teaching.update(lr)
-        else:
+        told = Told(signals.received is not None, early, share, due)
+        seed = self.options.seed * 2**32 + self.step
+        found = self._train_step(self._batches(rows), told, seed)
+        self._share, self._is_due = found.told.share, found.told.due > 0
+        if not found.updated:
             self._note_bad(found, rows)
-        teaching.clear()
         self.step += 1
         self._guard.check(str(self.parts.folder / "bad_batches.jsonl"))
-        reason = "signal" if found.told[0] > 0 else "early" if found.told[1] > 0 else ""
-        return {"step": self.step, **found.record, "lr": lr}, reason
+        reason = "signal" if found.told.stopped else "early" if found.told.early else ""
+        return {"step": self.step, **found.record}, reason
 
     def _next_rows(self) -> list[tuple[int, ...]]:
         options = self.options
-        count = options.batch_rows * options.accumulate * self._teaching.processes
+        count = options.batch_rows * options.accumulate * self._train_step.processes
         return self.parts.sampler.next_rows(count)
 
     def _batches(self, rows: list[tuple[int, ...]]) -> list[TokenBatch]:
         """This process's part of a global batch."""
-        rank, processes = self._teaching.rank, self._teaching.processes
+        rank, processes = self._train_step.rank, self._train_step.processes
         return [
             collate(own, self.parts.examples, self.parts.max_length, _WIDTHS)
             for own in own_batches(rows, self.options.batch_rows, rank, processes)
@@ -247,7 +234,7 @@ class Trainer:
     def _write(self, record: dict[str, Any], seconds: float, progress: Progress) -> None:
         record["seconds"] = round(seconds, 4)
         record["tokens_per_second"] = round(record["tokens"] / seconds, 1)
-        record["memory_gb"] = round(memory_gb(self._teaching.device), 3)
+        record["memory_gb"] = round(memory_gb(self._train_step.device), 3)
         if self._log is not None:
             self._log.write(record)
         progress.advance()
@@ -255,11 +242,11 @@ class Trainer:
             progress.show(record)
             progress.event(self.step, record, "train")
 
-    def _note_bad(self, found: StepNumbers, rows: list[tuple[int, ...]]) -> None:
+    def _note_bad(self, found: StepResult, rows: list[tuple[int, ...]]) -> None:
         if not self._leads:
             return
-        line = {"step": self.step + 1, "examples": rows,
-                "loss": str(found.loss), "grad_norm": str(found.norm)}  # fmt: skip
+        figures = {name: str(found.record[name]) for name in ("loss", "grad_norm")}
+        line = {"step": self.step + 1, "examples": rows, **figures}
         with (self.parts.folder / "bad_batches.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
@@ -322,13 +309,13 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_at == self.step:
             return
-        head, optimizer = self._teaching.stepper.tensors()  # all processes take part
+        head, optimizer = self._train_step.stepper.tensors()  # all processes take part
         if self._leads:
             plain, generators = random_state()
             state = {
                 "options": self.options.to_json(),
                 "facts": self.parts.facts,
-                "processes": self._teaching.processes,
+                "processes": self._train_step.processes,
                 "sampler": self.parts.sampler.state(),
                 "seconds": self._clock.elapsed,
                 "begun": self._clock.begun,
@@ -346,7 +333,7 @@ class Trainer:
             tensors = {
                 "head": head,
                 "optimizer": optimizer,
-                "random": {**generators, "acceptance": self._teaching.acceptance},
+                "random": {**generators, "acceptance": self._train_step.acceptance},
             }
             self._store.save(self.step, tensors, state)
             note_saved(self.parts.folder, self.step)
@@ -365,7 +352,7 @@ class Trainer:
 
     def _take_up(self, found: Checkpoint, state: dict[str, Any]) -> int:
         differing = self.options.differences(state["options"])
-        for name, value in {**self.parts.facts, "processes": self._teaching.processes}.items():
+        for name, value in {**self.parts.facts, "processes": self._train_step.processes}.items():
             before = state["processes"] if name == "processes" else state["facts"].get(name)
             if before != value:
                 differing.append(f"{name}: {before} before, {value} now")
@@ -375,9 +362,9 @@ class Trainer:
                 f"another --output. Different: {'; '.join(differing)}"
             )
         self._is_due = bool(state["is_due"])
-        self._teaching.stepper.load(found.tensors("head"), found.tensors("optimizer"))
+        self._train_step.stepper.load(found.tensors("head"), found.tensors("optimizer"))
         generators = found.tensors("random")
-        self._teaching.acceptance = generators.pop("acceptance").to(self._teaching.device)
+        self._train_step.acceptance = generators.pop("acceptance").to(self._train_step.device)
         restore_random_state(state["random"], generators)
         self.parts.sampler.restore(state["sampler"])
         self.step = self._saved_at = found.step

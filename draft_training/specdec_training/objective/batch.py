@@ -1,8 +1,10 @@
-"""One batch through target, head and loss: what the trainer repeats, without the optimiser."""
+"""One batch through target, head and loss: what a step does with each of its parts.
+
+Capitals at the end of a name are its shape: B rows, T slots, F tapped states side by side, H width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,7 +58,7 @@ class LossPlan:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TaughtBatch:
     """A batch after the target has read it.
 
     Attributes:
@@ -74,13 +76,13 @@ class Prepared:
     wanted: Tensor | None
 
 
-def prepare(
+def taught_batch(
     batch: TokenBatch,
     source: FeatureSource,
     plan: LossPlan,
     draft_ids: Tensor | None,
     generator: torch.Generator | None = None,
-) -> Prepared:
+) -> TaughtBatch:
     """Lets the target read a batch.
 
     Args:
@@ -94,18 +96,18 @@ def prepare(
     device = found.aux.device
     slots = Slots.of(batch, plan.steps)
     teacher = make_teacher(source, found.last_hidden, slots, plan.steps, draft_ids, plan.keep_bytes)
-    aux = found.aux
+    aux_BTF = found.aux
     if plan.noise:
-        shape = torch.rand(aux.shape, generator=generator, device=device, dtype=torch.float32)
-        spread = plan.noise * aux.float().std((0, 1))
-        aux = aux + ((2 * shape - 1) * spread).to(aux.dtype)
+        drawn = torch.rand(aux_BTF.shape, generator=generator, device=device, dtype=torch.float32)
+        most_F = plan.noise * aux_BTF.float().std((0, 1))
+        aux_BTF = aux_BTF + ((2 * drawn - 1) * most_F).to(aux_BTF.dtype)
     tokens = replace(batch, token_ids=batch.token_ids.to(device))
     wanted = slots.reached(batch.token_ids.numel())
     wanted = None if wanted is None else wanted.to(device)
-    return Prepared(tokens, aux, teacher, slots.counts, wanted)
+    return TaughtBatch(tokens, aux_BTF, teacher, slots.counts, wanted)
 
 
-class TttStep(nn.Module):
+class HeadWithLoss(nn.Module):
     """Head and loss as one module, so that data-parallel wrappers see a single forward.
 
     Args:
@@ -122,7 +124,7 @@ class TttStep(nn.Module):
     def forward(
         self,
         token_ids: Tensor,
-        aux: Tensor,
+        aux_BTF: Tensor,
         spans: Spans | None,
         job: LossJob,
         wanted: Tensor | None = None,
@@ -131,7 +133,7 @@ class TttStep(nn.Module):
 
         Args:
             token_ids: [B, T] int64.
-            aux: [B, T, F] features.
+            aux_BTF: Features, from the target.
             spans: Documents of each row; None where every row is one.
             job: The loss.
             wanted: [N] int64 slots that it reaches; None for all.
@@ -139,9 +141,10 @@ class TttStep(nn.Module):
         if self.head.lm_head is None:
             raise RuntimeError("a head is trained with an output matrix of its own")
         # Autocast's bf16 is for products; the residual stream that starts here adds up in fp32.
-        features = self.head.features(aux).to(self.head.fc.weight.dtype)
+        features_BTH = self.head.features(aux_BTF).to(self.head.fc.weight.dtype)
+        # Of every TTT step, after the final norm: [B, T, H].
         states = list(
-            self.head.unroll(token_ids, features, self._steps, spans, self._recompute, wanted)
+            self.head.unroll(token_ids, features_BTH, self._steps, spans, self._recompute, wanted)
         )
         return soft_target_loss(states, self.head.lm_head.weight, job)
 
@@ -157,9 +160,4 @@ def draft_ids_of(head: Eagle3Head) -> Tensor | None:
     """[D] target ids of the head's draft vocabulary, None when it drafts all."""
     if head.d2t is None:
         return None
-    return head.d2t + torch.arange(len(head.d2t), device=head.d2t.device)
-
-
-def mean_or_zero(sums: Sequence[float], counts: Sequence[float]) -> list[float]:
-    """Sums over counts; 0 where nothing was counted."""
-    return [a / b if b else 0.0 for a, b in zip(sums, counts, strict=True)]
+    return head.target_ids(torch.arange(len(head.d2t), device=head.d2t.device))
