@@ -294,9 +294,10 @@ def test_a_failure_leaves_the_older_head(
     def full_too(*_: Any, **__: Any) -> None:
         raise SafetensorError("No space left on device")
 
-    for name, failure in (("save_file", full), ("save_file", full_too), ("_flush", full)):
+    written, flushed = "heads.checkpoints.save.save_file", "artifacts.whole_folder._flush"
+    for name, failure in ((written, full), (written, full_too), (flushed, full)):
         with monkeypatch.context() as patch:
-            patch.setattr(f"specdec.heads.checkpoints.save.{name}", failure)
+            patch.setattr(f"specdec.{name}", failure)
             with pytest.raises(ConfigError, match="No space left"):
                 save_head(head, out, fingerprint=None, num_target_layers=12, dialect="modelopt")
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before

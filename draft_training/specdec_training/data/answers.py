@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from specdec.artifacts.atomic_files import replace_file
 from specdec.errors import ConfigError
 
 try:
@@ -69,7 +69,8 @@ def open_answers(path: Path, made_with: Mapping[str, Any]) -> Iterator[AnswerFil
         with path.open("ab+") as stream:
             _lock(stream, path)
             if not stream.seek(0, os.SEEK_END):
-                _describe(described, made_with)
+                text = json.dumps(made_with, indent=2, sort_keys=True) + "\n"
+                replace_file(described, text.encode())
             elif described.is_file():
                 _compare(described, made_with)
             else:
@@ -126,19 +127,6 @@ def _compare(described: Path, made_with: Mapping[str, Any]) -> None:
             f"the answers in --output were made with other options: {', '.join(different)}; give "
             "the same ones, or another file"
         )
-
-
-def _describe(described: Path, made_with: Mapping[str, Any]) -> None:
-    temporary = described.with_name(f".{described.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("x", encoding="utf-8") as stream:
-            stream.write(json.dumps(made_with, indent=2, sort_keys=True) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(described)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _recover(stream: BinaryIO, path: Path) -> set[str]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from specdec.artifacts.whole_folder import whole_folder
 from specdec.errors import ConfigError
 
 _META = "meta.json"
@@ -29,22 +27,13 @@ def fresh_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     path = path.expanduser()
     check_folder(path, overwrite)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-    except OSError as problem:
-        raise ConfigError(f"cannot write --output {str(path)!r}: {problem.strerror}") from problem
-    try:
-        yield temporary
-        check_folder(path, overwrite)  # it may have appeared meanwhile
-        _sync(temporary)
-        _replace(temporary, path)
+        with whole_folder(path) as folder:
+            yield folder
+            check_folder(path, overwrite)  # it may have appeared meanwhile
     except (OSError, SafetensorError) as problem:
         reason = getattr(problem, "strerror", None) or problem
         raise ConfigError(f"cannot write --output {str(path)!r}: {reason}") from problem
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_folder(path: Path, overwrite: bool = False) -> None:
@@ -76,28 +65,3 @@ def check_folder(path: Path, overwrite: bool = False) -> None:
         raise ConfigError(f"cannot look for {what}: {problem.strerror}") from problem
     if not overwrite:
         raise ConfigError(f"{what} holds finished data; give another folder or --overwrite")
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    """Renames; what was there goes last, so that no moment is without either."""
-    if not path.exists():
-        temporary.rename(path)
-        return
-    old = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    old.mkdir()
-    path.rename(old / path.name)
-    try:
-        temporary.rename(path)
-    except OSError:
-        (old / path.name).rename(path)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Waits until the files are on the disk: a name must not outlive a crash without its data."""
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            with file.open("rb+") as stream:
-                os.fsync(stream.fileno())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specdec.artifacts.atomic_files import digest_of
 from specdec_training.data import draft_vocab
 from specdec_training.data.prepared import (
     EXAMPLES,
@@ -76,8 +76,8 @@ def write_prepared(
         draft_vocab_size=size,
         draft_vocab_coverage=draft_vocab.coverage(counts, t2d),
         data_hash=examples.hash(),
-        vocab_hash=_file_hash(folder / VOCABULARY),
-        held_out_hash=_file_hash(folder / HELD_OUT),
+        vocab_hash=digest_of(folder / VOCABULARY).sha256,
+        held_out_hash=digest_of(folder / HELD_OUT).sha256,
     )
     (folder / META).write_text(meta.to_json(), encoding="utf-8")
 
@@ -92,7 +92,3 @@ def _count(examples: ExampleList, vocab_size: int) -> tuple[Tensor, Tensor, int]
         used += torch.bincount(torch.from_numpy(ids), minlength=vocab_size)
         tokens += len(ids)
     return counts, used, tokens
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from specdec.errors import ConfigError
+from specdec.heads.eagle3.config import default_aux_layers
 
 Counting = Literal["output", "hidden_states"]
 """What a number means: the output of that layer, or Hugging Face's index of hidden states."""
@@ -48,7 +49,7 @@ def default_rule(num_layers: int) -> tuple[int, ...]:
             f"gives distinct layers from {_LEAST_FOR_DEFAULT} layers on; the target has "
             f"{num_layers}; say which layers the head was trained on"
         )
-    return (1, num_layers // 2 - 1, num_layers - 4)
+    return default_aux_layers(num_layers)
 
 
 def read_ids(

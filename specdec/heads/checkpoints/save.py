@@ -7,10 +7,7 @@ compute in another way is refused.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specdec.artifacts.atomic_files import flush_folder, write_new
+from specdec.artifacts.atomic_files import write_new
 from specdec.artifacts.target_fingerprint import TargetFingerprint
+from specdec.artifacts.whole_folder import whole_folder
 from specdec.errors import ConfigError
 from specdec.heads.checkpoints.aux_layers import check_layers
 from specdec.heads.checkpoints.read_dialects import DIALECTS
@@ -118,35 +116,17 @@ def _tensors(head: Eagle3Head, dialect: str, dtype: torch.dtype | None) -> dict[
 
 def _write(folder: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tensor]) -> None:
     folder = place_of(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
         _check_free(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process of this number
-        temporary.mkdir()
-        for name, content in files.items():
-            write_new(temporary / name, [content])
-        save_file(dict(tensors), temporary / WEIGHTS, metadata={"format": "pt"})
-        # safetensors makes files for the owner alone; a head is as readable as its configuration.
-        (temporary / WEIGHTS).chmod((temporary / next(iter(files))).stat().st_mode)
-        _flush(temporary / WEIGHTS)
-        flush_folder(temporary)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        temporary.rename(folder)
-        flush_folder(folder.parent)
-    except OSError as problem:
-        raise ConfigError(f"cannot write {folder}: {problem.strerror or problem}") from problem
-    except SafetensorError as problem:  # which is how its writer says that the disk is full
-        raise ConfigError(f"cannot write {folder}: {problem}") from problem
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not folder.exists() and old.exists():
-            with contextlib.suppress(OSError):
-                old.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with whole_folder(folder) as new:
+            for name, content in files.items():
+                write_new(new / name, [content])
+            save_file(dict(tensors), new / WEIGHTS, metadata={"format": "pt"})
+            # safetensors makes files for the owner alone; all of a head is equally readable.
+            (new / WEIGHTS).chmod((new / next(iter(files))).stat().st_mode)
+    except (OSError, SafetensorError) as problem:  # the latter's writer says so of a full disk
+        reason = getattr(problem, "strerror", None) or problem
+        raise ConfigError(f"cannot write {folder}: {reason}") from problem
 
 
 def place_of(folder: Path) -> Path:
@@ -213,11 +193,3 @@ def _check_free(folder: Path) -> None:
             "name a new folder"
         )
     read_sidecar(folder)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
