@@ -5,7 +5,7 @@ from mutants.fault import Fault
 _HEAD, _DRAFTER = "specdec/heads/eagle3/head.py", "specdec/drafters/head.py"
 _STEPPED = "specdec/heads/eagle3/stepped.py"
 _MASKS, _TTT = "specdec/heads/eagle3/draft_masks.py", "specdec/heads/eagle3/ttt_attention.py"
-_LOSS = "draft_training/specdec_training/objective/losses.py"
+_OBJECTIVE = "draft_training/specdec_training/objective"
 _STORE = "draft_training/specdec_training/run/checkpoints.py"
 _CLOCK = "draft_training/specdec_training/run/state.py"
 
@@ -191,7 +191,7 @@ HEADS = (
     Fault(
         "labels_one_slot_too_early",
         "loss mask not shifted with labels",
-        _LOSS,
+        f"{_OBJECTIVE}/losses.py",
         "(position - 1 - step).clamp(min=0)",
         "(position - 2 - step).clamp(min=0)",
         _DEFINITION,
@@ -199,7 +199,7 @@ HEADS = (
     Fault(
         "tokens_that_cannot_be_drafted_are_learnt",
         "draft vocabulary",
-        _LOSS,
+        f"{_OBJECTIVE}/teacher.py",
         "weight = (reached & valid).float()",
         "weight = reached.float()",
         _DEFINITION,

@@ -14,6 +14,7 @@ from specdec_training.contracts import FeatureBatch, TokenBatch
 from specdec_training.data.batches import collate
 from specdec_training.features.online import OnlineFeatures
 from specdec_training.objective import losses
+from specdec_training.objective import teacher as teacher_module
 from specdec_training.objective.batch import (
     HeadWithLoss,
     LossPlan,
@@ -21,7 +22,8 @@ from specdec_training.objective.batch import (
     spans_of,
     taught_batch,
 )
-from specdec_training.objective.losses import LossJob, Slots, simulated_length, soft_target_loss
+from specdec_training.objective.losses import LossJob, simulated_length, soft_target_loss
+from specdec_training.objective.teacher import Slots, likeliest, make_teacher
 
 STEPS = 3
 
@@ -108,7 +110,7 @@ def by_definition(world: World, examples: list[Example], kind: str) -> Tensor:
 def test_loss_and_gradient_are_those_of_the_definition(
     kind: Any, draft: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_SIZES", 999)  # so that slots without a loss are left out
+    monkeypatch.setattr(teacher_module, "_SIZES", 999)  # so that slots without a loss are left out
     world = World(draft)
     examples = make_examples(4, 14)
     found = world.loss([batch_of(examples, [(0, 2), (3, 1)])], LossPlan(STEPS, kind))
@@ -127,7 +129,7 @@ def test_chunks_and_kept_probabilities_change_nothing(
 ) -> None:
     batch = batch_of(make_examples(5, 30))
     wanted = world.loss([batch])
-    monkeypatch.setattr(losses, "_CHUNK_CPU", chunk)
+    monkeypatch.setattr(teacher_module, "_CHUNK_CPU", chunk)
     monkeypatch.setattr(losses, "_TILE_CPU", tile)
     assert close(world.loss([batch], LossPlan(STEPS, keep_bytes=keep)), wanted)
 
@@ -225,7 +227,7 @@ def test_slots_of_short_documents() -> None:
 
 def test_slots_that_a_loss_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those before a learnt token, as deep as the steps go; never the document before."""
-    monkeypatch.setattr(losses, "_SIZES", 999)
+    monkeypatch.setattr(teacher_module, "_SIZES", 999)
     mask = [False] * 12 + [True, True] + [False] * 6
     prompt = Example(list(range(20)), mask)
     slots = Slots.of(collate([(0, 1)], [Example([1, 2, 3], [True] * 3), prompt], 64), STEPS)
@@ -235,7 +237,7 @@ def test_slots_that_a_loss_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(reached.tolist()) == [0, 11, 12, 13, 14]
     every = collate([(0,)], [Example(list(range(100)), [True] * 100)], 128)
     assert Slots.of(every, STEPS).reached(100) is None
-    monkeypatch.setattr(losses, "_SIZES", 3)
+    monkeypatch.setattr(teacher_module, "_SIZES", 3)
     rounded = slots.reached(23)
     assert rounded is not None
     assert len(set(rounded.tolist())) == 8
@@ -246,7 +248,7 @@ def test_slots_that_a_loss_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_prompt_costs_no_more_than_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its slots are left out, and nothing else changes."""
-    monkeypatch.setattr(losses, "_SIZES", 999)
+    monkeypatch.setattr(teacher_module, "_SIZES", 999)
     world = World()
     examples = [Example(e.token_ids, [i > 9 for i in range(len(e.token_ids))])
                 for e in make_examples(5, 20)]  # fmt: skip
@@ -264,7 +266,7 @@ def test_likeliest_is_argmax(size: int) -> None:
     """Also the first of several."""
     logits = torch.randn(3, 5, size, generator=torch.Generator().manual_seed(size))
     for found in (logits, logits.round(), logits.bfloat16(), torch.zeros_like(logits)):
-        assert torch.equal(losses.likeliest(found), found.argmax(-1))
+        assert torch.equal(likeliest(found), found.argmax(-1))
 
 
 def test_features_of_an_fp32_target_in_bf16() -> None:
@@ -286,7 +288,7 @@ def test_accuracy_and_expected_acceptance(world: World) -> None:
     full = World(VOCAB)
     found = full.source.features(batch)
     slots = Slots.of(batch, 1)
-    teacher = losses.make_teacher(target, found.last_hidden, slots, 1, None, 2**30)
+    teacher = make_teacher(target, found.last_hidden, slots, 1, None, 2**30)
     # The state at slot p - 1 is what the output matrix makes the distribution at p from.
     states = torch.zeros_like(found.last_hidden).flatten(0, 1)
     states[slots.position - 1] = found.last_hidden.flatten(0, 1)[slots.position]

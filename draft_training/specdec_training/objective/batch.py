@@ -13,14 +13,8 @@ from torch import Tensor, nn
 from specdec.heads.eagle3.head import Eagle3Head
 from specdec.heads.eagle3.ttt_attention import Spans
 from specdec_training.contracts import FeatureSource, TokenBatch
-from specdec_training.objective.losses import (
-    LossJob,
-    LossKind,
-    Slots,
-    Teacher,
-    make_teacher,
-    soft_target_loss,
-)
+from specdec_training.objective.losses import LossJob, LossKind, soft_target_loss
+from specdec_training.objective.teacher import Slots, Teacher, make_teacher
 
 
 @dataclass(frozen=True)
