@@ -25,7 +25,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.artifacts import atomic_files
+from specdec.artifacts import atomic_files, run_lock
+from specdec.artifacts.run_lock import RunLock
 from specdec.artifacts.tensor_files import _NAMES as DTYPE_NAMES
 from specdec.errors import ConfigError, SpecdecError
 from specdec_training.run import checkpoints
@@ -34,7 +35,6 @@ from specdec_training.run.checkpoints import (
     CheckpointError,
     CheckpointStore,
     CheckpointWarning,
-    RunLock,
 )
 
 Parts = dict[str, dict[str, Tensor]]
@@ -777,7 +777,6 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There the process number decides."""
-    from specdec.artifacts import run_lock
 
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

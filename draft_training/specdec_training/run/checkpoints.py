@@ -33,11 +33,8 @@ from specdec.artifacts.atomic_files import (
     to_json,
     write_new,
 )
-from specdec.artifacts.run_lock import RunLock
 from specdec.artifacts.tensor_files import check_tensors, read_tensors, write_tensors
 from specdec.errors import ConfigError, SpecdecError
-
-__all__ = ["Checkpoint", "CheckpointError", "CheckpointStore", "CheckpointWarning", "RunLock"]
 
 _FORMAT, _VERSION = "specdec-checkpoint", 1
 _MARKER, _STATE = "COMPLETE.json", "state.json"
