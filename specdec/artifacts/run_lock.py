@@ -75,7 +75,7 @@ class RunLock:
             self._descriptor = None
 
     def _take(self, descriptor: int) -> None:
-        held = _is_held(descriptor)
+        held = is_held(descriptor)
         if held is not False:
             owner = _owner(descriptor)
             process, host = owner.get("process"), owner.get("host")
@@ -93,8 +93,8 @@ class RunLock:
             raise SpecdecError(f"cannot write {self._path}: {problem.strerror}") from problem
 
 
-def _is_held(descriptor: int) -> bool | None:
-    """Whether another process holds the lock; if not, we do. None where there are no locks."""
+def is_held(descriptor: int) -> bool | None:
+    """Whether another process has locked an open file; if not, we have. None where nobody can."""
     if fcntl is None:
         return None
     try:

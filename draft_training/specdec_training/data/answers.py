@@ -15,12 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from specdec.artifacts.atomic_files import replace_file
+from specdec.artifacts.run_lock import is_held
 from specdec.errors import ConfigError
-
-try:
-    import fcntl
-except ImportError:  # where there is none, nothing keeps two runs apart
-    fcntl = None  # type: ignore[assignment]
 
 _MOST_META_BYTES = 2**20
 
@@ -67,7 +63,8 @@ def open_answers(path: Path, made_with: Mapping[str, Any]) -> Iterator[AnswerFil
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as stream:
-            _lock(stream, path)
+            if is_held(stream.fileno()):
+                raise ConfigError(f"--output {str(path)!r} is in use by another run")
             if not stream.seek(0, os.SEEK_END):
                 text = json.dumps(made_with, indent=2, sort_keys=True) + "\n"
                 replace_file(described, text.encode())
@@ -92,18 +89,6 @@ def _check_place(path: Path, described: Path) -> None:
             raise ConfigError(f"--output: {str(one)!r} is a symbolic link; name the file itself")
         if one.is_dir():
             raise ConfigError(f"--output: {str(one)!r} is a folder; name a file")
-
-
-def _lock(stream: BinaryIO, path: Path) -> None:
-    """Keeps a second run out; the lock ends with the process, however that ends."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as problem:
-        raise ConfigError(f"--output {str(path)!r} is in use by another run") from problem
-    except OSError:  # a file system without locks
-        return
 
 
 def _compare(described: Path, made_with: Mapping[str, Any]) -> None:
