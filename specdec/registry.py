@@ -16,7 +16,7 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 from specdec.errors import ConfigError
-from specdec.method_options import Option, declared
+from specdec.method_options import MethodOptions, Option, declared
 
 if TYPE_CHECKING:  # names are checked before torch is imported
     from specdec.contracts import Drafter
@@ -121,8 +121,9 @@ class Registry:
                 f"method {name!r} has no option {unknown[0]!r}; it has "
                 f"{', '.join(known) if known else 'none'}"
             )
-        for option, value in options.items():
-            known[option].check(value)
+        if not issubclass(config_class, MethodOptions):  # those check themselves
+            for option, value in options.items():
+                known[option].check(value)
         try:
             return config_class(**options)
         except TypeError as problem:  # a required option is missing
