@@ -17,7 +17,8 @@ import torch
 from specdec.audit.exactness import reference_model
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench.checks.teacher_forced import Requests, judge
-from specdec_bench.results.records import Setting, UnitRecord, Verdict
+from specdec_bench.results.records import Setting, UnitRecord
+from specdec_bench.results.values import Verdict
 
 Finding = tuple[Verdict, dict[str, int], tuple[int, int] | None, float | None]
 """Verdict, tokens by verdict, [row, position] of the first difference, worst regret over noise."""

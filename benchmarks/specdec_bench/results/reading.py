@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from specdec.artifacts.input_files import read_input
 from specdec.errors import SpecdecError
 from specdec_bench.results.records import (
-    KINDS,
     SCHEMA,
     CheckRecord,
     CurveRecord,
@@ -29,9 +28,25 @@ from specdec_bench.results.records import (
     UnitRecord,
     ViewRecord,
 )
-from specdec_bench.results.values import wrong_value
+from specdec_bench.results.values import LEAST_SECONDS
 
-_ADDED = {  # fields that files from before do not have
+_RECORDS: TypeAdapter[Record] = TypeAdapter(Record, config=ConfigDict(extra="forbid"))
+_WANTED = {  # by the type of pydantic's error
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "literal_error": "one of {expected}",
+    "is_instance_of": "a list",
+    "sequence_str": "a list",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+    "tuple_type": "a list of 2",
+    "mapping_type": "an object",
+    "dict_type": "an object",
+    "dataclass_type": "an object",
+}
+_ADDED: Mapping[type[Any], set[str]] = {  # fields that files from before do not have
     PassRecord: {"first_tokens"},
     CurveRecord: {"prompt_tokens", "prefix"},
 }
@@ -242,11 +257,15 @@ def _parse(line: bytes) -> Record:
         raise BrokenRecordError(f"not JSON: {problem}") from None
     if not isinstance(value, dict):
         raise BrokenRecordError(f"not a JSON object but {type(value).__name__}")
-    kind = value.get("kind")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise BrokenRecordError(f"field 'kind': {kind!r} is unknown")
-    found: Record = _build(KINDS[kind], value, "")
-    return found
+    try:
+        record = _RECORDS.validate_python(value)
+    except ValidationError as problem:
+        raise BrokenRecordError(_in_words(problem, value)) from None
+    _check_whole(record, value)
+    found = _contradiction(record)
+    if found:
+        raise BrokenRecordError(found)
+    return record
 
 
 def _no_constant(name: str) -> Any:
@@ -260,89 +279,57 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-@cache
-def _types(record: type[Any]) -> Mapping[str, Any]:
-    return get_type_hints(record)
-
-
-def _build(record: type[Any], value: Mapping[str, Any], where: str) -> Any:
-    """An instance of a record's class, every field checked."""
-    types = _types(record)  # type: ignore[arg-type]  # classes are hashable
-    names = {f.name for f in fields(record)}
-    unknown, missing = sorted(set(value) - names), sorted(names - set(value))
-    missing = [name for name in missing if name not in _ADDED.get(record, ())]
-    if unknown:
-        raise BrokenRecordError(f"field {where + unknown[0]!r} is unknown")
+def _check_whole(record: Any, value: Mapping[str, Any], where: str = "") -> None:
+    """Defaults are for our own calls: a line that lacks a field was not written by us."""
+    missing = {f.name for f in fields(record)} - value.keys() - _ADDED.get(type(record), set())
     if missing:
-        raise BrokenRecordError(f"field {where + missing[0]!r} is missing")
-    kind = next((f for f in fields(record) if f.name == "kind"), None)
-    if kind is not None and kind.default is not MISSING and value["kind"] != kind.default:
-        raise BrokenRecordError(f"field 'kind': {value['kind']!r}")
-    built = {
-        name: _typed(types[name], value[name], where + name) for name in sorted(names & set(value))
-    }
-    found = record(**built)
-    problem = wrong_value(found)
-    if problem:
-        raise BrokenRecordError(problem)
-    return found
+        raise BrokenRecordError(f"field {where + min(missing)!r} is missing")
+    if isinstance(record, Header):
+        for at, setting in enumerate(record.settings):
+            _check_whole(setting, value["settings"][at], f"settings[{at}].")
 
 
-def _typed(wanted: Any, value: Any, where: str) -> Any:
-    """`value` if it is of the type; JSON's lists become lists, pairs become tuples."""
-    origin, inner = get_origin(wanted), get_args(wanted)
-    if wanted is Any:
-        return value
-    if is_dataclass(wanted) and isinstance(wanted, type):
-        _must(isinstance(value, dict), "an object", value, where)
-        return _build(wanted, value, f"{where}.")
-    if origin is Literal:
-        _must(value in inner, "one of " + ", ".join(inner), value, where)
-        return value
-    if origin in (Union, UnionType):
-        return _optional(inner, value, where)
-    if origin is tuple:
-        is_pair = isinstance(value, list) and len(value) == len(inner)
-        _must(is_pair, f"a list of {len(inner)}", value, where)
-        return tuple(_each(zip(inner, value, strict=True), where))
-    if origin is not None and issubclass(origin, Mapping):
-        _must(isinstance(value, dict), "an object", value, where)
-        return {k: _typed(inner[1], v, f"{where}[{k!r}]") for k, v in value.items()}
-    if origin is not None and issubclass(origin, Sequence):
-        _must(isinstance(value, list), "a list", value, where)
-        return list(_each(((inner[0], item) for item in value), where))
-    return _scalar(wanted, value, where)
+def _in_words(problem: ValidationError, value: Mapping[str, Any]) -> str:
+    """What is wrong with a line, naming the field."""
+    wrong = problem.errors(include_url=False)[0]
+    kind, facts = wrong["type"], wrong.get("ctx", {})
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return f"field 'kind': {value.get('kind')!r:.80} is unknown"
+    place = wrong["loc"][1:]  # behind the kind of the record
+    wanted = _WANTED.get(kind, "").format(**facts).replace("'", "")
+    if kind == "missing" and isinstance(place[-1], int):  # of a pair
+        place, wanted = place[:-1], _WANTED["tuple_type"]
+    if kind == "value_error":
+        return f"field {_path(place)!r}: {facts['error']}"
+    if not wanted:
+        return f"field {_path(place)!r} is {'missing' if kind == 'missing' else 'unknown'}"
+    return f"field {_path(place)!r} must be {wanted}, got {wrong['input']!r:.80}"
 
 
-def _each(pairs: Any, where: str) -> Iterator[Any]:
-    for index, (wanted, item) in enumerate(pairs):
-        yield _typed(wanted, item, f"{where}[{index}]")
+def _path(place: Sequence[int | str]) -> str:
+    """As it would be written in Python, with the fields of a setting behind its index."""
+    path = str(place[0])
+    for before, part in pairwise(place):
+        is_field = isinstance(before, int) and isinstance(part, str)
+        path += f".{part}" if is_field else f"[{part!r}]"
+    return path
 
 
-def _optional(choices: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and NoneType in choices:
-        return None
-    (wanted,) = [choice for choice in choices if choice is not NoneType]
-    return _typed(wanted, value, where)
-
-
-def _scalar(wanted: type[Any], value: Any, where: str) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if wanted is float:
-        _must(is_number and _is_finite(value), "a number", value, where)
-        return float(value)
-    if wanted is int:
-        _must(is_number and isinstance(value, int), "a whole number", value, where)
-        return value
-    _must(type(value) is wanted, {str: "text", bool: "true or false"}[wanted], value, where)
-    return value
-
-
-def _is_finite(value: float) -> bool:
-    """Also of whole numbers, of which JSON may hold some that no float can."""
-    return abs(value) <= sys.float_info.max
-
-
-def _must(holds: bool, wanted: str, value: Any, where: str) -> None:
-    if not holds:
-        raise BrokenRecordError(f"field {where!r} must be {wanted}, got {value!r:.80}")
+def _contradiction(record: Record) -> str:
+    """Values that are possible each, and not together; names the field."""
+    match record:
+        case SkippedRecord() if record.short + record.ungrouped > record.asked:
+            return f"field 'asked': {record.asked} is fewer than were left out"
+        case TimeRecord(error="") if record.wall < LEAST_SECONDS:
+            return f"field 'wall': {record.wall:g} s of an answer without an error"
+        case TimeRecord(error="") if record.cpu is not None and 0 < record.cpu < LEAST_SECONDS:
+            return f"field 'cpu': {record.cpu:g} s is less than a clock can tell"
+        case CheckRecord(verdict="exact") if record.first_difference is not None:
+            return "field 'first_difference': an exact text has none"
+        case CheckRecord(verdict="exact" | "near_tie") if record.tokens.get("wrong"):
+            return (
+                f"field 'verdict': {record.verdict!r}, with {record.tokens['wrong']} wrong tokens"
+            )
+        case SamplingRecord(passed=True) if record.p_value < record.limit:
+            return f"field 'passed': true, with p = {record.p_value:g} below {record.limit:g}"
+    return ""

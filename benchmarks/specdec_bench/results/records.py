@@ -9,14 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from specdec_bench.results.values import (
+    Count,
+    Flag,
+    Lengths,
+    Number,
+    Place,
+    Positive,
+    Seconds,
+    SecondsBySize,
+    SecondsByStage,
+    Share,
+    Sizes,
+    Temperature,
+    TokensByVerdict,
+    Verdict,
+    Whole,
+)
 
 SCHEMA = 1
 NOT_PROMISED = "not_promised"
 """In the header's provenance: index of a setting, as text -> arms that do not promise plain's text
 there, but its distribution only."""
-
-Verdict = Literal["exact", "near_tie", "wrong"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +49,9 @@ class Setting:
     """
 
     dtype: str = "float32"
-    batch: int = 1
-    temperature: float = 0.0
-    prompt_tokens: int | None = None
+    batch: Positive = 1
+    temperature: Temperature = 0.0
+    prompt_tokens: Positive | None = None
 
     def __str__(self) -> str:
         """A short name, for tables."""
@@ -63,8 +81,8 @@ class Header:
     baseline: str
     config: Mapping[str, Any]
     provenance: Mapping[str, Any]
-    schema: int = SCHEMA
-    kind: str = "header"
+    schema: Whole = SCHEMA
+    kind: Literal["header"] = "header"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +102,16 @@ class UnitRecord:
         text_sha256: Hash of plain's token ids (all rows).
     """
 
-    setting: int
+    setting: Whole
     unit: str
     cluster: str
     category: str
-    seed: int
-    prompt_tokens: Sequence[int]
-    new_tokens: int
-    looping: float
+    seed: Count
+    prompt_tokens: Lengths
+    new_tokens: Positive
+    looping: Share
     text_sha256: str
-    kind: str = "unit"
+    kind: Literal["unit"] = "unit"
 
     @property
     def tokens(self) -> int:
@@ -113,12 +131,12 @@ class SkippedRecord:
         shortened: Requests whose prompt lost its beginning, to the setting or to the context.
     """
 
-    setting: int
-    asked: int
-    short: int
-    ungrouped: int
-    shortened: int
-    kind: str = "skipped"
+    setting: Whole
+    asked: Count
+    short: Count
+    ungrouped: Count
+    shortened: Count
+    kind: Literal["skipped"] = "skipped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,16 +155,16 @@ class TimeRecord:
         error: What went wrong, instead of figures; empty when nothing did.
     """
 
-    setting: int
+    setting: Whole
     unit: str
     arm: str
-    pair: int
-    order: int
-    wall: float
-    cpu: float | None
+    pair: Count
+    order: Count
+    wall: Seconds
+    cpu: Seconds | None
     text_sha256: str
     error: str = ""
-    kind: str = "time"
+    kind: Literal["time"] = "time"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,22 +190,22 @@ class PassRecord:
         first_tokens: Tokens of a row in the first burst, which came with the first token.
     """
 
-    setting: int
+    setting: Whole
     unit: str
     arm: str
-    histogram: Mapping[str, int]
-    rounds: int
-    drafted: int
-    chain: bool
-    stages: Mapping[str, float]
-    seconds: float
-    first_token: float
-    gaps: Sequence[tuple[int, float]]
-    peak_bytes: int | None = None
-    joules: float | None = None
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    first_tokens: int = 1
-    kind: str = "pass"
+    histogram: Sizes
+    rounds: Count
+    drafted: Count
+    chain: Flag
+    stages: SecondsByStage
+    seconds: Seconds
+    first_token: Seconds
+    gaps: Sequence[tuple[Count, Seconds]]
+    peak_bytes: Count | None = None
+    joules: Seconds | None = None
+    sizes: Sizes = field(default_factory=dict)
+    first_tokens: Count = 1
+    kind: Literal["pass"] = "pass"
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,15 +224,15 @@ class CheckRecord:
         worst_ratio: Largest regret over rounding noise; the rule allows 2. None when exact.
     """
 
-    setting: int
+    setting: Whole
     unit: str
     arm: str
     text_sha256: str
     verdict: Verdict
-    tokens: Mapping[str, int]
-    first_difference: Sequence[int] | None = None
-    worst_ratio: float | None = None
-    kind: str = "check"
+    tokens: TokensByVerdict
+    first_difference: Place | None = None
+    worst_ratio: Number | None = None
+    kind: Literal["check"] = "check"
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,18 +254,18 @@ class SamplingRecord:
         passed: The law holds, and so does the promise.
     """
 
-    setting: int
+    setting: Whole
     arm: str
-    samples: int
-    tokens: int
-    p_value: float
-    limit: float
-    total_variation: float
-    expected_variation: float
-    same_text: int
-    promised: bool
-    passed: bool
-    kind: str = "sampling"
+    samples: Count
+    tokens: Count
+    p_value: Share
+    limit: Share
+    total_variation: Share
+    expected_variation: Share
+    same_text: Count
+    promised: Flag
+    passed: Flag
+    kind: Literal["sampling"] = "sampling"
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,11 +281,11 @@ class CurveRecord:
     """
 
     dtype: str
-    batch: int
-    seconds: Mapping[str, float]
-    prompt_tokens: int = 0
-    prefix: int = 0
-    kind: str = "curve"
+    batch: Count
+    seconds: SecondsBySize
+    prompt_tokens: Whole = 0
+    prefix: Count = 0
+    kind: Literal["curve"] = "curve"
 
     def __str__(self) -> str:
         """A short name, for charts."""
@@ -287,12 +305,12 @@ class ViewRecord:
         rounds: Pieces of text that each round emitted; the first is the prefill's.
     """
 
-    setting: int
+    setting: Whole
     unit: str
     arm: str
     prompt: str
     rounds: Sequence[Sequence[str]]
-    kind: str = "view"
+    kind: Literal["view"] = "view"
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,13 +324,13 @@ class EndRecord:
             recorded.
     """
 
-    records: int
+    records: Count
     stopped_by: str
-    seconds: float
-    kind: str = "end"
+    seconds: Seconds
+    kind: Literal["end"] = "end"
 
 
-Record = (
+Record = Annotated[
     Header
     | UnitRecord
     | SkippedRecord
@@ -322,20 +340,9 @@ Record = (
     | SamplingRecord
     | CurveRecord
     | ViewRecord
-    | EndRecord
-)
-KINDS: Mapping[str, type[Any]] = {
-    "header": Header,
-    "unit": UnitRecord,
-    "skipped": SkippedRecord,
-    "time": TimeRecord,
-    "pass": PassRecord,
-    "check": CheckRecord,
-    "sampling": SamplingRecord,
-    "curve": CurveRecord,
-    "view": ViewRecord,
-    "end": EndRecord,
-}
+    | EndRecord,
+    Field(discriminator="kind"),
+]
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from specdec_bench.results.records import (
     SamplingRecord,
     Setting,
     SkippedRecord,
-    Verdict,
     ViewRecord,
 )
+from specdec_bench.results.values import Verdict
 from specdec_bench.summary.intervals import Ratio
 
 if TYPE_CHECKING:
