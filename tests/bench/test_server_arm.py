@@ -88,16 +88,16 @@ class Handler(BaseHTTPRequestHandler):
         if fake.fails == "html":
             self.reply("<html>welcome</html>")
             return
-        if fake.fails == "not json":
-            self.reply("data: {oops\n\n", 200)
-            return
         if fake.fails == "silent":
             time.sleep(1.0)
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        self.events(body)
+        if fake.fails == "not json":
+            self.wfile.write(b"data: {oops\n\n")
+        else:
+            self.events(body)
 
     def events(self, body: dict[str, Any]) -> None:
         fake, said = self.fake, []
@@ -130,7 +130,9 @@ class Handler(BaseHTTPRequestHandler):
     def event(self, value: dict[str, Any]) -> None:
         if value.get("choices") == [] and self.path == "/generate":
             return
-        self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
+        # What Python takes for ends of lines besides "\n" and "\r" ends no line of a stream.
+        text = json.dumps({"note": "a\u2028b\x85c\x1ed", **value}, ensure_ascii=False)
+        self.wfile.write(f"data: {text}\n\n".encode())
         self.wfile.flush()
 
     def reply(self, text: str, code: int = 200) -> None:
@@ -321,7 +323,7 @@ def test_a_wrong_number_of_tokens() -> None:
     ("fails", "message"),
     [
         ("http", "400.*the context is full"),
-        ("html", "broke its stream off"),
+        ("html", "not JSON: <html>welcome"),
         ("not json", "not JSON: {oops"),
         ("error event", "engine is dead"),
         ("cut", "broke its stream off"),

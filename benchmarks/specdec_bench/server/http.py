@@ -6,21 +6,19 @@ would be a second measurement.
 
 from __future__ import annotations
 
-import http.client
 import json
-import socket
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
+
+import httpx2
 
 from specdec.errors import ConfigError
 
-_MOST_BYTES = 64 * 2**20  # of an answer that is read at once
+_PIECE, _MOST_PIECES = 2**16, 2**10  # bytes, and how many of them are read of an answer at once
 _SHOWN = 200  # characters of an answer that are quoted
 _DONE = "[DONE]"
 
@@ -44,13 +42,13 @@ class Endpoint:
 
     Attributes:
         url: For example "http://localhost:8000"; a trailing "/v1" is left out.
+        client: Holds its connections; threads may share it.
         timeout: Seconds without a byte after which it is given up.
-        headers: Sent with every request.
     """
 
     url: str
-    timeout: float = 300.0
-    headers: Mapping[str, str] = field(default_factory=dict)
+    client: httpx2.Client
+    timeout: float
 
     @classmethod
     def of(cls, url: str, timeout: float = 300.0, key: str | None = None) -> Endpoint:
@@ -65,16 +63,25 @@ class Endpoint:
             ConfigError: It is no http(s) address, or holds a password.
         """
         try:
-            parts = urllib.parse.urlsplit(url)
-            fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # a port that is none
+            parts = httpx2.URL(url)
+            fine = parts.scheme in ("http", "https") and bool(parts.host)
+            fine = fine and (parts.port is None or 0 < parts.port < 2**16)
+        except (httpx2.InvalidURL, UnicodeError):
             fine = False
         if not fine or parts.query or parts.fragment:
             raise ConfigError(f"{url!r} is no address of a server, as http://localhost:8000")
-        if parts.username or parts.password:
+        if parts.userinfo:
             raise ConfigError("leave passwords out of a server's address; it is written to files")
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return cls(url.rstrip("/").removesuffix("/v1").rstrip("/"), timeout, headers)
+        headers = {"Accept-Encoding": "identity"}  # packing would be measured as well
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
+        client = httpx2.Client(
+            headers=headers,
+            timeout=timeout,
+            limits=httpx2.Limits(max_connections=None),  # each row of a batch has one
+            trust_env=False,  # what a proxy takes would be measured as well
+        )
+        return cls(url.rstrip("/").removesuffix("/v1").rstrip("/"), client, timeout)
 
     def text(self, path: str) -> str:
         """What a GET gives, as text.
@@ -83,7 +90,7 @@ class Endpoint:
             ConfigError: The server cannot be reached, or refuses.
         """
         with self._opened(path, None) as response:
-            return str(response.read(_MOST_BYTES).decode("utf-8", errors="replace"))
+            return _body(response)
 
     def json(self, path: str) -> Any:
         """What a GET gives, as JSON.
@@ -100,7 +107,7 @@ class Endpoint:
             ConfigError: As `text`.
         """
         with self._opened(path, {}) as response:
-            return str(response.read(_MOST_BYTES).decode("utf-8", errors="replace"))
+            return _body(response)
 
     def events(self, path: str, body: Mapping[str, Any]) -> Iterator[Event]:
         """The events that a POST streams, until the server says that they are done.
@@ -108,53 +115,36 @@ class Endpoint:
         Raises:
             ConfigError: As `json`; or the stream breaks off, or holds an error.
         """
-        start, ended = time.perf_counter(), False
+        start = time.perf_counter()
         with self._opened(path, body) as response:
-            for line in response:
-                name, _, data = line.decode("utf-8", errors="replace").partition(":")
-                data = data.strip()
-                if name.strip() != "data":
-                    if name.lstrip().startswith("{"):  # no stream, but an error as one object
-                        self._refuse(path, self._parsed(path, f"{name}:{data}"))
-                    continue
-                if data == _DONE:
-                    ended = True
-                    break
-                value = self._parsed(path, data)
+            if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
+                self._refuse(path, self._parsed(path, _body(response)))  # an error as one object
+                raise ConfigError(f"{self.url}{path} answered without a stream")
+            for event in httpx2.EventSource(response):
+                if event.data.strip() == _DONE:
+                    return
+                value = self._parsed(path, event.data)
                 self._refuse(path, value)
                 yield Event(time.perf_counter() - start, value)
-        if not ended:
-            raise ConfigError(f"{self.url}{path} broke its stream off; the server's log says why")
+        raise ConfigError(f"{self.url}{path} broke its stream off; the server's log says why")
 
     @contextmanager
-    def _opened(self, path: str, body: Mapping[str, Any] | None) -> Iterator[Any]:
-        data = None if body is None else json.dumps(body).encode("utf-8")
-        request = urllib.request.Request(  # noqa: S310 - `of` has checked the scheme
-            self.url + path, data, {"Content-Type": "application/json", **self.headers}
-        )
-        # No proxy: what stands between us and the server would be measured as well.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    def _opened(self, path: str, body: Mapping[str, Any] | None) -> Iterator[httpx2.Response]:
+        method, url = "GET" if body is None else "POST", self.url + path
         try:
-            with opener.open(request, timeout=self.timeout) as response:
+            with self.client.stream(method, url, json=body) as response:
+                if not response.is_success:
+                    code, reason = response.status_code, response.reason_phrase
+                    raise ConfigError(f"{url} answered {code} {reason}{_quoted(_body(response))}")
                 yield response
-        except urllib.error.HTTPError as problem:
-            said = _quoted(problem.read(_MOST_BYTES).decode("utf-8", errors="replace"))
+        except httpx2.TimeoutException as problem:
+            raise ConfigError(f"{url} sent nothing for {self.timeout:g} seconds") from problem
+        except httpx2.ConnectError as problem:
             raise ConfigError(
-                f"{self.url}{path} answered {problem.code} {problem.reason}{said}"
+                f"cannot reach {self.url}: {problem}; is the server running there?"
             ) from problem
-        except TimeoutError as problem:
-            raise self._silent(path) from problem
-        except urllib.error.URLError as problem:
-            if isinstance(problem.reason, TimeoutError | socket.timeout):
-                raise self._silent(path) from problem
-            raise ConfigError(
-                f"cannot reach {self.url}: {problem.reason}; is the server running there?"
-            ) from problem
-        except (OSError, http.client.HTTPException) as problem:
-            raise ConfigError(f"{self.url}{path} broke off: {problem!r}") from problem
-
-    def _silent(self, path: str) -> ConfigError:
-        return ConfigError(f"{self.url}{path} sent nothing for {self.timeout:g} seconds")
+        except httpx2.HTTPError as problem:
+            raise ConfigError(f"{url} broke off: {problem!r}") from problem
 
     def _parsed(self, path: str, text: str) -> Any:
         try:
@@ -172,6 +162,11 @@ class Endpoint:
         )
         if error:
             raise ConfigError(f"{self.url}{path} refused{_quoted(json.dumps(error))}")
+
+
+def _body(response: httpx2.Response) -> str:
+    pieces = islice(response.iter_bytes(_PIECE), _MOST_PIECES)
+    return b"".join(pieces).decode("utf-8", errors="replace")
 
 
 def _quoted(text: str) -> str:
