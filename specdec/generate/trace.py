@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import stat
 import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from specdec.artifacts.append_file import append
 from specdec.contracts import RoundResult
 from specdec.loop import Observer
 from specdec.stats import RoundRecord
@@ -64,7 +64,7 @@ class _Trace:
                 self._descriptor = os.open(self._path.expanduser(), _FLAGS, 0o666)
                 if _NO_WAIT:
                     os.set_blocking(self._descriptor, True)  # whoever does read may be slow
-            _append(self._descriptor, json.dumps(record.to_json()).encode("ascii") + b"\n")
+            append(self._descriptor, json.dumps(record.to_json()).encode("ascii") + b"\n")
         except (OSError, ValueError, RuntimeError) as failure:  # also from odd names
             self._is_off = True
             self._warn(failure)
@@ -90,21 +90,3 @@ class _Trace:
             TraceWarning,
             stacklevel=4,
         )
-
-
-def _append(descriptor: int, line: bytes) -> None:
-    """Adds a line in one write, so that no other writer's line gets into it.
-
-    Raises:
-        OSError: It does not fit; what part of it reached the file has been cut off again.
-    """
-    written = os.write(descriptor, line)
-    while written < len(line):  # the disk is full, or a pipe takes parts
-        try:
-            written += os.write(descriptor, line[written:])
-        except OSError:
-            found = os.fstat(descriptor)
-            end = os.lseek(descriptor, 0, os.SEEK_CUR) if stat.S_ISREG(found.st_mode) else -1
-            if end == found.st_size:  # else another writer has added something behind it
-                os.ftruncate(descriptor, end - written)
-            raise

@@ -6,6 +6,7 @@ None of them changes a text; they lose a call, mix up lines, or trust a stranger
 from mutants.fault import Fault
 
 _TRACE, _FOLDER = "specdec/generate/trace.py", "specdec/sources/store_folder.py"
+_APPEND = "specdec/artifacts/append_file.py"
 _TRACE_TESTS, _FOLDER_TESTS = "tests/hf/test_trace.py", "tests/unit/test_store_folder.py"
 
 FILES: tuple[Fault, ...] = (
@@ -20,7 +21,7 @@ FILES: tuple[Fault, ...] = (
     Fault(
         "half_a_line_stays_on_a_full_disk",
         "torn lines",
-        _TRACE,
+        _APPEND,
         "            if end == found.st_size:",
         "            if end > found.st_size:",
         _TRACE_TESTS,
@@ -28,10 +29,18 @@ FILES: tuple[Fault, ...] = (
     Fault(
         "cutting_half_a_line_takes_another_writers",
         "torn lines",
-        _TRACE,
+        _APPEND,
         "            if end == found.st_size:",
         "            if end >= 0:",
         _TRACE_TESTS,
+    ),
+    Fault(
+        "two_processes_write_one_file",
+        "locks that let in",
+        _APPEND,
+        "        if not is_ours:\n            raise BusyError(path)\n",
+        "",
+        "tests/bench/test_record_files.py::test_two_writers_are_one_too_many",
     ),
     Fault(
         "an_odd_name_of_a_trace_ends_the_call",

@@ -12,6 +12,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.artifacts import atomic_files, run_lock
+from specdec.artifacts import atomic_files
 from specdec.artifacts.run_lock import RunLock
 from specdec.artifacts.tensor_files import _NAMES as DTYPE_NAMES
 from specdec.errors import ConfigError, SpecdecError
@@ -775,27 +776,28 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     os.close(writer)
 
 
+@pytest.mark.fault
+@needs_fork
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the process number decides."""
+    """There a marker beside the file names the process."""
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(run_lock.fcntl, "flock", refuse)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    path = tmp_path / "run.lock"
-    host = run_lock.socket.gethostname()
-    for owner in ({}, [], {"process": "x"}, {"process": dead.pid, "host": host}):
-        path.write_text(json.dumps(owner))
-        with RunLock(tmp_path):
-            assert json.loads(path.read_text()) == {"process": os.getpid(), "host": host}
-        assert path.read_bytes() == b""
-    for owner in ({"process": os.getppid(), "host": host}, {"process": 1, "host": "elsewhere"}):
-        path.write_text(json.dumps(owner))
-        with pytest.raises(SpecdecError, match="If it is gone, delete"), RunLock(tmp_path):
+    monkeypatch.setattr("specdec.artifacts.append_file.lock_descriptor", refuse)
+    marker = tmp_path / "run.lock.lock"
+    forked(RunLock(tmp_path).__enter__).wait()
+    assert marker.exists(), "it had no chance to tidy up"
+    with RunLock(tmp_path):
+        owner = json.loads((tmp_path / "run.lock").read_bytes())
+        assert owner == {"process": os.getpid(), "host": socket.gethostname()}
+        busy = f"process {os.getpid()} on .* If it is gone, delete .*run.lock.lock"
+        with pytest.raises(SpecdecError, match=busy), RunLock(tmp_path):
             pass
-        assert json.loads(path.read_text()) == owner
+    assert not marker.exists()
+    marker.write_text("1\nelsewhere\n")
+    with pytest.raises(SpecdecError, match="If it is gone, delete"), RunLock(tmp_path):
+        pass
 
 
 def test_a_folder_that_cannot_be_locked(tmp_path: Path) -> None:

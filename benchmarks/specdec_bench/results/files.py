@@ -6,17 +6,16 @@ off when the run is resumed.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
-import socket
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from specdec.artifacts.atomic_files import flush_folder, is_running, make_folder
+from specdec.artifacts.append_file import BusyError, append, only_writer
+from specdec.artifacts.atomic_files import flush_folder, make_folder
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench.results.reading import (
     BrokenRecordError,
@@ -28,12 +27,6 @@ from specdec_bench.results.records import EndRecord, Header, Record, Results, to
 
 __all__ = ["BrokenRecordError", "RecordWriter", "check_output", "is_unfinished", "read_results"]
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
-
-_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
 _SAME_SUBJECT = ("target_sha256", "prompts_sha256", "head_sha256", "draft_sha256")
 _SAME_PLACE = ("device_name", "threads", "specdec", "revision", "packages", "servers")
 _HEADER_START = b'{"run_id":'
@@ -56,7 +49,7 @@ class RecordWriter:
         self._path, self._resume, self._overwrite = Path(path), resume, overwrite
         self.header = header
         self._descriptor: int | None = None
-        self._lock_file: Path | None = None
+        self._opened = ExitStack()
         self._count = 0
         self._is_new = False
         self.before: Results | None = None
@@ -72,20 +65,24 @@ class RecordWriter:
             ConfigError: The file is finished, of another run, or no result file.
             SpecdecError: Another process writes to it, or the disk does not take it.
         """
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
         try:
             make_folder(self._path.parent)
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-            self._descriptor = os.open(self._path, flags, 0o666)
-            self._take_lock(self._descriptor)
-            self._begin(self._descriptor)
+            with ExitStack() as opened:
+                descriptor = os.open(self._path, flags, 0o666)
+                opened.callback(os.close, descriptor)
+                opened.enter_context(only_writer(descriptor, self._path))
+                self._begin(descriptor)
+                self._descriptor, self._opened = descriptor, opened.pop_all()
+        except BusyError as problem:
+            raise SpecdecError(
+                f"another run writes to {self._path}; wait for it, or choose another "
+                f"--output{problem.hint}"
+            ) from None
         except OSError as problem:
-            self._close()
             raise SpecdecError(
                 f"cannot write {self._path}: {problem.strerror or problem}"
             ) from problem
-        except BaseException:
-            self._close()
-            raise
         return self
 
     def __exit__(
@@ -95,7 +92,8 @@ class RecordWriter:
         trace: TracebackType | None,
     ) -> None:
         """Closes the file, which gives the lock back."""
-        self._close()
+        self._opened.close()
+        self._descriptor = None
 
     def append(self, *records: Record) -> None:
         """Adds whole lines and waits until they are on the disk.
@@ -115,9 +113,7 @@ class RecordWriter:
                 os.ftruncate(self._descriptor, 0)
                 flush_folder(self._path.parent)
                 self._is_new = False
-            rest = memoryview(lines)
-            while len(rest):
-                rest = rest[os.write(self._descriptor, rest) :]
+            append(self._descriptor, lines)
             os.fsync(self._descriptor)
         except OSError as problem:
             raise SpecdecError(
@@ -153,40 +149,6 @@ class RecordWriter:
         os.ftruncate(descriptor, found.whole_bytes)
         os.fsync(descriptor)
         self.before, self.header, self._count = before, before.header, len(found.records)
-
-    def _take_lock(self, descriptor: int) -> None:
-        """The operating system's lock on the file, or a lock file where there is none."""
-        message = f"another run writes to {self._path}; wait for it, or choose another --output"
-        if fcntl is not None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                raise SpecdecError(message) from None
-            except OSError as problem:
-                if problem.errno not in _UNSUPPORTED:
-                    raise
-        lock = self._path.with_name(self._path.name + ".lock")
-        try:
-            owner = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            if _may_live(lock):
-                hint = f" If it is gone, delete {lock}"
-                raise SpecdecError(f"{message}.{hint}") from None
-            owner = os.open(lock, os.O_WRONLY | os.O_TRUNC)
-        mine = {"process": os.getpid(), "host": socket.gethostname()}
-        os.write(owner, json.dumps(mine).encode("ascii"))
-        os.close(owner)
-        self._lock_file = lock
-
-    def _close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-        if self._lock_file is not None:
-            with contextlib.suppress(OSError):
-                self._lock_file.unlink()
-            self._lock_file = None
 
 
 def check_output(path: Path, resume: bool, overwrite: bool) -> None:
@@ -267,13 +229,3 @@ def _differences(before: Header, now: Header) -> list[str]:
 
 def _text(facts: Mapping[str, Any], name: str) -> str:
     return str(facts.get(name))
-
-
-def _may_live(lock: Path) -> bool:
-    """Whether the process that a lock file names may still be at work."""
-    try:
-        owner = json.loads(lock.read_bytes()[:1000] or b"{}")
-        process, host = owner["process"], owner["host"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return True
-    return host != socket.gethostname() or (isinstance(process, int) and is_running(process))

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from specdec.artifacts.append_file import BusyError, append, only_writer
 from specdec.artifacts.atomic_files import replace_file
-from specdec.artifacts.run_lock import is_held
 from specdec.errors import ConfigError
 
 _MOST_META_BYTES = 2**20
@@ -39,8 +39,7 @@ class AnswerFile:
         if not fresh:
             return
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in fresh)
-        self._stream.write(lines.encode("utf-8", "replace"))
-        self._stream.flush()
+        append(self._stream.fileno(), lines.encode("utf-8", "replace"))
         os.fsync(self._stream.fileno())
         self.done.update(row["id"] for row in fresh)
 
@@ -62,9 +61,7 @@ def open_answers(path: Path, made_with: Mapping[str, Any]) -> Iterator[AnswerFil
     _check_place(path, described)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as stream:
-            if is_held(stream.fileno()):
-                raise ConfigError(f"--output {str(path)!r} is in use by another run")
+        with path.open("ab+") as stream, only_writer(stream.fileno(), path):
             if not stream.seek(0, os.SEEK_END):
                 text = json.dumps(made_with, indent=2, sort_keys=True) + "\n"
                 replace_file(described, text.encode())
@@ -76,6 +73,9 @@ def open_answers(path: Path, made_with: Mapping[str, Any]) -> Iterator[AnswerFil
                     "new file"
                 )
             yield AnswerFile(path, stream, _recover(stream, path))
+    except BusyError as problem:
+        hint = problem.hint
+        raise ConfigError(f"--output {str(path)!r} is in use by another run{hint}") from problem
     except OSError as problem:
         reason = problem.strerror or problem
         raise ConfigError(f"cannot write --output {str(path)!r}: {reason}") from problem
