@@ -37,8 +37,9 @@ LOOKAHEAD_PRIORS: Mapping[tuple[int, int, int], float] = {
     (10, 5, 10): 2.47,
     (15, 5, 15): 2.55,
 }
-"""Tokens per forward by (window, ngram, guesses), measured with a 260K-parameter story model on the
-prompts of benchmarks/stories.py: fluent prose that repeats itself little, so a cautious guess."""
+"""Tokens per forward by (window, ngram, guesses), measured with a 260K-parameter story model on
+openings as in docs/benchmarks.md#recipes: fluent prose that repeats itself little, so a cautious
+guess."""
 
 
 @dataclass(frozen=True, slots=True)
