@@ -11,9 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from specdec.artifacts.arguments import flag_of
 from specdec.artifacts.input_files import check_input_file, check_path
 from specdec.artifacts.places import DRAFT_HEAD, DRAFT_MODEL, MODEL, locate, shown
-from specdec.cli.options import DemoOptions, GenerateOptions, check_ranges, flag_of
+from specdec.cli.options import DemoOptions, GenerateOptions, check_ranges
 from specdec.demo.prompts import PROMPTS
 from specdec.errors import ConfigError
 from specdec.registry import methods

@@ -10,8 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
+from specdec.artifacts.arguments import Flag, N, arg, each, flag_of
 from specdec.errors import ConfigError
 
 _MOST = {  # more than these, torch or a token tree cannot take
@@ -19,37 +18,28 @@ _MOST = {  # more than these, torch or a token tree cannot take
 }  # fmt: skip
 _MOST_OF_OTHERS = 2**31 - 1
 
-_Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
-_N = tyro.conf.arg(metavar="N")
-
-
-def _arg(metavar: str, default: str = "") -> Any:
-    """How a value is called in the help, and what leaving it out means."""
-    hint = f"(default: {default})" if default else ""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
-
 
 @dataclass(frozen=True)
 class DemoOptions:
     """Plain generate against every method, on the toy model that comes with specdec."""
 
-    max_new_tokens: Annotated[int, _N] = 96
+    max_new_tokens: Annotated[int, N] = 96
     """New tokens for each prompt."""
-    prompts: Annotated[int, _N] = 6
+    prompts: Annotated[int, N] = 6
     """How many of the prompts to run."""
-    repetitions: Annotated[int, _N] = 3
+    repetitions: Annotated[int, N] = 3
     """Timed runs of each prompt and method."""
-    sample: _Flag = False
+    sample: Flag = False
     """Sample at temperature 0.8, with the same seed for every method, instead of greedy."""
-    seed: Annotated[int, _N] = 0
+    seed: Annotated[int, N] = 0
     """Seed of --sample."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Arithmetic. In bfloat16 identical text is not promised: larger forwards round differently."""
     device: str = "cpu"
     """Torch device."""
-    threads: Annotated[int, _N] = 1
+    threads: Annotated[int, N] = 1
     """Torch threads; the toy is too small to gain from more."""
-    no_colour: _Flag = False
+    no_colour: Flag = False
     """Never colour the tokens. Also when NO_COLOR is set or the output is no terminal."""
 
 
@@ -57,41 +47,39 @@ class DemoOptions:
 class GenerateOptions:
     """Continue a prompt or a file, or chat, with streamed output."""
 
-    model: Annotated[str | None, _arg("NAME", "the bundled toy")] = None
+    model: Annotated[str | None, arg("NAME", "the bundled toy")] = None
     """Folder or Hugging Face hub id of a decoder-only model."""
-    prompt: Annotated[str | None, _arg("TEXT")] = None
+    prompt: Annotated[str | None, arg("TEXT")] = None
     """Text to continue."""
-    file: Annotated[Path | None, _arg("FILE")] = None
+    file: Annotated[Path | None, arg("FILE")] = None
     """File with the text to continue; - reads standard input."""
-    chat: _Flag = False
+    chat: Flag = False
     """Chat with the model in a loop, through its tokenizer's chat template."""
-    max_new_tokens: Annotated[int | None, _arg("N", "128, or what the model's context leaves")] = (
+    max_new_tokens: Annotated[int | None, arg("N", "128, or what the model's context leaves")] = (
         None
     )
     """Limit of new tokens."""
-    sample: _Flag = False
+    sample: Flag = False
     """Sample instead of taking the likeliest token."""
-    temperature: Annotated[float | None, _arg("X", "the model's own")] = None
+    temperature: Annotated[float | None, arg("X", "the model's own")] = None
     """Sampling temperature, above 0."""
-    top_p: Annotated[float | None, _arg("X", "the model's own")] = None
+    top_p: Annotated[float | None, arg("X", "the model's own")] = None
     """Nucleus sampling: smallest set with this probability, above 0 and at most 1."""
-    top_k: Annotated[int | None, _arg("N", "the model's own")] = None
+    top_k: Annotated[int | None, arg("N", "the model's own")] = None
     """Sample among the k likeliest tokens; 0 for all."""
-    seed: Annotated[int | None, _arg("N", "0")] = None
+    seed: Annotated[int | None, arg("N", "0")] = None
     """Seed of the sampling; the same seed gives the same text with every method."""
     dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
     """Arithmetic; auto takes the checkpoint's own, and float32 for the bundled toy."""
     device: str = "auto"
     """Torch device; auto takes a CUDA device where there is one."""
-    method: Annotated[str | None, _arg("NAME", "chosen by a cost probe of a second")] = None
+    method: Annotated[str | None, arg("NAME", "chosen by a cost probe of a second")] = None
     """Drafting method, see `specdec doctor`."""
-    budget: Annotated[int | None, _arg("N", "the method's own size")] = None
+    budget: Annotated[int | None, arg("N", "the method's own size")] = None
     """Drafted nodes that a round may verify."""
-    option: Annotated[
-        tuple[str, ...], tyro.conf.UseAppendAction, _arg("NAME=VALUE", "none; repeatable")
-    ] = ()
+    option: Annotated[tuple[str, ...], *each("NAME=VALUE", "none")] = ()
     """Option of the method, for example window=7."""
-    stats: _Flag = False
+    stats: Flag = False
     """Afterwards, say on standard error what the speculation did."""
     compare: _Flag = False
     """Afterwards, say on standard error how fast plain generate is on the same text, and whether it
@@ -102,7 +90,7 @@ class GenerateOptions:
 class DoctorOptions:
     """Show versions, devices and methods; with --model, how that model would be verified."""
 
-    model: Annotated[str | None, _arg("NAME")] = None
+    model: Annotated[str | None, arg("NAME")] = None
     """Folder or hub id of a model to test; demo is the bundled toy."""
     dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
     """Arithmetic to test the model in."""
@@ -133,8 +121,3 @@ def check_ranges(options: Any) -> None:
             raise ConfigError(f"{flag_of(option.name)} must be at most {most}, got {value}")
     if getattr(options, "device", "").partition(":")[0] == "meta":
         raise ConfigError("--device meta cannot be used: it holds shapes and no numbers")
-
-
-def flag_of(name: str) -> str:
-    """How an option is written on the command line."""
-    return "--" + name.replace("_", "-")

@@ -6,17 +6,12 @@ Field docstrings are the help texts. Imports nothing heavy, so that the help ans
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
+from specdec.artifacts.arguments import Flag, N, arg, check_numbers, check_repeats, each
 from specdec.errors import ConfigError
-
-_Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
-_N = tyro.conf.arg(metavar="N")
-_X = tyro.conf.arg(metavar="X")
 
 NOT_CONFIG = frozenset(
     {"output", "resume", "overwrite", "no_colour", "profile", "pairs", "time_budget", "until_ci"}
@@ -27,83 +22,73 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 _MOST_PAIRS_UNTIL_CI = 200
 
 
-def _arg(metavar: str, default: str = "") -> Any:
-    """How a value is called in the help, and what leaving it out means."""
-    hint = f"(default: {default})" if default else ""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
-
-
-def _each(metavar: str, default: str) -> tuple[Any, Any]:
-    return tyro.conf.UseAppendAction, _arg(metavar, f"{default}; repeatable")
-
-
 @dataclass(frozen=True)
 class RunOptions:
     """Measure speed-ups: arms interleaved in one process, every text checked."""
 
-    target: Annotated[str, _arg("NAME", "the bundled toy")] = "demo"
+    target: Annotated[str, arg("NAME", "the bundled toy")] = "demo"
     """Folder or hub id of the target; demo is the bundled toy."""
-    arms: Annotated[tuple[str, ...], *_each("ARM", "hf and a few methods")] = ()
+    arms: Annotated[tuple[str, ...], *each("ARM", "hf and a few methods")] = ()
     """What to measure: hf, hf_prompt_lookup, hf_assisted, a method with options as in
     eagle3:depth=3,top_k=1, suffix+store, or server:URL. hf, plain generate, is always there, and
     so is loop0, our loop without speculation, twice: that row shows the machine's noise."""
-    head: Annotated[str | None, _arg("HEAD", "the bundled one, for demo")] = None
+    head: Annotated[str | None, arg("HEAD", "the bundled one, for demo")] = None
     """Draft head of the eagle3 arms: a folder, a hub id, or demo: the bundled one."""
-    draft: Annotated[str | None, _arg("NAME", "the toy's first layer, for demo")] = None
+    draft: Annotated[str | None, arg("NAME", "the toy's first layer, for demo")] = None
     """Draft model of hf_assisted and draft_model: a folder, a hub id, or demo: the bundled toy."""
 
-    tasks: Annotated[tuple[str, ...], *_each("TASK", "smoke")] = ()
+    tasks: Annotated[tuple[str, ...], *each("TASK", "smoke")] = ()
     """Prompts: smoke, spec_bench, mt_bench, humaneval, gsm8k, a JSONL file, or a folder."""
-    data: Annotated[Path | None, _arg("FOLDER")] = None
+    data: Annotated[Path | None, arg("FOLDER")] = None
     """Where the named files lie."""
-    limit: Annotated[int | None, _arg("N", "all")] = None
+    limit: Annotated[int | None, arg("N", "all")] = None
     """Prompts in all, balanced over categories."""
 
     dtypes: Annotated[
         tuple[Literal["float32", "bfloat16", "float16", "float64"], ...],
-        *_each("DTYPE", "float32 for demo, else the checkpoint's"),
+        *each("DTYPE", "float32 for demo, else the checkpoint's"),
     ] = ()
     """Arithmetic of the target. The sweeps are combined with one another."""
-    batches: Annotated[tuple[int, ...], *_each("N", "1")] = ()
+    batches: Annotated[tuple[int, ...], *each("N", "1")] = ()
     """Prompts decoded together."""
-    temperatures: Annotated[tuple[float, ...], *_each("X", "0")] = ()
+    temperatures: Annotated[tuple[float, ...], *each("X", "0")] = ()
     """0 is greedy; else every arm samples with the same seed."""
-    prompt_tokens: Annotated[tuple[int, ...], *_each("N", "whole prompts")] = ()
+    prompt_tokens: Annotated[tuple[int, ...], *each("N", "whole prompts")] = ()
     """Longest prompt; longer ones keep their end."""
-    max_new_tokens: Annotated[int | None, _arg("N", "24 for smoke alone, else 160")] = None
+    max_new_tokens: Annotated[int | None, arg("N", "24 for smoke alone, else 160")] = None
     """New tokens of a prompt, at most; less where plain's text ends or begins to loop."""
 
     pairs: Annotated[
-        int | None, _arg("N", "2 for smoke alone, else 4; 200 with --until-ci or --time-budget")
+        int | None, arg("N", "2 for smoke alone, else 4; 200 with --until-ci or --time-budget")
     ] = None
     """Timed repeats of every unit and arm, at most."""
-    time_budget: Annotated[float, _arg("SECONDS", "none")] = 0.0
+    time_budget: Annotated[float, arg("SECONDS", "none")] = 0.0
     """Stop after about this long, preparation included; every arm is timed at least once."""
-    until_ci: Annotated[float, _arg("X", "off")] = 0.0
+    until_ci: Annotated[float, arg("X", "off")] = 0.0
     """Stop when no interval over repeats is wider than this to each side, as 0.03 for 3 %: what
     the machine's noise leaves open for these prompts. How far prompts lie apart is in the printed
     interval as well; that part needs more prompts."""
-    seed: Annotated[int, _N] = 0
+    seed: Annotated[int, N] = 0
     """Of sampling and of the choice of prompts."""
-    no_text_check: _Flag = False
+    no_text_check: Flag = False
     """Do not compare texts with plain's; the table then says that nobody looked."""
-    check_sampling: _Flag = False
+    check_sampling: Flag = False
     """Also test that each arm samples from the target's distribution."""
 
-    output: Annotated[Path | None, _arg("FILE", "runs/bench/TARGET-TASKS.jsonl")] = None
+    output: Annotated[Path | None, arg("FILE", "runs/bench/TARGET-TASKS.jsonl")] = None
     """Result file."""
-    resume: _Flag = False
+    resume: Flag = False
     """Go on with a run that was stopped; nothing is measured twice."""
-    overwrite: _Flag = False
+    overwrite: Flag = False
     """Replace the result file."""
-    profile: Annotated[Path | None, _arg("FILE", "none")] = None
+    profile: Annotated[Path | None, arg("FILE", "none")] = None
     """Also write the acceptance of the first arm that speculates at batch 1, as
     speculation_profile.json."""
     device: str = "auto"
     """Torch device; auto takes a CUDA device where there is one."""
-    threads: Annotated[int | None, _arg("N", "1 on a CPU")] = None
+    threads: Annotated[int | None, arg("N", "1 on a CPU")] = None
     """Torch threads; processor time means little with more than one."""
-    no_colour: _Flag = False
+    no_colour: Flag = False
     """Never colour the table. Also when NO_COLOR is set or the output is no terminal."""
 
     def check(self) -> None:
@@ -160,7 +145,6 @@ _LEAST = {
     "limit": 1, "max_new_tokens": 16, "pairs": 1, "seed": 0, "threads": 1, "batches": 1,
     "prompt_tokens": 1,
 }  # fmt: skip
-_MOST = {"threads": 1024}
 
 
 def check_run_options(options: RunOptions) -> None:
@@ -169,7 +153,7 @@ def check_run_options(options: RunOptions) -> None:
     Raises:
         ConfigError: Names the option, its value, and what it may be.
     """
-    _check_whole_numbers(options)
+    check_numbers(options, _LEAST, {"threads": 1024})
     for value in options.temperatures:
         if not 0 <= value <= 100:
             raise ConfigError(f"--temperatures must be from 0 to 100, got {value}")
@@ -187,25 +171,4 @@ def check_run_options(options: RunOptions) -> None:
         )
     if options.resume and options.overwrite:
         raise ConfigError("give --resume or --overwrite, not both")
-    _check_repeats(options)
-
-
-def _check_whole_numbers(options: RunOptions) -> None:
-    for name, least in _LEAST.items():
-        found = getattr(options, name)
-        most = _MOST.get(name, 2**31 - 1)
-        for value in found if isinstance(found, tuple) else (found,):
-            if value is not None and not least <= value <= most:
-                raise ConfigError(f"{_flag(name)} must be from {least} to {most}, got {value}")
-
-
-def _check_repeats(options: RunOptions) -> None:
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if isinstance(value, tuple) and len(set(value)) < len(value):
-            twice = next(item for item in value if value.count(item) > 1)
-            raise ConfigError(f"{_flag(field.name)} names {twice!r} twice")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    check_repeats(options)
