@@ -81,7 +81,7 @@ class GenerateOptions:
     """Option of the method, for example window=7."""
     stats: Flag = False
     """Afterwards, say on standard error what the speculation did."""
-    compare: _Flag = False
+    compare: Flag = False
     """Afterwards, say on standard error how fast plain generate is on the same text, and whether it
     writes the same."""
 
