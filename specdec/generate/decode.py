@@ -13,9 +13,16 @@ from torch import Tensor
 
 from specdec.config import SpecConfig
 from specdec.contracts import Drafter, FixedBudget
-from specdec.generate.call import Prepared, introduce
+from specdec.generate.call import (
+    PreparedCall,
+    batch_state,
+    introduce,
+    picker_for,
+    target_of,
+)
 from specdec.generate.fallback import warn_plain, why_prepared_is_plain
 from specdec.generate.outputs import Recorder, StreamObserver
+from specdec.generate.result import result_of
 from specdec.generate.stop_rules import HostStopRules
 from specdec.generate.trace import traced
 from specdec.hf import compat
@@ -23,9 +30,8 @@ from specdec.loop import Call, Observer, speculative_generate
 from specdec.registry import methods
 from specdec.round.prefix import PrefixIds
 from specdec.stats import GenerationStats
-from specdec.targets.chain_target import ChainTarget
+from specdec.targets.prompts import PaddedPrompt
 from specdec.targets.self_test import Capability
-from specdec.targets.tree_target import HFTarget
 
 
 @dataclass
@@ -61,15 +67,8 @@ class SpeculativeDecode:
         **kwargs: Any,
     ) -> Any:
         """Decodes a prepared call; returns what plain `generate` would return."""
-        prepared = Prepared(
-            model,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            kwargs,
-            self.keeps_cache,
-        )
+        prompt = PaddedPrompt(input_ids, generation_config, kwargs)
+        call = PreparedCall.of(model, prompt, logits_processor, stopping_criteria, self.keeps_cache)
         method = self.settings.method or "none"
         self.stats = GenerationStats(
             method, self.found.mode, self.found.reason, options=dict(self.settings.options)
@@ -77,7 +76,7 @@ class SpeculativeDecode:
         config = methods.configure(method, self.settings.options)
         drafter = methods.create(method, config)
         introduce(drafter, model, self.memory)
-        reason = why_prepared_is_plain(prepared, self.found, drafter.shape)
+        reason = why_prepared_is_plain(call, self.found, drafter.shape)
         if reason is not None:
             warn_plain(reason)
             self.stats.mode, self.stats.mode_reason = "plain", reason
@@ -90,47 +89,38 @@ class SpeculativeDecode:
                 generation_config=generation_config,
                 **kwargs,
             )
-        return self._decode(prepared, drafter, methods.samples_drafts(method, config))
+        return self._decode(call, drafter, methods.samples_drafts(method, config))
 
-    def _decode(self, prepared: Prepared, drafter: Drafter, sampled_drafts: bool) -> Any:
-        state, taps = prepared.state(self.memory), drafter.needs.taps
-        budget = drafter.max_nodes if self.settings.budget is None else self.settings.budget
-        target: HFTarget | ChainTarget
-        if self.found.mode == "chain":
-            target = prepared.chain_target(state, taps)
-        else:
-            target = prepared.target(taps, budget)
-        prefix = PrefixIds(prepared.input_ids, prepared.max_new_tokens)
-        picker = prepared.picker(prefix)
-        recorder = Recorder(prepared.wanted_outputs(), prepared.layout(), picker)
-        stops = HostStopRules(
-            prepared.max_new_tokens,
-            prepared.eos_ids,
-            prepared.other_criteria,
-            prefix,
-            recorder.scores_so_far,
-        )
+    def _decode(self, call: PreparedCall, drafter: Drafter, sampled_drafts: bool) -> Any:
+        settings, taps = self.settings, drafter.needs.taps
+        budget = drafter.max_nodes if settings.budget is None else settings.budget
+        state = batch_state(call, self.memory)
+        target = target_of(call, state, self.found.mode, taps, budget)
+        prefix = PrefixIds(call.prompt.input_ids, call.ends.max_new_tokens)
+        picker = picker_for(call, prefix)
+        recorder = Recorder(call.wanted, state, picker, None if call.runs_as_padded
+                            else call.prompt.laid_out)  # fmt: skip
         observers: list[Observer] = [recorder] if recorder.wanted else []
         if self.streamer is not None:
-            observers.append(StreamObserver(self.streamer, state, prepared.pad_id))
-        if self.settings.on_round is not None:
-            on_round = self.settings.on_round
+            observers.append(StreamObserver(self.streamer, state, call.ends.pad_id))
+        if settings.on_round is not None:
+            on_round = settings.on_round
             observers.append(lambda _, record: on_round(record))
-        with traced(self.settings.trace, self.memory) as trace:
-            call = Call(
-                state=state,
-                picker=picker,
-                stops=stops,
-                budget=FixedBudget(budget),
-                stats=self.stats,
-                observers=[*observers, *trace],
-                show_trees=self.settings.on_round is not None or bool(trace),
-                sampled_drafts=sampled_drafts,
+        with traced(settings.trace, self.memory) as trace:
+            speculative_generate(
+                target,
+                drafter,
+                Call(
+                    state=state,
+                    picker=picker,
+                    stops=HostStopRules(call.ends, prefix, recorder.scores_so_far),
+                    budget=FixedBudget(budget),
+                    stats=self.stats,
+                    observers=[*observers, *trace],
+                    show_trees=settings.on_round is not None or bool(trace),
+                    sampled_drafts=sampled_drafts,
+                ),
             )
-            speculative_generate(target, drafter, call)
         if self.streamer is not None:
             self.streamer.end()
-        returns_cache = self.keeps_cache or bool(prepared.generation_config.return_dict_in_generate)
-        if returns_cache:
-            prepared.write_back(state, target, recorder)
-        return prepared.result(state, recorder)
+        return result_of(call, state, target, recorder)

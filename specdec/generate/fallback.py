@@ -11,7 +11,7 @@ from torch import Tensor
 from specdec.caches import state_cache, user_cache
 from specdec.contracts import Shape
 from specdec.errors import FallbackWarning
-from specdec.generate.call import Prepared
+from specdec.generate.call import PreparedCall
 from specdec.hf import compat, states, steps
 from specdec.hf.names import CACHE_INPUTS, cache_argument, counts_slots
 from specdec.targets.prompt_test import why_not_trees
@@ -77,7 +77,9 @@ def _why_options_are_plain(chosen: Callable[[str], Any]) -> str | None:
     return None
 
 
-def why_prepared_is_plain(call: Prepared, found: Capability, shape: Shape = "any") -> str | None:
+def why_prepared_is_plain(
+    call: PreparedCall, found: Capability, shape: Shape = "any"
+) -> str | None:
     """Why a prepared call must run as plain `generate`, or None.
 
     Args:
@@ -94,11 +96,12 @@ def why_prepared_is_plain(call: Prepared, found: Capability, shape: Shape = "any
     return reason or (_why_inputs(call, found) if found.mode == "tree" else None)
 
 
-def _why_no_trees(call: Prepared, found: Capability) -> str | None:
-    if call.mask is not None and not found.padded:
+def _why_no_trees(call: PreparedCall, found: Capability) -> str | None:
+    prompt = call.prompt
+    if prompt.mask is not None and not found.padded:
         return "the model's own text changes when a row is padded"
     window = compat.untold_window(call.model.config)
-    length = call.total + call.max_new_tokens
+    length = call.longest
     if window is not None and length > window[1]:
         return f"its {window[0]} of {window[1]} is applied inside the layers, by slot"
     kinds = compat.MaskKinds.of(call.model.config)
@@ -106,95 +109,99 @@ def _why_no_trees(call: Prepared, found: Capability) -> str | None:
     if reached and not compat.masks_its_window(call.model):
         return "its attention window is applied by the cache alone, not by a mask"
     known = (*_KNOWN_MODEL_KWARGS, *steps.MULTIMODAL)
-    unknown = [name for name in call.inputs_given() if name not in known]
+    unknown = [name for name in prompt.inputs_given if name not in known]
     if unknown:
         return f"the model input {unknown[0]!r} is not one that a token tree can carry"
-    if call.own_inputs and (reason := _why_positions(call)):
+    if prompt.own_inputs and (reason := _why_positions(call)):
         return reason
     streams = states.streams_of_state(call.model.config)
-    if call.wanted_outputs().hidden_states and streams > 1:
+    if call.wanted.hidden_states and streams > 1:
         return f"output_hidden_states was asked for and layers hand on {streams} streams of a state"
-    slots = call.total + call.max_new_tokens - 1
-    reason = user_cache.unsupported_cache(call.cache, slots, call.model.config, found.laid)
+    slots = call.longest - 1
+    reason = user_cache.unsupported_cache(prompt.cache, slots, call.model.config, found.laid)
     windowed = compat.MaskKinds.of(call.model.config)
-    if reason is None and call.mask is not None and _has_holes(call.mask):
-        if call.keeps_cache and _has_holes(call.mask[:, call.past :]):
+    if reason is None and prompt.mask is not None and _has_holes(prompt.mask):
+        if call.keeps_cache and _has_holes(prompt.mask[:, prompt.past :]):
             return "its attention mask has holes where the user's cache wants every token"
         if any(map(windowed.is_windowed, windowed.kinds)):
             return "its attention mask has holes and the model has attention windows"
     return reason
 
 
-def _why_positions(call: Prepared) -> str | None:
+def _why_positions(call: PreparedCall) -> str | None:
     """Why the prompt's positions do not say where its text goes on."""
-    positions = call.kwargs.get("position_ids")
+    prompt = call.prompt
+    positions = prompt.positions
     if positions is None:
         return "generate prepared no position_ids for its inputs"
     rows, width = (1, *positions.shape)[-2:]
-    if rows not in (1, call.batch) or width < call.total - call.past:
-        return f"position_ids of shape {tuple(positions.shape)} were given for {call.batch} rows"
+    if rows not in (1, prompt.batch) or width < prompt.total - prompt.past:
+        return f"position_ids of shape {tuple(positions.shape)} were given for {prompt.batch} rows"
     return None
 
 
-def _why_inputs(call: Prepared, found: Capability) -> str | None:
+def _why_inputs(call: PreparedCall, found: Capability) -> str | None:
     """Tests the prompt when the model has to prepare it itself; once for every kind of prompt."""
-    names = call.own_inputs
+    prompt = call.prompt
+    names = prompt.own_inputs
     if not names:
         return None
-    kind = (*names, f"rows: {min(call.batch, 2)}", f"padding: {call.mask is not None}")
+    kind = (*names, f"rows: {min(prompt.batch, 2)}", f"padding: {prompt.mask is not None}")
     if kind not in found.prompts:
-        found.prompts[kind] = why_not_trees(call.model, call.plain_prompt(), found.noise)
+        found.prompts[kind] = why_not_trees(call.model, prompt, found.noise)
     reason = found.prompts[kind]
     return None if reason is None else f"{names[-1]} was given and {reason}"
 
 
-def _why_no_chains(call: Prepared, found: Capability, shape: Shape) -> str | None:
+def _why_no_chains(call: PreparedCall, found: Capability, shape: Shape) -> str | None:
+    prompt = call.prompt
     if shape == "tree":
         return "the method proposes token trees and the model takes single paths only"
-    if call.batch > 1 and not found.batched:
+    if prompt.batch > 1 and not found.batched:
         return "the model verifies one row at a time"
     known = (*_KNOWN_MODEL_KWARGS, *steps.MULTIMODAL)
-    unknown = [name for name in call.inputs_given() if name not in known]
+    unknown = [name for name in prompt.inputs_given if name not in known]
     if unknown:
         return f"the model input {unknown[0]!r} is not known"
-    if call.wanted_outputs().hidden_states:
+    if call.wanted.hidden_states:
         return "output_hidden_states was asked for and the model takes single paths only"
-    if call.mask is not None and _has_holes(call.mask):
+    if prompt.mask is not None and _has_holes(prompt.mask):
         return "its attention mask has holes and the model takes single paths only"
-    if call.keeps_cache and not counts_slots(*cache_argument(call.kwargs)):
+    if call.keeps_cache and not counts_slots(*cache_argument(prompt.kwargs)):
         return "the user's cache holds states alone, and generate does not ask how long its text is"
-    padding = [int(row[0]) for row in call.slots()]
-    return state_cache.why_not_revocable(call.cache, padding)
+    return state_cache.why_not_revocable(prompt.cache, prompt.padding)
 
 
-def _why_model(call: Prepared) -> str | None:
+def _why_model(call: PreparedCall) -> str | None:
+    prompt = call.prompt
     if compat.prepares_inputs_itself(call.model):
         return "its input preparation was replaced, as PEFT does to add a learned prompt"
     boundary = compat.length_dependent_positions(call.model.config)
-    if boundary is not None and call.total + call.max_new_tokens + call.ahead > boundary:
+    if boundary is not None and call.longest + prompt.ahead > boundary:
         return f"its rotary positions change with the length of a forward beyond {boundary}"
     ranked = compat.ranked_keys(call.model.config)
-    if ranked is not None and call.total + call.max_new_tokens > ranked:
+    if ranked is not None and call.longest > ranked:
         return f"beyond {ranked} tokens its indexer chooses keys by rank, ties at random"
-    if call.kwargs.get("output_attentions"):
+    if prompt.kwargs.get("output_attentions"):
         return "output_attentions was asked for"
-    if call.total <= call.past:
+    if prompt.total <= prompt.past:
         return "the cache already holds the whole prompt"
     return None
 
 
-def _why_layout(call: Prepared) -> str | None:
+def _why_layout(call: PreparedCall) -> str | None:
     """Why rows, cache and mask of the call do not say together where its prompt stands."""
-    cached = state_cache.rows_held(call.cache) if call.keeps_cache else None
-    if not call.batch:
+    prompt = call.prompt
+    cached = state_cache.rows_held(prompt.cache) if call.keeps_cache else None
+    if not prompt.batch:
         return "the batch has no rows"
-    if cached is not None and cached != call.batch:
-        return f"the user's cache holds {cached} rows and the call has {call.batch}"
-    if call.total not in (call.given, call.past + call.given):
-        return f"the attention mask is {call.total} wide for {call.given} tokens"
-    if call.embeds is not None and call.generation_config.prefill_chunk_size is not None:
+    if cached is not None and cached != prompt.batch:
+        return f"the user's cache holds {cached} rows and the call has {prompt.batch}"
+    if prompt.total not in (prompt.given, prompt.past + prompt.given):
+        return f"the attention mask is {prompt.total} wide for {prompt.given} tokens"
+    if prompt.embeds is not None and prompt.config.prefill_chunk_size is not None:
         return "prefill_chunk_size splits ids and inputs_embeds was given"
-    if call.mask is not None and bool((call.mask[:, -1] == 0).any()):
+    if prompt.mask is not None and bool((prompt.mask[:, -1] == 0).any()):
         return "the batch is padded on the right"
     return None
 
@@ -204,8 +211,9 @@ def _has_holes(mask: Tensor) -> bool:
     return bool((mask[:, 1:] < mask[:, :-1]).any())
 
 
-def _why_batch(call: Prepared) -> str | None:
-    if call.batch == 1:
+def _why_batch(call: PreparedCall) -> str | None:
+    prompt = call.prompt
+    if prompt.batch == 1:
         return None
     unknown = compat.unknown_processors(call.processors)
     if unknown:
@@ -213,6 +221,6 @@ def _why_batch(call: Prepared) -> str | None:
     unknown = compat.unknown_criteria(call.criteria)
     if unknown:
         return f"the stopping criterion {unknown[0]} may look at the whole batch"
-    if call.other_criteria is not None and not call.eos_ids:
+    if call.ends.criteria is not None and not call.ends.eos_ids:
         return "rows would end without an EOS token to pad them with"
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,32 +26,29 @@ class WantedOutputs:
         return self.scores or self.logits or self.hidden_states
 
 
-@dataclass(frozen=True, slots=True)
-class PromptLayout:
-    """Where prompt tokens sit in the padded batch.
-
-    Attributes:
-        width: Columns of the part of the prompt that was prefilled.
-        columns: Per row, the column of each of the prompt's hidden states that the target returns.
-        first: First column whose hidden states plain `generate` returns: of a chunked prefill it
-            keeps the last chunk.
-    """
-
-    width: int
-    columns: list[Tensor]
-    first: int = 0
-
-
 class Recorder:
     """Collects scores, logits and hidden states of the emitted tokens.
 
     Rows that end early go on with what their padding produces, as plain `generate` reports it.
+
+    Args:
+        wanted: Which of them.
+        state: The rows, at the start of the call.
+        picker: Chooses the tokens.
+        lay_out: Pads the prompt's hidden states [B, n, H] as the batch is; None where the target
+            returns them so.
     """
 
-    def __init__(self, wanted: WantedOutputs, layout: PromptLayout, picker: Picker) -> None:
+    def __init__(
+        self,
+        wanted: WantedOutputs,
+        state: BatchState,
+        picker: Picker,
+        lay_out: Callable[[Tensor], Tensor] | None,
+    ) -> None:
         self.wanted = wanted
-        self._layout, self._picker = layout, picker
-        rows = range(len(layout.columns))
+        self._lay_out, self._picker = lay_out or Tensor.clone, picker
+        rows = range(len(state.tokens))
         self._scores: list[list[Tensor]] = [[] for _ in rows]
         self._logits: list[list[Tensor]] = [[] for _ in rows]
         self._hidden: list[list[tuple[Tensor, ...]]] = [[] for _ in rows]
@@ -114,12 +111,7 @@ class Recorder:
         return found
 
     def _hidden_by_step(self, steps: int) -> tuple[tuple[Tensor, ...], ...]:
-        prompt = []
-        for layer in self._prompt_hidden:
-            padded = layer.new_zeros(len(layer), self._layout.width, layer.shape[-1])
-            for row, columns in enumerate(self._layout.columns):
-                padded[row, columns.to(layer.device)] = layer[row, : len(columns)]
-            prompt.append(padded[:, self._layout.first :].clone())
+        prompt = [self._lay_out(layer) for layer in self._prompt_hidden]
         layers = [
             _by_step([[node[index] for node in row] for row in self._hidden], steps - 1)
             for index in range(len(prompt))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -16,27 +16,39 @@ Criteria = Callable[[Tensor, "tuple[Tensor, ...] | None"], Tensor]
 """Stopping criteria: (ids [1, S], scores or None) -> done [1] bool."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What ends a row.
+
+    Attributes:
+        max_new_tokens: New tokens, at most.
+        eos_ids: Tokens that end it.
+        criteria: All others (stop strings, time, the user's own), or None.
+        pad_id: What ended rows are padded with.
+    """
+
+    max_new_tokens: int
+    eos_ids: frozenset[int]
+    criteria: Criteria | None
+    pad_id: int | None
+
+
 class HostStopRules:
     """Stop rules of one call.
 
     Args:
-        max_new_tokens: Length limit.
-        eos_ids: Tokens that end a row.
-        criteria: Everything else (stop strings, time, the user's own), or None.
-        prefix: Ids shown to `criteria`.
+        ends: What ends a row.
+        prefix: Ids shown to the criteria.
         scores: The scores tuple that plain `generate` would show for a row.
     """
 
     def __init__(
         self,
-        max_new_tokens: int,
-        eos_ids: Collection[int],
-        criteria: Criteria | None,
+        ends: Ends,
         prefix: PrefixIds,
         scores: Callable[[int], tuple[Tensor, ...] | None],
     ) -> None:
-        self._max_new_tokens, self._eos_ids = max_new_tokens, frozenset(eos_ids)
-        self._criteria, self._prefix, self._scores = criteria, prefix, scores
+        self._ends, self._prefix, self._scores = ends, prefix, scores
         self._answers: dict[tuple[int, int], bool] = {}
 
     def is_final(self, row: int, index: int, token: int) -> bool:
@@ -44,11 +56,12 @@ class HostStopRules:
         raise_unless_finite(token)
         answer = self._answers.get((row, index))
         if answer is None:
-            answer = token in self._eos_ids or index + 1 >= self._max_new_tokens
-            if self._criteria is not None:  # asked even so: it may count its calls
+            answer = token in self._ends.eos_ids or index + 1 >= self._ends.max_new_tokens
+            criteria = self._ends.criteria
+            if criteria is not None:  # asked even so: it may count its calls
                 self._prefix.write(row, index, token)
                 ids = self._prefix.row(row, index + 1)
-                answer = bool(self._criteria(ids, self._scores(row)).any()) or answer
+                answer = bool(criteria(ids, self._scores(row)).any()) or answer
             self._answers[row, index] = answer
         return answer
 

@@ -10,9 +10,7 @@ the re-fed tokens; a round's budget pays for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,34 +18,13 @@ from torch import Tensor
 
 from specdec.caches.state_cache import check_layers, revocable
 from specdec.contracts import BatchState, Shape, ShowPrompt, TargetOutput
-from specdec.hf.compat import hidden_states_argument, input_device, max_positions
+from specdec.hf.compat import input_device, max_positions
 from specdec.hf.names import cache_argument
-from specdec.hf.states import tapped_states
-from specdec.hf.steps import max_slots, prefill_as_plain, step_inputs
+from specdec.hf.steps import max_slots, step_inputs
 from specdec.round.tree import TreeBatch
+from specdec.targets.prompts import PaddedPrompt, Taps
 
 _SETTLING_CHUNK = 64  # tokens a forward when the state is brought up to the end of the text
-
-
-@dataclass(frozen=True, slots=True)
-class ChainCall:
-    """What `generate` prepared, for a model that runs in chain mode.
-
-    Attributes:
-        input_ids: [B, S] left-padded ids.
-        generation_config: The call's configuration.
-        kwargs: Model keyword arguments as `generate` prepared them, cache included.
-        padding: Padding tokens in front of each row.
-        total: Slots of the prompt, padding and what the cache already holds included.
-        past: Slots that the cache already holds.
-    """
-
-    input_ids: Tensor
-    generation_config: Any
-    kwargs: Mapping[str, Any]
-    padding: Sequence[int]
-    total: int
-    past: int = 0
 
 
 class ChainTarget:
@@ -55,7 +32,7 @@ class ChainTarget:
 
     Args:
         model: A model whose self-test chose chain mode.
-        call: The prepared call.
+        prompt: The prompt of the call.
         state: The rows; emitted tokens are read from it when they have to be fed again.
         taps: Layers whose output hidden states the drafter reads.
     """
@@ -63,19 +40,21 @@ class ChainTarget:
     allowed_shape: Shape = "chain"
 
     def __init__(
-        self, model: Any, call: ChainCall, state: BatchState, taps: tuple[int, ...] = ()
+        self, model: Any, prompt: PaddedPrompt, state: BatchState, taps: tuple[int, ...] = ()
     ) -> None:
-        self.model, self._call, self._state, self._taps = model, call, state, taps
+        self.model, self._prompt, self._state = model, prompt, state
+        self._taps = Taps(taps, model.config)
         self.prefill_forwards = 0
-        self._cache_name, cache = cache_argument(call.kwargs)
-        self.cache = revocable(cache, call.padding)
+        self._cache_name, cache = cache_argument(prompt.kwargs)
+        padding = prompt.padding
+        self.cache = revocable(cache, padding)
         # Known tokens of each row that the state holds; the pending one never is.
         self._covered = [len(tokens) for tokens in state.tokens]
         self._device = input_device(model)
         self._limit, self._slots = max_positions(model.config), max_slots(model.config)
-        self._last_positions: Tensor | None = call.kwargs.get("position_ids")
-        self._prompt = list(self._covered)
-        self._host_lengths = [call.total - padding for padding in call.padding]
+        self._last_positions: Tensor | None = prompt.positions
+        self._known = list(self._covered)
+        self._host_lengths = [prompt.total - columns for columns in padding]
         self._lengths = torch.tensor(self._host_lengths, device=self._device)
         self._fed = 0  # tokens a row of the forward that is not committed yet
 
@@ -106,53 +85,13 @@ class ChainTarget:
 
     def prefill(self, show: ShowPrompt | None = None) -> TargetOutput:
         """Runs the prompt as plain `generate` runs it; logits [B, 1, V] of the last tokens."""
-        call = self._call
-        kwargs = {**call.kwargs, self._cache_name: self.cache.cache, **self._wanted_states()}
-        with self._collected_features() as features:
-            output = prefill_as_plain(self.model, call.input_ids, call.generation_config, kwargs)
-        check_layers(self.cache.cache, len(call.padding))
-        chunk = call.generation_config.prefill_chunk_size
-        self.prefill_forwards = -(-(call.total - call.past) // chunk) if chunk else 1
-        self._show_prompt(show, [part for part in features if part is not None])
+        own = {self._cache_name: self.cache.cache, **self._taps.arguments()}
+        with self._taps.collected(self.model) as features:
+            output = self._prompt.run(self.model, **own)
+        check_layers(self.cache.cache, self._prompt.batch)
+        self.prefill_forwards = len(self._prompt.chunks)
+        self._prompt.show(show, features, self._device)
         return TargetOutput(output.logits[:, -1:])
-
-    def _wanted_states(self) -> dict[str, Any]:
-        if not self._taps:
-            return {}
-        return {"output_hidden_states": hidden_states_argument(self._taps)}
-
-    @contextmanager
-    def _collected_features(self) -> Iterator[list[Tensor | None]]:
-        """[B, n, F] features of every forward: a prefill in chunks returns the last one's alone."""
-        found: list[Tensor | None] = []
-        hook = self.model.register_forward_hook(
-            lambda _model, _inputs, output: found.append(self._features(output))
-        )
-        try:
-            yield found
-        finally:
-            hook.remove()
-
-    def _features(self, output: Any) -> Tensor | None:
-        """[B, n, F] tapped hidden states, concatenated."""
-        if not self._taps:
-            return None
-        return tapped_states(output.hidden_states, self._taps, self.model.config)
-
-    def _show_prompt(self, show: ShowPrompt | None, chunks: Sequence[Tensor]) -> None:
-        """Shows the prompt, rows of one length and offset at a time."""
-        call, features = self._call, torch.cat(list(chunks), 1) if chunks else None
-        if show is None or call.kwargs.get("inputs_embeds") is not None:
-            return
-        ids = call.input_ids.to(self._device)
-        new = [
-            (call.total - max(call.past, padding), max(call.past - padding, 0))
-            for padding in call.padding
-        ]
-        for count, offset in sorted(set(new)):
-            rows = [row for row, part in enumerate(new) if part == (count, offset)]
-            shown = None if features is None else features[rows, -count:]
-            show(rows, ids[rows, ids.shape[1] - count :], shown, offset)
 
     @torch.no_grad()
     def forward_tree(self, trees: TreeBatch) -> TargetOutput:
@@ -163,7 +102,7 @@ class ChainTarget:
         if again:
             tokens = self._behind(tokens, missing)
         output = self._feed(tokens, [n + size for n in missing], size + again - min(missing))
-        logits, features = output.logits, self._features(output)
+        logits, features = output.logits, self._taps.features(output)
         if len(set(missing)) > 1:
             # The head ran over the last `size + again - min(missing)` tokens of every row.
             rows = torch.arange(size, device=logits.device)
@@ -199,11 +138,11 @@ class ChainTarget:
         self._fed = tokens.shape[1]
         self.cache.hold()
         kwargs = {
-            **self._call.kwargs,
+            **self._prompt.kwargs,
             self._cache_name: self.cache.cache,
             "attention_mask": self.cache.mask(self._fed, tokens.device),
             "position_ids": self._positions(self._fed, live),
-            **self._wanted_states(),
+            **self._taps.arguments(),
         }
         return self.model(**step_inputs(self.model, tokens, kwargs, heads), return_dict=True)
 
@@ -212,9 +151,7 @@ class ChainTarget:
         known = self._last_positions
         if known is None:
             return None
-        fed = [
-            covered - prompt for covered, prompt in zip(self._covered, self._prompt, strict=True)
-        ]
+        fed = [covered - prompt for covered, prompt in zip(self._covered, self._known, strict=True)]
         start = known[..., -1] + 1 + torch.tensor(fed, device=known.device)
         positions = start[..., None] + torch.arange(count, device=known.device)
         # Filling may lie beyond a learned table, and nobody looks at its outcome. The text itself
@@ -260,7 +197,7 @@ class ChainTarget:
             nodes of each row.
         """
         while True:
-            done = [c - prompt for c, prompt in zip(self._covered, self._prompt, strict=True)]
+            done = [c - prompt for c, prompt in zip(self._covered, self._known, strict=True)]
             left = [list(text[n:]) for text, n in zip(texts, done, strict=True)]
             if not any(left):
                 return

@@ -19,7 +19,8 @@ from specdec.hf.compat import input_device, placeholder_ids, vocabulary_size
 from specdec.hf.names import CACHE, cache_of
 from specdec.hf.steps import logits_after
 from specdec.round.tree import TokenTree, TreeBatch
-from specdec.targets.prompt_target import PlainPrompt, PromptTarget
+from specdec.targets.prompt_target import PromptTarget
+from specdec.targets.prompts import PaddedPrompt
 from specdec.targets.self_test import evaluating
 
 _PARENTS = [-1, 0, 1, 0, 3]  # a root with two branches of two nodes
@@ -28,12 +29,12 @@ _ROOM = 8  # slots behind the prompt
 
 
 @torch.no_grad()
-def why_not_trees(model: Any, prompt: PlainPrompt, noise: float) -> str | None:
+def why_not_trees(model: Any, prompt: PaddedPrompt, noise: float) -> str | None:
     """Why trees behind such a prompt are not verified exactly, or None when they are.
 
     Args:
         model: A model whose self-test chose tree mode.
-        prompt: The prepared call.
+        prompt: The prompt of the call.
         noise: Rounding noise that the model's self-test found.
     """
     try:
@@ -48,10 +49,10 @@ def why_not_trees(model: Any, prompt: PlainPrompt, noise: float) -> str | None:
     return None
 
 
-def _measure(model: Any, prompt: PlainPrompt) -> tuple[float, float]:
+def _measure(model: Any, prompt: PaddedPrompt) -> tuple[float, float]:
     """(tree error, rounding noise) against plain steps, both relative to the largest logit."""
-    rows = len(prompt.slots)
-    output = prompt.run(model, own_copy(prompt.kwargs[CACHE]))
+    rows = prompt.batch
+    output = prompt.run(model, **{CACHE: own_copy(prompt.kwargs[CACHE])})
     filled = cache_of(output)
     device = input_device(model)
     target = PromptTarget(model, prompt, TreeCache(rows, device, prompt.total + _ROOM))
@@ -68,7 +69,7 @@ def _measure(model: Any, prompt: PlainPrompt) -> tuple[float, float]:
         output[CACHE] = own_copy(filled)
         wanted = logits_after(model, prompt.input_ids, output, prompt.kwargs, drafts[:, nodes])
         errors.append(_difference(torch.cat([logits, after], dim=1)[:, nodes], wanted))
-        path = prompt.continued(model, own_copy(filled), drafts[:, nodes])
+        path = prompt.continued(model, drafts[:, nodes], **{CACHE: own_copy(filled)})
         noises.append(_difference(path, wanted))
         scale = max(scale, float(wanted.abs().max()))
     # torch's max keeps NaN, which passes no bound

@@ -27,8 +27,9 @@ from specdec.hf.compat import accepts_position_ids, has_experts, input_device
 from specdec.hf.names import CACHE, cache_of
 from specdec.hf.steps import keeps_state, plain_logits, prepared_call
 from specdec.round.tree import TokenTree, TreeBatch
-from specdec.targets.chain_target import ChainCall, ChainTarget
-from specdec.targets.tree_target import HFTarget, Prompt
+from specdec.targets.chain_target import ChainTarget
+from specdec.targets.prompts import PaddedPrompt, Prompt
+from specdec.targets.tree_target import HFTarget
 
 Mode = Literal["tree", "chain", "plain"]
 
@@ -208,7 +209,7 @@ def _measure_chains(model: Any, rows: int) -> tuple[float, float]:
     padding = [_PROMPTS[0] - _PROMPTS[row] for row in range(rows)]
     mask = (torch.arange(_PROMPTS[0]) >= torch.tensor(padding)[:, None]).long().to(device)
     config, kwargs = prepared_call(model, prompt, mask)
-    target, state = _chain_target(model, prompt, config, kwargs, padding)
+    target, state = _chain_target(model, PaddedPrompt(prompt, config, kwargs))
     target.prefill()
     state.tokens = tokens[:, : _PROMPTS[0] + 1].tolist()
     got: list[list[Tensor]] = [[] for _ in range(rows)]
@@ -226,7 +227,7 @@ def _measure_chains(model: Any, rows: int) -> tuple[float, float]:
     # Every call has a cache of its own, so plain steps need arguments of their own, too.
     stepwise = plain_logits(model, prompt, *prepared_call(model, prompt, mask), text)
     config, kwargs = prepared_call(model, prompt, mask)
-    other, state = _chain_target(model, prompt, config, kwargs, padding)
+    other, state = _chain_target(model, PaddedPrompt(prompt, config, kwargs))
     other.prefill()
     state.tokens = tokens[:, : _PROMPTS[0] + 1].tolist()
     head, tail = text[:, :7], (text[:, 7:] + 1) % vocab
@@ -244,22 +245,20 @@ def _measure_chains(model: Any, rows: int) -> tuple[float, float]:
     return float(torch.tensor(errors).max()) / scale, noise / scale
 
 
-def _chain_target(
-    model: Any, prompt: Tensor, config: Any, kwargs: dict[str, Any], padding: list[int]
-) -> tuple[ChainTarget, BatchState]:
+def _chain_target(model: Any, prompt: PaddedPrompt) -> tuple[ChainTarget, BatchState]:
     """A chain target over a prompt of the self-test."""
-    rows, width = prompt.shape
+    ids = prompt.input_ids
+    rows, width = ids.shape
     state = BatchState(
-        tokens=prompt.tolist(),
+        tokens=ids.tolist(),
         prompt_lengths=[width] * rows,
         active=[True] * rows,
-        pending=prompt[:, -1],
-        lengths=torch.zeros_like(prompt[:, -1]),
+        pending=ids[:, -1],
+        lengths=torch.zeros_like(ids[:, -1]),
         vocab_size=sys.maxsize,
         max_new_tokens=16,
     )
-    call = ChainCall(prompt, config, kwargs, padding, total=width)
-    return ChainTarget(model, call, state), state
+    return ChainTarget(model, prompt, state), state
 
 
 def _own_noise(model: Any, tokens: Tensor, prompt: int) -> float:

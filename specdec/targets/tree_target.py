@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,36 +19,12 @@ from specdec.contracts import Shape, ShowPrompt, TargetOutput
 from specdec.hf.compat import (
     MaskKinds,
     dense_attention,
-    hidden_states_argument,
     max_positions,
     supports_logits_to_keep,
 )
 from specdec.hf.names import CACHE
-from specdec.hf.states import tapped_states
 from specdec.round.tree import TreeBatch
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """The part of the prompt that is not in the cache yet, rows packed to the left.
-
-    Attributes:
-        token_ids: [B, n] int64, right-padded; None when only embeddings were given.
-        embeds: [B, n, H] input embeddings that replace the ids, or None.
-        counts: New tokens of each row, each at least 1.
-    """
-
-    token_ids: Tensor | None
-    embeds: Tensor | None
-    counts: list[int]
-
-    def chunk(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Columns `start:stop` as the model's input argument."""
-        if self.embeds is not None:
-            return {"inputs_embeds": self.embeds[:, start:stop]}
-        if self.token_ids is None:
-            raise ValueError("a prompt needs token_ids or embeds")
-        return {"input_ids": self.token_ids[:, start:stop]}
+from specdec.targets.prompts import Prompt, Taps, show_rows
 
 
 class HFTarget:
@@ -79,7 +54,7 @@ class HFTarget:
         self.model, self.prompt, self.cache = model, prompt, cache
         self.prefill_forwards = 0
         self._prefill_chunk = prefill_chunk
-        self._taps, self._all_hidden = taps, hidden_states
+        self.taps = Taps(taps, model.config, hidden_states)
         self._kinds = MaskKinds.of(model.config)
         self._dtype: torch.dtype = model.dtype  # asking walks all parameters
         self._positions = max_positions(model.config)
@@ -117,32 +92,18 @@ class HFTarget:
                 logits[row] = output.logits[row, kept]
             if output.hidden_states is not None:
                 hidden.append(output.hidden_states)
-            self._show_chunk(show, start, stop, output.features, before)
+            if show is not None and self.prompt.token_ids is not None:
+                shown = [min(count, stop) - start for count in counts]
+                offsets = [length + start for length in before]
+                show_rows(
+                    show, self.prompt.token_ids[:, start:stop], output.features, shown, offsets
+                )
             cache.set_lengths([length + stop for length in before])
         cache.set_lengths([n + count for n, count in zip(before, counts, strict=True)])
         last = torch.stack([logits[row] for row in range(len(counts))])[:, None]
         layers = zip(*hidden, strict=True)
         whole = tuple(torch.cat(layer, 1) for layer in layers) if hidden else None
         return TargetOutput(last, hidden_states=whole)
-
-    def _show_chunk(
-        self,
-        show: ShowPrompt | None,
-        start: int,
-        stop: int,
-        features: Tensor | None,
-        before: list[int],
-    ) -> None:
-        """Shows a chunk, rows of one length and offset at a time."""
-        if show is None or self.prompt.token_ids is None:
-            return
-        groups: dict[tuple[int, int], list[int]] = {}
-        for row, (count, length) in enumerate(zip(self.prompt.counts, before, strict=True)):
-            if count > start:
-                groups.setdefault((min(count, stop) - start, length + start), []).append(row)
-        for (size, offset), rows in groups.items():
-            ids = self.prompt.token_ids[rows, start : start + size]
-            show(rows, ids, None if features is None else features[rows, :size], offset)
 
     def _prefill_chunk_forward(self, start: int, stop: int, columns: list[int]) -> TargetOutput:
         width = stop - start
@@ -173,26 +134,13 @@ class HFTarget:
         """A forward over `tokens` [B, T]; `positions` count from the row's first slot."""
         return self._forward(input_ids=tokens, position_ids=positions, attention_mask=masks)
 
-    def _wanted_states(self) -> dict[str, Any]:
-        if self._all_hidden:
-            return {"output_hidden_states": True}
-        if not self._taps:
-            return {}
-        return {"output_hidden_states": hidden_states_argument(self._taps)}
-
     def _forward(self, **inputs: Any) -> TargetOutput:
-        inputs |= self._wanted_states()
+        inputs |= self.taps.arguments()
         masked = inputs.get("attention_mask") is not None
         with dense_attention(self.model) if masked else nullcontext():
             output = self.model(**inputs, **{CACHE: self.cache}, use_cache=True, return_dict=True)
-        hidden = tuple(output.hidden_states) if self._all_hidden else None
-        return TargetOutput(output.logits, self._features(output), hidden)
-
-    def _features(self, output: Any) -> Tensor | None:
-        """[B, T, F] tapped hidden states, concatenated."""
-        if not self._taps:
-            return None
-        return tapped_states(output.hidden_states, self._taps, self.model.config)
+        taps = self.taps
+        return TargetOutput(output.logits, taps.features(output), taps.every_state(output))
 
     def _masks(self, trees: TreeBatch, positions: Tensor) -> Tensor | dict[str, Tensor]:
         """Additive masks [B, 1, T, K]: float, because some families add what they are given."""

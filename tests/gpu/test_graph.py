@@ -8,7 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specdec.caches.tree_cache import TreeCache, View
 from specdec.round.tree import TokenTree, TreeBatch
 from specdec.round.verify import verify, walk_on_device
-from specdec.targets.tree_target import HFTarget, Prompt
+from specdec.targets.prompts import Prompt
+from specdec.targets.tree_target import HFTarget
 
 CAPACITY = 64
 PROMPT = [3, 14, 15, 92, 65, 35]

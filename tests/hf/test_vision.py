@@ -20,7 +20,7 @@ from specdec.api import capability
 from specdec.contracts import Needs
 from specdec.generate import fallback
 from specdec.hf.compat import dense_attention
-from specdec.targets.prompt_target import PlainPrompt
+from specdec.targets.prompts import PaddedPrompt
 
 NEW = 24
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
@@ -345,8 +345,8 @@ def test_a_prompt_that_trees_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(fallback, "why_not_trees", lambda *a: (runs.append(1), test(*a))[1])
     model = VISION["qwen2_vl"].build(torch.float64)
     specdec.augment(model, "prompt_lookup")
-    right = PlainPrompt.offsets
-    monkeypatch.setattr(PlainPrompt, "offsets", lambda self: right(self) + 1)
+    right = PaddedPrompt.offsets
+    monkeypatch.setattr(PaddedPrompt, "offsets", lambda self: right(self) + 1)
     inputs = image_prompt("qwen2_vl")
     for _ in range(2):
         with fallbacks() as texts:
@@ -361,12 +361,12 @@ def test_a_prompt_that_trees_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_prompt_that_fails_in_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: PlainPrompt, *_: Any) -> Tensor:
+    def broken(self: PaddedPrompt, *_: Any) -> Tensor:
         raise RuntimeError("no such thing\nas this")
 
     model = VISION["llava"].build(torch.float64)
     specdec.augment(model, "prompt_lookup")
-    monkeypatch.setattr(PlainPrompt, "continued", broken)
+    monkeypatch.setattr(PaddedPrompt, "continued", broken)
     with fallbacks() as texts:
         model.generate(**image_prompt("llava"), **GREEDY)
     assert "its self-test with such inputs failed: RuntimeError: no such thing." in texts[0]

@@ -26,7 +26,8 @@ from specdec.round import verify as verification
 from specdec.round.pickers import picker_of
 from specdec.round.verify import walk_on_device
 from specdec.stats import RoundRecord
-from specdec.targets.tree_target import HFTarget, Prompt
+from specdec.targets.prompts import Prompt
+from specdec.targets.tree_target import HFTarget
 
 pytestmark = [
     pytest.mark.usefixtures("throw_away_methods"),

@@ -59,7 +59,7 @@ CALL: tuple[Fault, ...] = (
     Fault(
         "padding_is_taken_for_text",
         "left padding",
-        _CALL,
+        "specdec/targets/prompts.py",
         "return [row.nonzero()[:, 0].cpu() for row in self.mask]",
         "return [torch.arange(self.total)] * self.batch",
         _PADDED,
@@ -67,15 +67,15 @@ CALL: tuple[Fault, ...] = (
     Fault(
         "ended_rows_are_padded_with_zero",
         "left padding",
-        _CALL,
-        "0 if self.pad_id is None else self.pad_id",
-        "0",
+        "specdec/generate/result.py",
+        "lengths, pad = state.prompt_lengths, call.ends.pad_id or 0",
+        "lengths, pad = state.prompt_lengths, 0",
         _PADDED,
     ),
     Fault(
         "padding_behind_ended_rows_is_not_cached",
         "left padding",
-        _CALL,
+        "specdec/generate/result.py",
         "while any(missing):",
         "while all(missing):",
         "tests/hf/test_caches.py::test_padding_that_the_next_turn_does_not_hide",
@@ -118,8 +118,8 @@ CALL: tuple[Fault, ...] = (
         "right_padding_is_not_noticed",
         "fallback missing",
         _FALLBACK,
-        "bool((call.mask[:, -1] == 0).any())",
-        "bool((call.mask[:, -1] == 0).all())",
+        "bool((prompt.mask[:, -1] == 0).any())",
+        "bool((prompt.mask[:, -1] == 0).all())",
         "tests/hf/test_fallthrough.py -k 'right_padded or fell_through'",
     ),
     Fault(
@@ -133,7 +133,7 @@ CALL: tuple[Fault, ...] = (
     Fault(
         "positions_of_the_users_own_are_ignored",
         "tree positions",
-        _CALL,
+        "specdec/targets/prompts.py",
         "return bool((positions == wanted).all())",
         "return bool((positions >= wanted).all())",
         "tests/hf/test_own_inputs.py -k positions",

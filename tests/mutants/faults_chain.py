@@ -101,9 +101,9 @@ CHAIN: tuple[Fault, ...] = (
     Fault(
         "the_returned_cache_is_not_settled",
         "recurrent / hybrid / static / quantised caches",
-        "specdec/generate/call.py",
-        "                [tail[:-1] for tail in self.padded_tails(state)], bool(recorder.wanted)",
-        "                [], bool(recorder.wanted)",
+        "specdec/generate/result.py",
+        "            [tail[:-1] for tail in tails], bool(recorder.wanted)",
+        "            [], bool(recorder.wanted)",
         "tests/hf/test_chain_caches.py -k returned",
     ),
     Fault(

@@ -11,16 +11,17 @@ FUZZ: tuple[Fault, ...] = (
         "a_cache_of_other_rows_is_adopted",
         "fallback missing",
         _FALLBACK,
-        "if cached is not None and cached != call.batch:",
-        "if cached is not None and cached > call.batch:",
+        "if cached is not None and cached != prompt.batch:",
+        "if cached is not None and cached > prompt.batch:",
         f"{_LAYOUTS} -k 'other_rows'",
     ),
     Fault(
         "a_dropped_mask_is_not_measured",
         "fallback missing",
         _FALLBACK,
-        "if call.total not in (call.given, call.past + call.given):",
-        "if call.mask is not None and call.total not in (call.given, call.past + call.given):",
+        "if prompt.total not in (prompt.given, prompt.past + prompt.given):",
+        "if prompt.mask is not None and "
+        "prompt.total not in (prompt.given, prompt.past + prompt.given):",
         f"{_LAYOUTS} -k 'mask_of_ones'",
     ),
     Fault(
@@ -35,8 +36,8 @@ FUZZ: tuple[Fault, ...] = (
         "an_empty_batch_is_decoded",
         "fallback missing",
         _FALLBACK,
-        "if not call.batch:",
-        "if call.batch is None:",
+        "if not prompt.batch:",
+        "if prompt.batch is None:",
         f"{_LAYOUTS} -k 'without_rows'",
     ),
     Fault(
@@ -59,8 +60,8 @@ FUZZ: tuple[Fault, ...] = (
         "streams_are_taken_for_rows",
         "scores of the wrong row",
         _FALLBACK,
-        "if call.wanted_outputs().hidden_states and streams > 1:",
-        "if call.wanted_outputs().hidden_states and streams < 1:",
+        "if call.wanted.hidden_states and streams > 1:",
+        "if call.wanted.hidden_states and streams < 1:",
         f"{_LAYOUTS} -k 'streams'",
     ),
     Fault(

@@ -184,8 +184,8 @@ LIVE: tuple[Fault, ...] = (
         "hidden_states_of_padding_are_left_out",
         "scores of the wrong row",
         "specdec/generate/call.py",
-        "        return bool(self.own_inputs) or (padded and self.wanted_outputs().hidden_states)",
-        "        return bool(self.own_inputs)",
+        "        return bool(prompt.own_inputs) or (padded and self.wanted.hidden_states)",
+        "        return bool(prompt.own_inputs)",
         "tests/hf/test_outputs.py -k everything",
     ),
 )

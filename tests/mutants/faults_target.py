@@ -204,8 +204,8 @@ TARGET: tuple[Fault, ...] = (
         "an_adopted_prefix_is_not_counted_for_the_drafter",
         "the drafter is shown the wrong row",
         _TARGET,
-        "groups.setdefault((min(count, stop) - start, length + start), [])",
-        "groups.setdefault((min(count, stop) - start, start), [])",
+        "offsets = [length + start for length in before]",
+        "offsets = [start for length in before]",
         "tests/hf/test_prompts_shown.py",
     ),
     # User caches.

@@ -25,8 +25,9 @@ import torch
 from specdec.caches.tree_cache import TreeCache
 from specdec.hf.compat import input_device
 from specdec.round.tree import TokenTree, TreeBatch
+from specdec.targets.prompts import Prompt
 from specdec.targets.self_test import evaluating
-from specdec.targets.tree_target import HFTarget, Prompt
+from specdec.targets.tree_target import HFTarget
 from specdec_bench.results.records import CurveRecord, PassRecord
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)

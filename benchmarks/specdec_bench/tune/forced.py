@@ -26,8 +26,9 @@ from specdec.registry import methods
 from specdec.round.pickers import Picks
 from specdec.round.tree import TokenTree, TreeBatch, bucket_size
 from specdec.round.verify import Verdict
+from specdec.targets.prompts import Prompt
 from specdec.targets.self_test import evaluating
-from specdec.targets.tree_target import HFTarget, Prompt
+from specdec.targets.tree_target import HFTarget
 from specdec_bench.measure.units import Unit
 from specdec_bench.tune.grid import Candidate
 from specdec_bench.tune.measured import Rounds

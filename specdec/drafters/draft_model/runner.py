@@ -21,7 +21,8 @@ from specdec.hf.compat import input_device, max_positions
 from specdec.hf.names import cache_argument
 from specdec.hf.steps import prefill_as_plain, prepared_call, step_inputs
 from specdec.round.tree import TreeBatch
-from specdec.targets.tree_target import HFTarget, Prompt
+from specdec.targets.prompts import Prompt
+from specdec.targets.tree_target import HFTarget
 
 _SHORT = 16  # tokens a row that are caught up in one forward with logits at all of them
 _PREFILL_CHUNK = 2048  # tokens a forward over a long text; its mask grows with the square
