@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from _pytest.mark.expression import Expression
 
+from laws import test_text
 from mutants.fault import Fault, FaultError
 from mutants.faults import FAULTS
 from mutants.run import chosen, judged
@@ -29,6 +31,17 @@ def test_a_fault_fits_the_code(fault: Fault) -> None:
         path, *names = node.split("[")[0].split("::")
         assert (ROOT / path).exists(), path
         assert all(f"def {name}(" in (ROOT / path).read_text(encoding="utf-8") for name in names)
+
+
+def test_the_laws_that_faults_rely_on_are_run() -> None:
+    """An expression that chooses no test of the fast grid would catch nothing."""
+    laws = [fault.selection for fault in FAULTS if "tests/laws/test_text.py" in fault.tests]
+    for selection in dict.fromkeys(laws):
+        name, expression = selection[0].split("::")[1], Expression.compile(selection[2])
+        cells = [mark for mark in getattr(test_text, name).pytestmark if mark.name == "parametrize"]
+        fast = [str(cell.id) for cell in cells[0].args[1] if not cell.marks]
+        ids = [str(cell.id) for cell in cells[0].args[1]] if "" in selection else fast
+        assert any(expression.evaluate(lambda word, id=id: word in id) for id in ids), selection
 
 
 def test_there_are_many_faults_and_each_has_a_name() -> None:
