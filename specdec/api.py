@@ -131,7 +131,7 @@ def augment(
     memory: dict[str, Any] = {}
     for each in by_batch.values() or [settings]:
         method = each.method or "none"
-        drafter = methods.create(method, methods.configure(method, each.options))
+        drafter = methods.create(method, each.options)
         introduce(drafter, compat.unwrap(model), memory)
     restore(model)
     replaced = vars(model).get("generate")

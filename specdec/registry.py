@@ -133,14 +133,16 @@ class Registry:
         """The options that a method declares, by name."""
         return declared(getattr(self.load(name), "Config", NoOptions))
 
-    def samples_drafts(self, name: str, config: Any) -> bool:
+    def samples_drafts(self, name: str, options: Mapping[str, Any]) -> bool:
         """Whether the method samples its drafts, by its class and by the switch of its options."""
         option = getattr(self.load(name), "sampling_option", None)
-        return isinstance(option, str) and getattr(config, option, False) is True
+        if not isinstance(option, str):
+            return False
+        return getattr(self.configure(name, options), option, False) is True
 
-    def create(self, name: str, config: Any) -> Drafter:
-        """A fresh drafter for one call."""
-        return self.load(name)(config)
+    def create(self, name: str, options: Mapping[str, Any]) -> Drafter:
+        """A fresh drafter for one call; raises `ConfigError` as `configure` does."""
+        return self.load(name)(self.configure(name, options))
 
 
 def _checked(name: str, drafter: Any) -> Callable[[Any], Drafter]:

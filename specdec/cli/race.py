@@ -91,7 +91,7 @@ def choose_arms(model: Any) -> tuple[list[Arm], dict[str, str]]:
     for name in methods.names():
         try:
             options = _options_of(name, model)
-            introduce(methods.create(name, methods.configure(name, options)), model, {})
+            introduce(methods.create(name, options), model, {})
         except (SpecdecError, TypeError) as problem:
             left_out[name] = str(problem)
             continue

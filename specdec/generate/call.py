@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.generation import StoppingCriteriaList
 
 from specdec.caches import user_cache
@@ -85,6 +86,10 @@ class PreparedCall:
         prompt = self.prompt
         padded = prompt.mask is not None and prompt.positions is not None
         return bool(prompt.own_inputs) or (padded and self.wanted.hidden_states)
+
+    def lay_out(self, states: Tensor) -> Tensor:
+        """[B, w, H] the prompt's hidden states as plain returns them, from the target's."""
+        return states.clone() if self.runs_as_padded else self.prompt.laid_out(states)
 
 
 def _ends(criteria: Any, config: Any, width: int) -> Ends:

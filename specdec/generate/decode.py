@@ -69,12 +69,9 @@ class SpeculativeDecode:
         """Decodes a prepared call; returns what plain `generate` would return."""
         prompt = PaddedPrompt(input_ids, generation_config, kwargs)
         call = PreparedCall.of(model, prompt, logits_processor, stopping_criteria, self.keeps_cache)
-        method = self.settings.method or "none"
-        self.stats = GenerationStats(
-            method, self.found.mode, self.found.reason, options=dict(self.settings.options)
-        )
-        config = methods.configure(method, self.settings.options)
-        drafter = methods.create(method, config)
+        method, options = self.settings.method or "none", dict(self.settings.options)
+        self.stats = GenerationStats(method, self.found.mode, self.found.reason, options=options)
+        drafter = methods.create(method, options)
         introduce(drafter, model, self.memory)
         reason = why_prepared_is_plain(call, self.found, drafter.shape)
         if reason is not None:
@@ -89,7 +86,7 @@ class SpeculativeDecode:
                 generation_config=generation_config,
                 **kwargs,
             )
-        return self._decode(call, drafter, methods.samples_drafts(method, config))
+        return self._decode(call, drafter, methods.samples_drafts(method, options))
 
     def _decode(self, call: PreparedCall, drafter: Drafter, sampled_drafts: bool) -> Any:
         settings, taps = self.settings, drafter.needs.taps
@@ -98,9 +95,8 @@ class SpeculativeDecode:
         target = target_of(call, state, self.found.mode, taps, budget)
         prefix = PrefixIds(call.prompt.input_ids, call.ends.max_new_tokens)
         picker = picker_for(call, prefix)
-        recorder = Recorder(call.wanted, state, picker, None if call.runs_as_padded
-                            else call.prompt.laid_out)  # fmt: skip
-        observers: list[Observer] = [recorder] if recorder.wanted else []
+        recorder = Recorder(call.wanted, state, picker, call.lay_out)
+        observers: list[Observer] = [recorder] if any(call.wanted) else []
         if self.streamer is not None:
             observers.append(StreamObserver(self.streamer, state, call.ends.pad_id))
         if settings.on_round is not None:

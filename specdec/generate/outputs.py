@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,16 +13,12 @@ from specdec.round.pickers import Picker
 from specdec.stats import RoundRecord
 
 
-@dataclass(frozen=True, slots=True)
-class WantedOutputs:
+class WantedOutputs(NamedTuple):
     """Which optional outputs a call returns."""
 
     scores: bool = False
     logits: bool = False
     hidden_states: bool = False
-
-    def __bool__(self) -> bool:
-        return self.scores or self.logits or self.hidden_states
 
 
 class Recorder:
@@ -35,8 +30,7 @@ class Recorder:
         wanted: Which of them.
         state: The rows, at the start of the call.
         picker: Chooses the tokens.
-        lay_out: Pads the prompt's hidden states [B, n, H] as the batch is; None where the target
-            returns them so.
+        lay_out: Pads the prompt's hidden states as the batch is.
     """
 
     def __init__(
@@ -44,10 +38,10 @@ class Recorder:
         wanted: WantedOutputs,
         state: BatchState,
         picker: Picker,
-        lay_out: Callable[[Tensor], Tensor] | None,
+        lay_out: Callable[[Tensor], Tensor],
     ) -> None:
         self.wanted = wanted
-        self._lay_out, self._picker = lay_out or Tensor.clone, picker
+        self._lay_out, self._picker = lay_out, picker
         rows = range(len(state.tokens))
         self._scores: list[list[Tensor]] = [[] for _ in rows]
         self._logits: list[list[Tensor]] = [[] for _ in rows]

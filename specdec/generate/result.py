@@ -47,9 +47,7 @@ def _write_back(
     """Puts the call's tokens into the cache that plain `generate` would have filled."""
     prompt, tails = call.prompt, _padded_tails(call, state)
     if isinstance(target, ChainTarget):
-        for output, first, counts in target.settle(
-            [tail[:-1] for tail in tails], bool(recorder.wanted)
-        ):
+        for output, first, counts in target.settle([tail[:-1] for tail in tails], any(call.wanted)):
             recorder.add_padding(output, first, counts, call.ends.pad_id or 0)
         target.cache.hand_over(prompt.cache)
         return

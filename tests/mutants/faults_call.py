@@ -35,8 +35,9 @@ CALL: tuple[Fault, ...] = (
         "a_drafter_serves_the_next_call_too",
         "patches and state that outlive a call",
         _REGISTRY,
-        "return self.load(name)(config)",
-        'return self.__dict__.setdefault("made", {}).setdefault(name, self.load(name)(config))',
+        "return self.load(name)(self.configure(name, options))",
+        "made = self.load(name)(self.configure(name, options))\n"
+        '        return self.__dict__.setdefault("made", {}).setdefault(name, made)',
         "tests/hf/test_processors.py::test_prefix_dependent_processors",
     ),
     Fault(

@@ -64,7 +64,7 @@ LIVE: tuple[Fault, ...] = (
         "a_law_needs_no_switch",
         "a drafter changes the text",
         "specdec/registry.py",
-        "getattr(config, option, False) is True",
+        "getattr(self.configure(name, options), option, False) is True",
         'option != ""',
         f"{_I5} -k a_law_needs",
     ),

@@ -174,7 +174,7 @@ class ReplayMethod:
         if store is not None:
             options |= {"store": store, "space": SPACE, "tokenizer": fingerprint}
             options["store_update"] = False  # replay adds answers when their prompt is done
-        drafter = methods.create(self.method, methods.configure(self.method, options))
+        drafter = methods.create(self.method, options)
         if not isinstance(drafter, RowDrafter) or drafter.needs != Needs():
             reason = _WHY_NOT.get(self.method, "it reads more from the target than its text")
             raise ConfigError(f"method {self.method!r} cannot be replayed: {reason}")

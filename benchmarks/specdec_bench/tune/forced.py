@@ -185,7 +185,7 @@ def force(method: str, options: dict[str, Any], model: Any, units: Sequence[Unit
     memory: dict[str, Any] = {}
     with evaluating(model):
         for unit in units:
-            drafter = methods.create(method, methods.configure(method, options))
+            drafter = methods.create(method, options)
             introduce(drafter, model, memory)
             found.grown.append(_force_unit(drafter, model, unit, memory))
     return found

@@ -27,9 +27,7 @@ _DEEP = 1 << 20
 
 def replay(candidate: Candidate, unit: Unit, vocab_size: int) -> Rounds:
     """The rounds of one unit, with the seconds that the drafter took on this host."""
-    drafter = methods.create(
-        candidate.method, methods.configure(candidate.method, candidate.mapping)
-    )
+    drafter = methods.create(candidate.method, candidate.mapping)
     state = forced_state(unit, vocab_size)
     state.depth_limit = _DEEP
     found, texts = Rounds(), unit.text_ids
