@@ -21,6 +21,7 @@ from specdec.api import capability
 from specdec.errors import ConfigError, FallbackWarning
 from specdec.targets import watched_test
 from specdec.targets.model_state import ModelState
+from specdec.targets.prompts import Taps
 
 NEW = 24
 MODES: tuple[dict[str, Any], ...] = ({"do_sample": False}, {"do_sample": True, "temperature": 1.3})
@@ -495,13 +496,9 @@ def test_a_pickled_model_is_tested_anew(tests_run: list[Any]) -> None:
 
 def test_hooks_of_a_call_are_not_the_models(tests_run: list[Any]) -> None:
     """Another thread's call may have its hook on the model at this moment."""
-    from specdec.targets.chain_target import ChainTarget
-
     model = augmented()
     before = ModelState.of(model)
-    target = ChainTarget.__new__(ChainTarget)
-    target.model, target._taps = model, ()
-    with target._collected_features():
+    with Taps((), model.config).collected(model):
         assert ModelState.of(model).same_as(before)
         run(model)
     assert len(tests_run) == 1
