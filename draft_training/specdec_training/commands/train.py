@@ -14,7 +14,7 @@ import torch
 from specdec.artifacts.atomic_files import make_folder
 from specdec.artifacts.run_lock import RunLock
 from specdec.artifacts.target_fingerprint import TargetFingerprint
-from specdec.artifacts.terminal import colour_wanted, say
+from specdec.artifacts.terminal import colour_wanted, say, say_next
 from specdec.errors import ConfigError, SpecdecError
 from specdec.heads.checkpoints.load import load_head, save_head
 from specdec.heads.eagle3.config import Eagle3Config
@@ -309,5 +309,11 @@ def _say_result(result: RunResult, folder: Path, options: TrainOptions) -> None:
         say(f"{result.skipped} steps were skipped, see {folder / 'bad_batches.jsonl'}")
     for line in summary(result.history, result.baselines, colour):
         say(line)
-    if (folder / "head").is_dir():
-        say(f"head: {folder / 'head'}")
+    head = folder / "head"
+    if head.is_dir():
+        say(f"head: {head}")
+        say_next(
+            "write with it, and compare with plain generate",
+            *("generate", "--model", options.target, "--method", "eagle3"),
+            *("--option", f"draft={head}", "--prompt", "Once upon a time", "--compare"),
+        )
