@@ -85,8 +85,6 @@ class Session:
 
     Args:
         model: To be augmented before it answers.
-        tokenizer: Its tokenizer.
-        options: Of the command.
     """
 
     def __init__(self, model: Any, tokenizer: Any, options: GenerateOptions) -> None:
@@ -268,9 +266,8 @@ def print_stats(stats: GenerationStats, tokens: int, seconds: float) -> None:
     """What a call did, to standard error.
 
     Args:
-        stats: Of the call.
         tokens: Its new tokens; a call that ran as plain `generate` does not count them.
-        seconds: Its duration.
+        seconds: Wall time of the call, prompt included.
     """
     stream = sys.stderr
     lines = [

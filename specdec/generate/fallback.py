@@ -81,8 +81,6 @@ def why_prepared_is_plain(call: Prepared, found: Capability, shape: Shape = "any
     """Why a prepared call must run as plain `generate`, or None.
 
     Args:
-        call: The call.
-        found: The model's self-test.
         shape: Trees that the drafter proposes.
     """
     reason = _why_layout(call)  # what the checks after it read rows and slots from

@@ -20,7 +20,7 @@ class HostStopRules:
     """Stop rules of one call.
 
     Args:
-        max_new_tokens: Length limit.
+        max_new_tokens: Most tokens of a row, the prompt not counted.
         eos_ids: Tokens that end a row.
         criteria: Everything else (stop strings, time, the user's own), or None.
         prefix: Ids shown to `criteria`.

@@ -35,7 +35,6 @@ class ChainCall:
 
     Attributes:
         input_ids: [B, S] left-padded ids.
-        generation_config: The call's configuration.
         kwargs: Model keyword arguments as `generate` prepared them, cache included.
         padding: Padding tokens in front of each row.
         total: Slots of the prompt, padding and what the cache already holds included.
@@ -55,7 +54,6 @@ class ChainTarget:
 
     Args:
         model: A model whose self-test chose chain mode.
-        call: The prepared call.
         state: The rows; emitted tokens are read from it when they have to be fed again.
         taps: Layers whose output hidden states the drafter reads.
     """
@@ -252,7 +250,6 @@ class ChainTarget:
         Rows need not advance alike: those that are not fed go back.
 
         Args:
-            texts: Ids.
             logits: Whether all logits of the forwards are wanted, or the last ones will do.
 
         Yields:

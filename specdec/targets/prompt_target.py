@@ -37,7 +37,6 @@ class PlainPrompt:
 
     Attributes:
         input_ids: [B, S] left-padded ids; [B, 0] when only embeddings were given.
-        generation_config: The call's configuration.
         kwargs: Model keyword arguments as `generate` prepared them, cache included.
         slots: Per row, the columns of the padded layout that hold tokens, in order.
         total: Columns of the padded layout, what the cache already holds included.
@@ -99,7 +98,6 @@ class PromptTarget(HFTarget):
 
     Args:
         model: A model whose self-test chose tree mode.
-        prompt: The prepared call.
         cache: Empty tree cache with room for the prompt.
         taps: Layers whose output hidden states the drafter reads.
         hidden_states: Return all layers' hidden states.

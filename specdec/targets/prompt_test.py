@@ -33,7 +33,6 @@ def why_not_trees(model: Any, prompt: PlainPrompt, noise: float) -> str | None:
 
     Args:
         model: A model whose self-test chose tree mode.
-        prompt: The prepared call.
         noise: Rounding noise that the model's self-test found.
     """
     try:

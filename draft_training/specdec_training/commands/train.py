@@ -43,9 +43,6 @@ _WAIT = datetime.timedelta(hours=2)  # for the process that measures, or loads
 def run_train(options: TrainOptions) -> int:
     """Trains a head.
 
-    Args:
-        options: What to do.
-
     Returns:
         Exit code: 0, or 128 and the signal's number when one ended the run.
 
@@ -174,9 +171,8 @@ def head_config(options: TrainOptions, model_config: Any, draft_vocab: int) -> E
     """The shape of a new head: that of one layer of the target.
 
     Args:
-        options: Flags and widths.
-        model_config: The target's configuration.
-        draft_vocab: D.
+        options: Flags of the head, and the widths that differ from the target's.
+        draft_vocab: D, tokens that the head can propose.
     """
     text = model_config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or max(text.hidden_size // 64, 1)

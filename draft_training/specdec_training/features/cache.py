@@ -49,12 +49,12 @@ class FeatureKey:
     """What features are of; folders of another key do not fit.
 
     Attributes:
-        target: The target.
+        target: Fingerprint of the target's configuration and tokenizer.
         weights: Hash over samples of its weights, which a fine-tuned sibling changes; or empty.
         data_hash: Of the prepared data.
         aux_layers: Layers whose outputs are concatenated, as in `Eagle3Config`.
         dtype: Name of the type that the features are kept in.
-        rows: Examples.
+        rows: Number of examples.
         tokens: Tokens of all examples.
         logit_scale: Factor after the output matrix.
         logit_cap: Bound of the logits after that, or None.
@@ -118,8 +118,8 @@ class Shard:
     """Which examples a file holds.
 
     Attributes:
-        number: Of the file.
-        first: First example.
+        number: Of the file, from 0.
+        first: Number of its first example.
         stop: Example after its last one.
         tokens: Of all of them.
     """
@@ -296,10 +296,6 @@ class CachedFeatures:
 
 class OpenShard:
     """A shard whose tensors are mapped; what is read is just the part that is asked for.
-
-    Args:
-        folder: Of the features.
-        shard: Which.
 
     Raises:
         FeatureError: It cannot be read, or does not hold what the index says.

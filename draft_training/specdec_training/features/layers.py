@@ -18,7 +18,6 @@ def chosen_layers(named: Sequence[int], model_config: Any) -> tuple[int, ...]:
 
     Args:
         named: Layers counted from 0, whose output is read; -1 stands for the embeddings.
-        model_config: The target's configuration.
 
     Raises:
         ConfigError: No head can be written that reads these layers.

@@ -61,7 +61,6 @@ def estimate_bytes(
     """Bytes that the features will take, embeddings and output matrix of the target included.
 
     Args:
-        prepared: The data.
         model_config: The target's Hugging Face configuration.
         aux_layers: Layers that are recorded, beside the last hidden states.
         dtype: A key of `DTYPES`.
@@ -92,7 +91,6 @@ def write_features(
 
     Args:
         target: A loaded causal language model.
-        prepared: The data.
         aux_layers: Layers whose outputs are recorded, as in `Eagle3Config`; and the last one's.
         folder: Made when missing. Finished shards of a killed process are kept; a folder that
             holds all of these features already is left as it is.
