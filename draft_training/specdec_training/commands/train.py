@@ -56,7 +56,7 @@ def run_train(options: TrainOptions) -> int:
     check_run_folder(folder)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    chosen_layers(options.aux_layers, load_config(options.target))
+    chosen_layers(options.taps, load_config(options.target))
     device = _device(options.device)
     if options.precision == "auto":
         fast = _bf16_is_faster(device.type)
@@ -186,7 +186,7 @@ def head_config(options: TrainOptions, model_config: Any, draft_vocab: int) -> E
         vocab_size=text.vocab_size,
         draft_vocab_size=draft_vocab,
         target_hidden_size=text.hidden_size,
-        aux_output_layers=chosen_layers(options.aux_layers, text),
+        aux_output_layers=chosen_layers(options.taps, text),
         rms_norm_eps=float(getattr(text, "rms_norm_eps", None) or 1e-6),
         rope=_rope(text),
         max_position_embeddings=getattr(text, "max_position_embeddings", None) or 2048,
