@@ -56,7 +56,7 @@ def run_prepare(options: DataPrepareOptions) -> int:
     say_next(
         "train a head on it",
         *("train", "--target", options.target, "--data", options.output),
-        *("--output", f"{options.output}-run"),
+        *("--output", f"{options.output}".removesuffix("-data") + "-run"),
     )
     return 0
 
