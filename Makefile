@@ -84,7 +84,7 @@ demo-head: .venv/.train ## train the bundled head again, longer than train-demo 
 		--max-length 512 --held-out 24 --held-out-input demo-held-out --min-lines 4 --max-lines 12 \
 		--output runs/bundled-data/prepared --overwrite
 	$(TEST_ENV) $(BIN)/specdec train --data runs/bundled-data/prepared --output runs/bundled-head \
-		--aux-layers 1 --aux-layers 2 --aux-layers 4 --steps 6000 --eval-every 1000 --eval-prompts 12 \
+		--taps 1 --taps 2 --taps 4 --steps 6000 --eval-every 1000 --eval-prompts 12 \
 		--patience 0 --fc-norm --feed-post-norm --threads 1
 	$(TEST_ENV) $(BIN)/specdec data regenerate --input demo --limit 4600 --min-lines 1 --max-lines 12 \
 		--max-new-tokens 256 --drop-loops --batch-size 48 --output runs/bundled-data/more.jsonl

@@ -47,7 +47,7 @@ class TargetFacts:
         embeddings: [V, H] input embeddings.
         output_embeddings: [V, H] output matrix, or None.
         device: Where the drafter's tensors belong.
-        dtype: The target's own.
+        dtype: That the target computes in.
         memory: Survives from call to call on the same augmented model.
     """
 

@@ -120,7 +120,6 @@ def check_ids(ids: Tensor, model: Any, what: str) -> None:
     """Refuses token ids for which the model has no embeddings: the tokenizer is another model's.
 
     Args:
-        ids: Of any shape.
         model: That is to read them.
         what: Holds them, in the message.
 

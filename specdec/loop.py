@@ -43,9 +43,9 @@ class Call:
     """Everything one call needs besides target and drafter.
 
     Attributes:
-        state: The rows.
+        state: Progress of all rows, which the loop advances.
         picker: Chooses the target's tokens.
-        stops: Ends rows.
+        stops: Rules that cut every round before it is committed.
         budget: Nodes a round may verify.
         stats: Filled in by the loop.
         observers: Told about every round.

@@ -27,7 +27,7 @@ class Range:
     """Numbers that an option takes, and those that a tuner tries.
 
     Attributes:
-        least: The smallest.
+        least: Smallest number that is accepted.
         most: The largest, itself included.
         tries: In rising order; empty where there is nothing to tune.
     """
@@ -49,11 +49,11 @@ class Option:
     """One declared option.
 
     Attributes:
-        name: Of the field.
+        name: Of the field, with underscores.
         types: What it may be; empty where anything is taken.
         range: Of a number, or None.
         required: Whether it has no default.
-        default: Its default.
+        default: Value where none is given; meaningless for a required option.
     """
 
     name: str

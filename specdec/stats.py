@@ -46,9 +46,9 @@ class GenerationStats:
     """Totals of one `generate` call.
 
     Attributes:
-        method: Drafter that ran.
+        method: Name of the drafter that ran, as registered.
         mode: "tree" or "chain", or "plain" when the call ran as plain `generate`.
-        mode_reason: Why this mode.
+        mode_reason: Why the model is verified in this mode, in words.
         options: Options of the method, as given or chosen.
         new_tokens: Emitted tokens over all rows, after the stop rules.
         rounds: Target forwards over trees, prefill not counted.

@@ -57,7 +57,7 @@ class FeatureBatch:
     """A token batch with what the target says about it.
 
     Attributes:
-        tokens: The batch.
+        tokens: The batch that the target has read.
         aux: [B, T, F] the tapped layers' hidden states, concatenated.
         last_hidden: [B, T, Ht] what the target's output matrix reads.
     """

@@ -41,7 +41,7 @@ def only_writer(descriptor: int, path: Path) -> Iterator[None]:
 
     Args:
         descriptor: Of the file, open for writing; the lock ends with it at the latest.
-        path: Its name.
+        path: Its name, for messages.
 
     Raises:
         BusyError: Another process holds the lock.
@@ -73,7 +73,6 @@ def append(descriptor: int, content: bytes) -> None:
 
     Args:
         descriptor: Of a file that was opened to append.
-        content: The piece.
 
     Raises:
         OSError: It does not fit; what part of it reached the file has been cut off again.

@@ -42,7 +42,6 @@ def check_numbers(
     """Refuses numbers out of range; None is none.
 
     Args:
-        options: Of a command.
         least: Smallest value by option; those that are not named are not looked at.
         most: Largest value, where it is not that of torch's counters.
 

@@ -77,7 +77,6 @@ def read_model(
     """The model with all its weights, in evaluation mode.
 
     Args:
-        place: Of its files.
         config: As `read_config` gives it.
         dtype: As `from_pretrained` takes it.
         device_map: As `from_pretrained` takes it.
@@ -130,7 +129,6 @@ def loading(place: Place, kind: Kind = MODEL, part: str = "") -> Iterator[dict[s
     """Yields how to call `from_pretrained`; its output and errors become brief.
 
     Args:
-        place: Of the files.
         kind: What they are, in messages.
         part: Of it, in messages: "the tokenizer of ".
 

@@ -29,7 +29,7 @@ class Kind:
     """What is looked for.
 
     Attributes:
-        what: In messages.
+        what: What it is called in messages, as in "model".
         bundled: Finds the one that comes with the package.
         has_owner: Its hub ids name one; without, they are taken for folders that are missing.
     """

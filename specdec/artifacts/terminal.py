@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -18,6 +19,20 @@ _DIM, _BOLD = "\x1b[2m", "\x1b[1m"
 def say(text: str = "", stream: TextIO | None = None) -> None:
     """Writes a line to standard output, or to `stream`."""
     print(text, file=stream or sys.stdout, flush=True)
+
+
+def say_next(what: str, *command: object) -> None:
+    """Names the command that comes next, on a line of its own to paste into a shell.
+
+    Silent unless a terminal shows standard error: a file or another program has no use for it.
+
+    Args:
+        what: What the command does, as in "train a head".
+        *command: Its words behind `specdec`.
+    """
+    if sys.stderr.isatty():
+        line = shlex.join(["specdec", *map(str, command)])
+        say(f"\nnext, {what}:\n  {line}", sys.stderr)
 
 
 def colour_wanted(stream: TextIO, no_colour: bool = False) -> bool:

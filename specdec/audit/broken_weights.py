@@ -50,7 +50,6 @@ def check_weights(model: nn.Module, name: str) -> None:
     """Raises `UnsupportedModelError` for a model that no text can come of.
 
     Args:
-        model: Any model.
         name: How the message calls it.
     """
     found = first_broken_parameter(model.named_parameters())

@@ -91,7 +91,7 @@ class TreeCache(Cache):
     """KV cache of one `generate` call.
 
     Args:
-        batch: Rows.
+        batch: Rows that are decoded together, B.
         device: Where the row lengths live.
         capacity: Slots to allocate at first; grows by half when exceeded.
         view: "live" shows slots up to the longest row (dense masks); "capacity" always shows the

@@ -48,7 +48,6 @@ def unsupported_cache(
     Args:
         cache: The cache of the call.
         slots: Slots that plain `generate` may fill, those that are filled already included.
-        config: Of the model.
         laid: How the model lays out its layers; a static cache may be laid out before its first
             token, and otherwise.
     """

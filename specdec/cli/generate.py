@@ -13,7 +13,7 @@ from transformers import TextStreamer
 
 from specdec.api import augment, last_stats
 from specdec.artifacts.places import TOY
-from specdec.artifacts.terminal import bar, facts, say
+from specdec.artifacts.terminal import bar, facts, say, wrapped
 from specdec.cli.options import GenerateOptions
 from specdec.cli.race import bundled_head_options
 from specdec.cli.reading import chat_lines, check_input, prompt_text
@@ -36,6 +36,10 @@ from specdec.stats import GenerationStats
 _DEFAULT_NEW_TOKENS = 128
 _DEFAULT_SEED = 0
 _COMPARED_RUNS = 2
+_NOT_COMPARED = (
+    "whether that was faster than plain generate was not measured: --compare does it on this text, "
+    "and `specdec bench run` on many, with intervals"
+)
 _ANSWER_SHARE = 4  # of the context, what a chat leaves for an answer where nothing is said
 
 
@@ -81,8 +85,6 @@ class Session:
 
     Args:
         model: To be augmented before it answers.
-        tokenizer: Its tokenizer.
-        options: Of the command.
     """
 
     def __init__(self, model: Any, tokenizer: Any, options: GenerateOptions) -> None:
@@ -163,6 +165,8 @@ class Session:
             print_stats(stats, len(new), seconds)
         if self.options.compare:
             self._compare(ids, limit, new)
+        elif self.options.stats:
+            say(wrapped(_NOT_COMPARED), sys.stderr)
         text: str = self.tokenizer.decode(new, skip_special_tokens=True)
         return text
 
@@ -176,7 +180,8 @@ class Session:
                 text = self._generate(ids, limit, specdec=None if method else False)
                 seconds[method] += time.perf_counter() - begin
             same = same and text == new
-        print_comparison(seconds[False] / seconds[True], same)
+        exact = self.model.dtype in (torch.float32, torch.float64)
+        print_comparison(seconds[False] / seconds[True], same, exact)
 
     def _generate(self, ids: Tensor, limit: int, **how: Any) -> list[int]:
         """The new tokens of one call."""
@@ -235,18 +240,24 @@ def _chat(session: Session) -> int:
     return 0
 
 
-def print_comparison(ratio: float, same: bool) -> None:
+def print_comparison(ratio: float, same: bool, exact: bool) -> None:
     """How the method did against plain `generate`, to standard error.
 
     Args:
-        ratio: Seconds of plain `generate` over those of the method.
+        ratio: Seconds of plain `generate` over those of the method; not said of another text.
         same: Whether all runs wrote the same tokens.
+        exact: Whether the model's arithmetic is one in which they must.
     """
     speed = f"{ratio:.2f}x of plain generate on this text"
     if ratio < 1:
         speed = f"slower than plain generate on this text: {ratio:.2f}x; try another --method"
-    lines = [("speed", f"{speed} ({_COMPARED_RUNS} runs each, in turn)")]
-    lines.append(("text", "identical" if same else "not identical: half precision rounds"))
+    speed = f"{speed} ({_COMPARED_RUNS} runs each, in turn)"
+    text = "identical"
+    if not same:
+        speed = "not said, for the texts differ"
+        why = "this is a bug, please report it" if exact else "half precision rounds near-ties"
+        text = f"not identical: {why}"
+    lines = [("speed", speed), ("text", text)]
     say("", sys.stderr)
     say("\n".join(facts(lines)), sys.stderr)
 
@@ -255,9 +266,8 @@ def print_stats(stats: GenerationStats, tokens: int, seconds: float) -> None:
     """What a call did, to standard error.
 
     Args:
-        stats: Of the call.
         tokens: Its new tokens; a call that ran as plain `generate` does not count them.
-        seconds: Its duration.
+        seconds: Wall time of the call, prompt included.
     """
     stream = sys.stderr
     lines = [
@@ -266,9 +276,10 @@ def print_stats(stats: GenerationStats, tokens: int, seconds: float) -> None:
         ("new tokens", f"{tokens:,} in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s"),
     ]
     if stats.rounds:
-        forwards = f"{stats.rounds:,} rounds and {stats.prefill_forwards:,} over the prompt"
+        total = stats.rounds + stats.prefill_forwards
+        parts = f"{stats.rounds:,} rounds and {stats.prefill_forwards:,} over the prompt"
         lines += [
-            ("forwards", forwards),
+            ("forwards", f"{total:,} for {tokens:,} tokens: {parts}"),
             ("acceptance length", f"{stats.acceptance_length:.2f} tokens a round"),
             ("drafted", f"{stats.drafted_nodes:,} nodes"),
         ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec import demo
 from specdec.artifacts.target_fingerprint import TargetFingerprint
-from specdec.artifacts.terminal import colour_wanted, facts, say, wrapped
+from specdec.artifacts.terminal import colour_wanted, facts, say, say_next, wrapped
 from specdec.cli.head_options import ConvertOptions, InspectOptions
 from specdec.cli.probing import show_probe
 from specdec.errors import ConfigError, SpecdecError
@@ -116,6 +116,8 @@ def run_convert(options: ConvertOptions) -> int:
             f"does; the trainer that {options.to} comes from does not, and would draft badly"
         )
         say(_paint(wrapped(text), _YELLOW, colour))
+    compared = () if options.target is None else ("--target", options.target)
+    say_next("see what it is now", "inspect", options.destination, *compared)
     return 0
 
 

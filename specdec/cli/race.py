@@ -41,7 +41,7 @@ class ArmResult:
     """What an arm took and wrote.
 
     Attributes:
-        arm: Which.
+        arm: The way of generating that these are results of.
         seconds: Total of each repetition, over all prompts.
         tokens: New tokens over all runs.
         texts: Prompt -> its new tokens, of the first run.
@@ -113,7 +113,6 @@ def bundled_head_options(device: torch.device, named: Mapping[str, Any]) -> dict
     as it is sure. Elsewhere the method's own sizes are for the purpose.
 
     Args:
-        device: Of the toy.
         named: What the user chose.
     """
     sizes = {"depth", "top_k", "beam", "nodes", "confidence_threshold"}
@@ -134,7 +133,7 @@ class Race:
         model: Is augmented in place.
         prompts: [1, S] ids each.
         seed: Set before every run, so that sampling arms draw alike.
-        **generate: Goes to `generate`.
+        **generate: Settings of every run, as `generate` takes them.
     """
 
     def __init__(

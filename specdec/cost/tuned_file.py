@@ -51,11 +51,11 @@ class TunedFile:
     """Choices, and where they were measured.
 
     Attributes:
-        target: Which model.
+        target: What identifies the model that was tuned for.
         device: As `describe_device` names it.
         dtype: Of the target, for example "float32".
         threads: Torch threads; they matter on a CPU.
-        choices: By batch size.
+        choices: Batch size -> method and sizes.
         details: For people: versions, prompts, cost curves, all candidates. Not looked at here.
     """
 

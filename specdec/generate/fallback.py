@@ -83,8 +83,6 @@ def why_prepared_is_plain(
     """Why a prepared call must run as plain `generate`, or None.
 
     Args:
-        call: The call.
-        found: The model's self-test.
         shape: Trees that the drafter proposes.
     """
     reason = _why_layout(call)  # what the checks after it read rows and slots from

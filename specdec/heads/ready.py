@@ -90,7 +90,7 @@ def ready_head(draft: str | Eagle3Head, tokenizer: Any, target: TargetFacts) -> 
 
 def _probe_command(draft: str | Eagle3Head, target: TargetFacts) -> str:
     head = draft if isinstance(draft, str) else "HEAD"
-    name = getattr(target.config, "_name_or_path", "") or "TARGET"
+    name = getattr(target.config, "name_or_path", "") or "TARGET"
     return f"specdec inspect {head} --target {name} --probe"
 
 

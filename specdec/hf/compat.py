@@ -249,9 +249,14 @@ def masks_its_window(model: Any) -> bool:
     return any(hasattr(sys.modules.get(name), maker) for name in modules for maker in makers)
 
 
+def attention_name(config: Any) -> str | None:
+    """Name of the attention that a configuration chose, for example "sdpa"."""
+    return getattr(config, "_attn_implementation", None)
+
+
 def attention_function(model: Any) -> object:
     """What runs attention under the name that the configuration chose; anybody may register it."""
-    name = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    name = attention_name(model.config.get_text_config())
     return modeling_utils.ALL_ATTENTION_FUNCTIONS.get(name)
 
 

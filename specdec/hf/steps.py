@@ -60,8 +60,7 @@ def step_inputs(
     """Inputs of a forward over `tokens` [B, q] after the prompt, as the model prepares them.
 
     Args:
-        model: The model.
-        tokens: New ids.
+        tokens: Ids that are not in the cache yet.
         kwargs: Model keyword arguments with cache, mask and positions.
         heads: How many of the last tokens need logits.
     """

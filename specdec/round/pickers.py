@@ -87,7 +87,7 @@ class Picker(Protocol):
             trees: Sealed trees. With a `draft_law`, a call that samples picks by rejection: exact
                 in distribution, outside the law of the seed.
             logits: [B, T, V] target logits, any float dtype.
-            state: The rows' progress.
+            state: What the rows have emitted, which prefix-dependent processors see.
             stops: Consulted by a lazy walk, which must not pick beyond a row's last token.
         """
         ...

@@ -50,7 +50,7 @@ def acceptance(target_law: Tensor, draft_law: Tensor, drafted: Tensor) -> Tensor
     """[...] probability with which each drafted token stands: min(1, p(x) / q(x)).
 
     Args:
-        target_law: [..., V] p.
+        target_law: [..., V] probabilities p of the target.
         draft_law: [..., V] q, of the same dtype.
         drafted: [...] int64 x; -1 where nothing was drafted, which never stands.
     """

@@ -133,7 +133,6 @@ def verify(trees: TreeBatch, picks: Tensor) -> Verdict:
     """Walks every tree along the picks.
 
     Args:
-        trees: Proposed trees.
         picks: [B, T] int64, the target's token after each node; -1 where it was not asked.
 
     Returns:

@@ -26,7 +26,7 @@ class View:
     """A text's place in an index.
 
     Attributes:
-        index: Where to look.
+        index: The automaton that the text is followed in.
         match: The longest suffix of the text in it.
         source: Number of the index, for statistics; among equals the lower one goes first.
         novelty: Weight of the unseen; higher for texts that are less like this one.
@@ -43,7 +43,7 @@ class Limits:
     """Where a draft ends.
 
     Attributes:
-        nodes: Most nodes.
+        nodes: Most nodes of a draft, the root not counted.
         depth: Deepest level.
         min_probability: Least estimated probability of a node, its path included.
         chain: Whether only one path may grow.
@@ -60,9 +60,9 @@ class Draft(NamedTuple):
 
     Attributes:
         tokens: Token of nodes 1, 2, ...
-        parents: Their parents.
+        parents: Node above each token; 0 is the root.
         scores: Log-probability of the path to them.
-        sources: Who proposed them.
+        sources: Number of the index that each token comes from.
     """
 
     tokens: list[int]

@@ -30,7 +30,7 @@ class Child(NamedTuple):
     """A token that followed a context.
 
     Attributes:
-        token: Which.
+        token: Its id.
         times: How often it did.
         latest: Where it last did, as a position in the index.
         state: State of the context with the token appended.

@@ -49,7 +49,7 @@ class Writer:
     """Appends texts to a segment of its own; a process that was forked needs another writer.
 
     Args:
-        folder: What `open_folder` returned.
+        folder: Of one space and tokenizer, as `open_folder` returned it.
         fingerprint: The tokenizer's, 64 hexadecimal digits.
         keep_tokens: Tokens that readers want; older segments beyond twice as many are deleted.
     """
@@ -151,7 +151,7 @@ class Reader:
     """Reads what all processes have added since the last time.
 
     Args:
-        folder: What `open_folder` returned.
+        folder: Of one space and tokenizer, as `open_folder` returned it.
         fingerprint: The tokenizer's; segments of others are refused.
     """
 

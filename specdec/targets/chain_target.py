@@ -189,7 +189,6 @@ class ChainTarget:
         Rows need not advance alike: those that are not fed go back.
 
         Args:
-            texts: Ids.
             logits: Whether all logits of the forwards are wanted, or the last ones will do.
 
         Yields:

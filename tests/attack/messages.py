@@ -34,7 +34,7 @@ _NUMBER = (
     r"^(hidden_size|head_dim|aux_output_layers|rope_parameters) (must|holds) ",
     r"^the model's context is|^the prompt is too long",
     r"^nothing to tune in method 'none'",
-    r"^--aux-layers",
+    r"^--taps",
     r"^layer .* the target",
     r"^\d+\.\d % \(\d+ of \d+\) of the rows are bad",
     r"^no example is left to train on",

@@ -241,10 +241,23 @@ def test_stats_go_to_standard_error(model_folder: Path, run: Run) -> None:
         "--method", "prompt_lookup", "--stats",
     )  # fmt: skip
     assert "tree: its self-test verified a token tree" in made.err
-    for wanted in ("24 in ", "rounds and 1 over the prompt", "acceptance length", "tokens a round",
+    forwards = re.search(r"(\d+) for 24 tokens: (\d+) rounds and 1 over the prompt", made.err)
+    assert forwards is not None
+    assert int(forwards[1]) == int(forwards[2]) + 1
+    assert "not measured: --compare does it on this text" in " ".join(made.err.split())
+    for wanted in ("24 in ", "acceptance length", "tokens a round",
                    "tokens by source", "seconds by stage", "forward"):  # fmt: skip
         assert wanted in made.err
     assert "acceptance" not in made.out
+
+
+def test_a_speed_is_said_only_where_it_was_measured(model_folder: Path, run: Run) -> None:
+    command = ("generate", "--model", model_folder, "--prompt", "abcabcab", "--method",
+               "prompt_lookup", "--max-new-tokens", 8)  # fmt: skip
+    assert "plain generate on this text" not in run(*command, "--stats").err
+    both = run(*command, "--stats", "--compare").err
+    assert "plain generate on this text" in both
+    assert "not measured" not in both
 
 
 @pytest.mark.parametrize("sampled", [[], ["--sample", "--seed", 3]])
@@ -278,8 +291,20 @@ def test_plain_generate_on_the_same_text(
 def test_the_comparison_in_words(
     ratio: float, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generate_command.print_comparison(ratio, same=True)
+    generate_command.print_comparison(ratio, same=True, exact=True)
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("exact", "why"), [
+    (False, "half precision rounds near-ties"), (True, "this is a bug, please report it"),
+])  # fmt: skip
+def test_another_text_has_no_speed(
+    exact: bool, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate_command.print_comparison(1.5, same=False, exact=exact)
+    said = capsys.readouterr().err
+    assert f"not identical: {why}" in said
+    assert "1.5" not in said
 
 
 def test_stats_of_a_plain_call(capsys: pytest.CaptureFixture[str]) -> None:

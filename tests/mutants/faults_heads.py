@@ -232,7 +232,7 @@ HEADS = (
         "layers_are_looked_at_when_the_head_is_written",
         "a run fails at its end for what was known at its start",
         "draft_training/specdec_training/features/layers.py",
-        'check_layers(layers, count, "--aux-layers")',
+        'check_layers(layers, count, "--taps")',
         "pass",
         "tests/training/test_train_command.py::test_what_cannot_be_used_is_refused_before_anything_is_written",
     ),

@@ -99,7 +99,7 @@ class Recorded:
 
     def open(self, **changes: Any) -> CachedFeatures:
         meta = self.prepared.meta
-        given = {"data_hash": meta.data_hash, "target": meta.target, "aux_layers": LAYERS} | changes
+        given = {"data_hash": meta.data_hash, "target": meta.target, "taps": LAYERS} | changes
         return CachedFeatures(self.folder, **given)
 
     def batch(self, width: int = 60) -> TokenBatch:
@@ -230,7 +230,7 @@ def test_what_differs_is_named(recorded: Recorded) -> None:
     target = recorded.prepared.meta.target
     for changes, named in (
         ({"data_hash": "0" * 64}, "data_hash: "),
-        ({"aux_layers": (0, 1, 2)}, r"aux_layers: \(0, 2, 1\) and \(0, 1, 2\)"),
+        ({"taps": (0, 1, 2)}, r"taps: \(0, 2, 1\) and \(0, 1, 2\)"),
         ({"target": dataclasses.replace(target, hidden_size=64)}, "target hidden_size: 32 and 64"),
         ({"weights": weights_hash(llama(seed=1))}, "weights: "),
     ):
@@ -305,7 +305,7 @@ def test_hostile_descriptions_are_refused(recorded: Recorded, name: str) -> None
     good = json.loads(path.read_bytes())
     bad: list[Any] = [[], {}, good | {"version": 9}, good | {"key": None}]
     for field, value in (
-        ("rows", -1), ("rows", True), ("tokens", "9"), ("dtype", "float8"), ("aux_layers", [None]),
+        ("rows", -1), ("rows", True), ("tokens", "9"), ("dtype", "float8"), ("taps", [None]),
         ("target", {}), ("weights", 3), ("logit_scale", "x"), ("logit_cap", "x"), ("more", 1),
     ):  # fmt: skip
         bad.append(good | {"key": good["key"] | {field: value}})
@@ -493,7 +493,7 @@ def test_the_command_records_the_bundled_toy(
 
     data, model = PreparedData.load(str(command.data)), load_model("demo", "auto", "cpu")
     source = CachedFeatures(str(command.output), data.meta.data_hash, data.meta.target, (0, 2, 4))
-    online = OnlineFeatures(model, source.key.aux_layers)
+    online = OnlineFeatures(model, source.key.taps)
     batch = collate([(0, 1), (5,)], data.examples, 64)
     assert away(source.features(batch).aux, online.features(batch).aux) < 1e-5
     assert run_features(command) == 0  # nothing left to do
@@ -550,8 +550,8 @@ def test_the_command_names_a_wrong_option(command: DataFeaturesOptions) -> None:
         ({"data": None}, "--data is missing"),
         ({"output": None}, "--output is missing"),
         ({"shard_tokens": 0}, "--shard-tokens must be at least 1"),
-        ({"aux_layers": (6,)}, "layers from -1, the embeddings, to 4 of .* 6 layers, got 6"),
-        ({"aux_layers": (1, 1)}, "--aux-layers must ascend"),
+        ({"taps": (6,)}, "layers from -1, the embeddings, to 4 of .* 6 layers, got 6"),
+        ({"taps": (1, 1)}, "--taps must ascend"),
         ({"target_device_map": "disk"}, "must be auto, balanced or sequential, got 'disk'"),
         ({"data": Path("/nowhere")}, "there is no folder"),
     ):

@@ -158,10 +158,10 @@ def test_refusals(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"aux_layers": (1, 1, 2)}, "--aux-layers must ascend"),
-        ({"aux_layers": (4, 1)}, "--aux-layers must ascend"),
-        ({"aux_layers": (1, 5)}, "--aux-layers names the output of the last layer"),
-        ({"aux_layers": (99,)}, "--aux-layers takes .* to 4 of this target's 6 layers, got 99"),
+        ({"taps": (1, 1, 2)}, "--taps must ascend"),
+        ({"taps": (4, 1)}, "--taps must ascend"),
+        ({"taps": (1, 5)}, "--taps names the output of the last layer"),
+        ({"taps": (99,)}, "--taps takes .* to 4 of this target's 6 layers, got 99"),
         ({"device": "nonsense"}, "--device nonsense cannot be used"),
         ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
         ({"device": "meta"}, "--device meta cannot be used"),

@@ -21,7 +21,7 @@ from specdec_training.run.progress import StepLog, summary
 from specdec_training.run.state import Clock
 
 FROZEN = """
-target data output features init_from steps minutes max_steps intermediate_size aux_layers fc_norm
+target data output features init_from steps minutes max_steps intermediate_size taps fc_norm
 feed_post_norm norm_before_residual ttt_steps loss step_decay reduction noise max_length batch_rows
 accumulate lr warmup final_lr betas weight_decay clip max_bad_steps precision dtype recompute device
 target_device_map deepspeed threads seed eval_every eval_prompts eval_tokens depth top_k nodes
@@ -49,8 +49,8 @@ def test_layers_are_named_one_by_one(options: type[TrainOptions | DataFeaturesOp
     """A list option that a second flag overwrites would train on other layers, and not say so."""
     import tyro
 
-    given = ["--aux-layers", "-1", "--aux-layers", "2", "--aux-layers=4"]
-    assert tyro.cli(options, args=given).aux_layers == (-1, 2, 4)
+    given = ["--taps", "-1", "--taps", "2", "--taps=4"]
+    assert tyro.cli(options, args=given).taps == (-1, 2, 4)
 
 
 def test_options_import_nothing_heavy() -> None:
@@ -76,7 +76,7 @@ def test_options_import_nothing_heavy() -> None:
         ({"target_device_map": "cuda:7"}, "--target-device-map"),
         ({"depth": 100_000}, "--depth must be from 1 to 4095"),
         ({"lr": float("inf")}, "--lr must be above 0 and finite"),
-        ({"init_from": "head", "aux_layers": (1, 2)}, "leave out --aux-layers"),
+        ({"init_from": "head", "taps": (1, 2)}, "leave out --taps"),
     ],
 )
 def test_impossible_values_are_refused_by_name(changes: dict[str, Any], named: str) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from specdec.audit.exactness import reference_model
 from specdec.errors import ConfigError, SpecdecError
+from specdec.hf.compat import attention_name
 from specdec_bench.checks.teacher_forced import Requests, judge
 from specdec_bench.results.records import Setting, UnitRecord
 from specdec_bench.results.values import Verdict
@@ -106,7 +107,7 @@ class ReferenceModel:
 
 def _fp64_copy(model: Any) -> Any:
     """`reference_model`, on a device that can hold it, with an attention that has fp64."""
-    attention = str(getattr(model.config, "_attn_implementation", None) or "sdpa")
+    attention = attention_name(model.config) or "sdpa"
     try:
         reference = reference_model(model, None if _fits(model) else "cpu")
         if attention not in ("sdpa", "eager"):

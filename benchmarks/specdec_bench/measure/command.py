@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from specdec.artifacts.terminal import say, wrapped
+from specdec.artifacts.terminal import say, say_next, wrapped
 from specdec_bench.measure.options import RunOptions
 from specdec_bench.measure.profile_of_run import write_run_profile
 from specdec_bench.measure.runner import run
@@ -48,6 +48,7 @@ def run_run(options: RunOptions) -> int:
     say(wrapped(f"results: {path}"))
     if options.profile is not None:
         say(wrapped(f"profile of {write_run_profile(options.profile, results)}: {options.profile}"))
+    say_next("make a page of it", "bench", "report", path)
     failed = [test.arm for test in results.sampling if not test.passed]
     return 1 if summary.wrong or failed else 0
 

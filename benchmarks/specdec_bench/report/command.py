@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from specdec.artifacts.atomic_files import make_folder, replace_file
+from specdec.artifacts.terminal import say_next
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench.report.headline import stamps
 from specdec_bench.report.options import ReportOptions
@@ -24,7 +25,8 @@ def run_report(options: ReportOptions) -> int:
         SpecdecError: The results cannot be read or are not whole, or the folder not written.
     """
     source = options.results.expanduser()
-    summary = summarize(read_results(source))
+    results = read_results(source)
+    summary = summarize(results)
     if not summary.settings:
         raise SpecdecError(f"{source} has no units, so there is nothing to report")
     folder = (options.output or source.with_name(f"{source.stem}-report")).expanduser()
@@ -43,4 +45,9 @@ def run_report(options: ReportOptions) -> int:
         print(f"warning: {words}")
     print(f"{folder / 'report.html'}: open it in a browser")
     print("beside it: report.md")
+    target = results.header.config.get("target", "demo")
+    say_next(
+        "choose a method and its sizes for this device",
+        *("bench", "tune", "--target", target, "--output", source.with_name("tuned.json")),
+    )
     return 0

@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 
 import specdec
 from specdec.artifacts.source_revision import source_revision
-from specdec.hf.compat import input_device
+from specdec.hf.compat import attention_name, input_device
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 _SAMPLED = 64  # values at each end of a weight that go into the target's hash
@@ -56,7 +56,7 @@ def provenance(model: Any, prompts: Sequence[Any], **more: Any) -> dict[str, Any
         "governor": _line(_GOVERNOR),
         "load": _load(),
         "cuda": torch.version.cuda,
-        "attention": str(getattr(model.config, "_attn_implementation", None)),
+        "attention": str(attention_name(model.config)),
         "model_type": str(getattr(model.config, "model_type", None)),
         "parameters": sum(p.numel() for p in model.parameters()),
         "target_sha256": target_hash(model),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from specdec.artifacts.terminal import say_next
+from specdec.cost.tuned_file import TunedChoice
 from specdec.loading import sentence
 from specdec_bench.summary.intervals import Ratio
 from specdec_bench.tune.options import TuneOptions
@@ -28,7 +30,20 @@ def run_tune(options: TuneOptions) -> int:
     for batch, result in results.items():
         _print(batch, result)
     print(f"\nwritten to {options.output}; use it as specdec.augment(model, tuned=...)")
+    _say_next(options.target, results[min(results)].choice)
     return 0
+
+
+def _say_next(target: str, choice: TunedChoice) -> None:
+    if choice.method == "none":
+        return
+    sizes = [f"--option={name}={value}" for name, value in choice.options.items()
+             if value is not None]  # fmt: skip
+    say_next(
+        "write with the choice, and compare with plain generate",
+        *("generate", "--model", target, "--method", choice.method, *sizes),
+        *("--prompt", "Once upon a time", "--compare"),
+    )
 
 
 def _print(batch: int, result: BatchResult) -> None:

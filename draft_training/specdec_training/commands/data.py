@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from specdec.artifacts.terminal import colour_wanted, facts, say
+from specdec.artifacts.terminal import colour_wanted, facts, say, say_next
 from specdec.errors import ConfigError
 from specdec.loading import load_model
 from specdec_training.commands.data_report import (
@@ -53,6 +53,11 @@ def run_prepare(options: DataPrepareOptions) -> int:
         ("written to", str(options.output)),
     ]
     say("\n".join(facts(lines)))
+    say_next(
+        "train a head on it",
+        *("train", "--target", options.target, "--data", options.output),
+        *("--output", f"{options.output}".removesuffix("-data") + "-run"),
+    )
     return 0
 
 
@@ -74,6 +79,11 @@ def run_regenerate(options: DataRegenerateOptions) -> int:
         ("written to", str(options.output)),
     ]
     say("\n".join(facts(lines)))
+    say_next(
+        "turn them into training data",
+        *("data", "prepare", "--target", options.target, "--input", options.output),
+        *("--output", f"{options.output}".removesuffix(".jsonl") + "-data"),
+    )
     return 0
 
 

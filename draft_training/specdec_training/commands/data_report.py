@@ -58,8 +58,7 @@ def show_samples(data: PreparedData, tokenizer: Any, counts: tuple[int, int], co
     """Examples with the tokens to be learnt in green, or in double brackets without colour.
 
     Args:
-        data: The data.
-        tokenizer: Decodes them.
+        tokenizer: The target's; it decodes the ids.
         counts: How many examples, and tokens of each.
         colour: Whether the terminal takes it.
     """

@@ -49,7 +49,7 @@ def run_features(options: DataFeaturesOptions) -> int:
     different = target.fingerprint.differences(prepared.meta.target)
     if different:
         raise ConfigError(f"--data was prepared for another target: {'; '.join(different)}")
-    layers = chosen_layers(options.aux_layers, target.config)
+    layers = chosen_layers(options.taps, target.config)
     _check_size(options, prepared, target.config, layers, out)
     model = load_model(options.target, options.dtype, options.device, options.target_device_map)
     write_features(model, prepared, layers, out, options.keep_as, options.shard_tokens)

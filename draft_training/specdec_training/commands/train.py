@@ -14,7 +14,7 @@ import torch
 from specdec.artifacts.atomic_files import make_folder
 from specdec.artifacts.run_lock import RunLock
 from specdec.artifacts.target_fingerprint import TargetFingerprint
-from specdec.artifacts.terminal import colour_wanted, say
+from specdec.artifacts.terminal import colour_wanted, say, say_next
 from specdec.errors import ConfigError, SpecdecError
 from specdec.heads.checkpoints.load import load_head, save_head
 from specdec.heads.eagle3.config import Eagle3Config
@@ -43,9 +43,6 @@ _WAIT = datetime.timedelta(hours=2)  # for the process that measures, or loads
 def run_train(options: TrainOptions) -> int:
     """Trains a head.
 
-    Args:
-        options: What to do.
-
     Returns:
         Exit code: 0, or 128 and the signal's number when one ended the run.
 
@@ -59,7 +56,7 @@ def run_train(options: TrainOptions) -> int:
     check_run_folder(folder)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    chosen_layers(options.aux_layers, load_config(options.target))
+    chosen_layers(options.taps, load_config(options.target))
     device = _device(options.device)
     if options.precision == "auto":
         fast = _bf16_is_faster(device.type)
@@ -174,9 +171,8 @@ def head_config(options: TrainOptions, model_config: Any, draft_vocab: int) -> E
     """The shape of a new head: that of one layer of the target.
 
     Args:
-        options: Flags and widths.
-        model_config: The target's configuration.
-        draft_vocab: D.
+        options: Flags of the head, and the widths that differ from the target's.
+        draft_vocab: D, tokens that the head can propose.
     """
     text = model_config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or max(text.hidden_size // 64, 1)
@@ -190,7 +186,7 @@ def head_config(options: TrainOptions, model_config: Any, draft_vocab: int) -> E
         vocab_size=text.vocab_size,
         draft_vocab_size=draft_vocab,
         target_hidden_size=text.hidden_size,
-        aux_output_layers=chosen_layers(options.aux_layers, text),
+        aux_output_layers=chosen_layers(options.taps, text),
         rms_norm_eps=float(getattr(text, "rms_norm_eps", None) or 1e-6),
         rope=_rope(text),
         max_position_embeddings=getattr(text, "max_position_embeddings", None) or 2048,
@@ -309,5 +305,11 @@ def _say_result(result: RunResult, folder: Path, options: TrainOptions) -> None:
         say(f"{result.skipped} steps were skipped, see {folder / 'bad_batches.jsonl'}")
     for line in summary(result.history, result.baselines, colour):
         say(line)
-    if (folder / "head").is_dir():
-        say(f"head: {folder / 'head'}")
+    head = folder / "head"
+    if head.is_dir():
+        say(f"head: {head}")
+        say_next(
+            "write with it, and compare with plain generate",
+            *("generate", "--model", options.target, "--method", "eagle3"),
+            *("--option", f"draft={head}", "--prompt", "Once upon a time", "--compare"),
+        )

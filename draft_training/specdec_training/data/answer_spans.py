@@ -32,9 +32,7 @@ class Conversation:
 
     Attributes:
         tokenizer: A Hugging Face tokenizer.
-        template: The Jinja template.
         options: Variables of the template.
-        turns: The turns.
         tools: JSON objects, of what the assistant may call.
     """
 

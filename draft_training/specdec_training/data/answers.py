@@ -25,7 +25,7 @@ class AnswerFile:
     """The file, opened for more rows.
 
     Attributes:
-        path: The JSONL file.
+        path: A JSONL file, which this process alone may write.
         done: Ids of the rows in it.
     """
 

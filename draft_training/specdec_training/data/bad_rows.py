@@ -131,7 +131,7 @@ class BadDataError(ConfigError):
 
     Attributes:
         summary: How many, without the list.
-        tally: All counts.
+        tally: Counts of all rows, the good ones too.
     """
 
     def __init__(self, summary: str, tally: Tally) -> None:

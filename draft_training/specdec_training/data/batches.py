@@ -55,7 +55,6 @@ class Sizes:
         """Reads them off the examples' columns, or off the examples one by one.
 
         Args:
-            examples: Prepared examples.
             most: Longer examples are cut at the end.
         """
         if hasattr(examples, "columns"):
@@ -86,7 +85,7 @@ class RowSampler:
     Args:
         sizes: Of the examples; those with nothing to predict are left out.
         max_length: Width of a row.
-        seed: Of shuffling.
+        seed: Decides the order; every pass over the rows has another.
 
     Raises:
         ConfigError: No example has anything to predict.
@@ -190,8 +189,7 @@ def collate(
     """The examples of these rows as a batch on the CPU, no wider than it needs to be.
 
     Args:
-        rows: Examples' numbers.
-        examples: All examples.
+        rows: For each row of the batch, the numbers of the examples packed into it.
         max_length: Longer examples are cut at the end.
         multiple: The width becomes a multiple of it.
     """

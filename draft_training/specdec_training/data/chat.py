@@ -31,7 +31,6 @@ class Encoded:
     """Token ids and what is to be learnt of them.
 
     Attributes:
-        token_ids: The ids.
         loss_mask: For each id whether the assistant wrote it; of the same length.
     """
 

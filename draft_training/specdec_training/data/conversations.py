@@ -42,9 +42,9 @@ class Row:
             prompt alone; `tokens` the exact ids of a prompt and a completion.
         messages: The turns of `chat`; elsewhere what a conversation would begin with.
         prompt: Text, of `pair`, `prompt` and `text` (there it is all of it).
-        completion: Text, of `pair`.
-        prompt_ids: Of `tokens`.
-        completion_ids: Of `tokens`.
+        completion: Text to be learnt, where `kind` is `pair`.
+        prompt_ids: Context, where `kind` is `tokens`.
+        completion_ids: What is to be learnt, where `kind` is `tokens`.
         name: The row's own id, or empty.
         group: Rows with the same group belong together, and are held out together; or empty.
         tools: What the assistant may call, as JSON objects for the chat template.
@@ -117,7 +117,6 @@ def parse_row(value: Any, ignored: Collection[str] = ()) -> Row:
     """The row in a JSON value.
 
     Args:
-        value: The JSON value.
         ignored: Fields of rows and turns to read as if they were not there.
 
     Raises:

@@ -127,11 +127,10 @@ def examine_with_target(
     """Adds what only the target can tell.
 
     Args:
-        data: The data.
         target: Its tokenizer and facts.
         model: The target itself, in evaluation mode.
         examples: How many examples it reads.
-        found: Receives the result.
+        found: Findings so far; what the target tells is added to them.
     """
     note = found.problems
     differences = data.meta.target.differences(target.fingerprint)
@@ -160,7 +159,6 @@ def pieces(example: Example, tokenizer: Any, most: int) -> list[tuple[str, bool]
 
     Args:
         example: Token ids and loss mask.
-        tokenizer: Decodes them.
         most: Tokens after which it is cut.
     """
     found: list[tuple[str, bool]] = []

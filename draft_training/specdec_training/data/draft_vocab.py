@@ -84,7 +84,7 @@ def coverage(counts: Tensor, t2d: Tensor | None) -> float:
     """Share of the counted tokens that the draft vocabulary holds, 0 to 1.
 
     Args:
-        counts: int64 [V].
+        counts: [V] int64, how often each token is to be learnt.
         t2d: bool [V], or None for the whole vocabulary.
     """
     total = int(counts.sum())
@@ -97,10 +97,9 @@ def always_ids(tokenizer: Any, stop_ids: Iterable[int], used: Tensor, size: int)
     """Ids that a draft vocabulary should hold whatever the counts say.
 
     Args:
-        tokenizer: The target's.
         stop_ids: Ids that end an answer.
         used: int64 [V], how often each token occurs in the examples, prompts included.
-        size: D.
+        size: D, of the draft vocabulary that is to be chosen.
 
     Returns:
         Stop ids, BOS, and the special ids that occur (turn markers of the chat template); and all

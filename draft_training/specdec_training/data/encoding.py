@@ -25,7 +25,7 @@ class Encoder:
     """Turns rows into examples.
 
     Attributes:
-        chat: Tokenizer and template.
+        chat: Tokenizer and chat template of the target.
         vocab_size: Ids that the target scores.
         max_length: Most tokens of an example.
         turns: `all` assistant turns in one example, `each` in one of its own, or the `last`.

@@ -40,7 +40,6 @@ def check_folder(path: Path, overwrite: bool = False) -> None:
     """Refuses a folder to write where that would lose something, or go somewhere else.
 
     Args:
-        path: The folder.
         overwrite: Finished data there may be replaced.
 
     Raises:

@@ -17,7 +17,7 @@ class Sampling:
     """How answers are drawn.
 
     Attributes:
-        max_new_tokens: Longest answer.
+        max_new_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token.
         top_p: Smallest set with this probability.
         drop_loops: Cut answers where they fall into a repetition loop.
@@ -58,7 +58,7 @@ class Writer:
         model: A causal language model, augmented or not.
         stop_ids: Ids that end an answer.
         pad_id: Fills rows to the left; never read.
-        sampling: How to draw.
+        sampling: Temperature, nucleus and longest answer of every draw.
     """
 
     def __init__(self, model: Any, stop_ids: frozenset[int], pad_id: int, sampling: Sampling):

@@ -54,20 +54,20 @@ class PreparedMeta:
     """What prepared data are, in JSON beside them.
 
     Attributes:
-        format_version: Of the folder.
+        format_version: Of the files in the folder; readers refuse another.
         target: The target they were made for.
         tokenizer: `tokenizer_fingerprint` of its tokenizer.
         chat_template: Hash of the chat template and its variables, or None without one.
-        vocab_size: V.
+        vocab_size: V, ids that the target scores.
         max_length: Most tokens of an example.
-        rows: Examples.
+        rows: Number of examples.
         tokens: Tokens of all examples.
         loss_tokens: Tokens to be predicted.
-        held_out: Held-out prompts.
+        held_out: Number of prompts kept out of training.
         rows_read: Rows of the input.
         skipped: Reason -> rows that were skipped for it.
         kinds: Row format -> examples from it.
-        draft_vocab_size: D.
+        draft_vocab_size: D, tokens that a head can propose.
         draft_vocab_coverage: Share of the tokens to be predicted that the draft vocabulary holds.
         data_hash: SHA-256 over the examples.
         vocab_hash: SHA-256 of the file with the draft vocabulary.

@@ -41,9 +41,9 @@ class Task:
     """A prompt, or a conversation, to be answered.
 
     Attributes:
-        key: Of its content.
-        group: Of the row.
-        prompt_ids: The first prompt.
+        key: Hash of what is asked; an answered key is not asked again.
+        group: Number of its row; turns of one conversation share it.
+        prompt_ids: Ids of the first prompt; later ones follow from the answers.
         messages: Turns before the next answer; grows as answers come. Empty for plain prompts.
         following: For each answer but the last the turns that come before the next; None stands for
             the answer itself.
@@ -71,7 +71,7 @@ class Regenerated:
         tally: What became of the rows.
         rows: Answers in the file.
         written: Answers that this run wrote.
-        new_tokens: Tokens of those.
+        new_tokens: Tokens of the answers written now.
         seconds: Time of generating them.
         finishes: How they ended -> how many.
     """
@@ -121,7 +121,7 @@ class Asker:
     """Makes prompts of rows.
 
     Args:
-        chat: Tokenizer and template.
+        chat: Tokenizer and chat template of the target.
         writer: Knows how much room there is.
         max_prompt: Longest prompt; None for those that leave room for the longest answer.
 

@@ -58,7 +58,7 @@ class Inputs:
     """The rows of all inputs in a fixed order, without those that were read before.
 
     Args:
-        options: What to read.
+        options: Names the inputs, and what is skipped in them.
 
     Raises:
         ConfigError: An input is missing or has no readable file.

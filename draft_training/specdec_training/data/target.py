@@ -23,7 +23,6 @@ class DataTarget:
     Attributes:
         name: As the user named it.
         config: Its Hugging Face configuration.
-        tokenizer: Its tokenizer.
         stop_ids: Ids that end an answer.
         fingerprint: Which target it is.
     """

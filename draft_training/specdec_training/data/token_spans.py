@@ -22,7 +22,6 @@ class OwnedTokens:
     """The tokens of a text.
 
     Attributes:
-        ids: Token ids.
         owners: For each token the index of the span it belongs to, or -1.
         torn: Index of a token -> the end of a span, in characters, that is within the token.
     """
@@ -43,7 +42,6 @@ def owned_tokens(
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        text: What is encoded.
         spans: Stretches of it in ascending order.
         add_special_tokens: Whether the tokenizer frames the text as it does with any.
         cuts: Characters, ascending, before which a new token has to begin.

@@ -50,7 +50,6 @@ class Turn(NamedTuple):
 
     Attributes:
         role: Of the chat template.
-        content: The text.
         fields: Names and JSON values that the template is given beside the two.
         weight: 0 for an answer that is context, and not learnt.
     """

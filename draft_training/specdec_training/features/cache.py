@@ -49,12 +49,12 @@ class FeatureKey:
     """What features are of; folders of another key do not fit.
 
     Attributes:
-        target: The target.
+        target: Fingerprint of the target's configuration and tokenizer.
         weights: Hash over samples of its weights, which a fine-tuned sibling changes; or empty.
         data_hash: Of the prepared data.
-        aux_layers: Layers whose outputs are concatenated, as in `Eagle3Config`.
+        taps: Layers whose outputs are concatenated, as in `Eagle3Config`.
         dtype: Name of the type that the features are kept in.
-        rows: Examples.
+        rows: Number of examples.
         tokens: Tokens of all examples.
         logit_scale: Factor after the output matrix.
         logit_cap: Bound of the logits after that, or None.
@@ -63,7 +63,7 @@ class FeatureKey:
     target: TargetFingerprint
     weights: str
     data_hash: str
-    aux_layers: tuple[int, ...]
+    taps: tuple[int, ...]
     dtype: str
     rows: int
     tokens: int
@@ -73,7 +73,7 @@ class FeatureKey:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return facts | {"target": self.target.to_dict(), "aux_layers": list(self.aux_layers)}
+        return facts | {"target": self.target.to_dict(), "taps": list(self.taps)}
 
     @classmethod
     def from_dict(cls, facts: Any) -> FeatureKey:
@@ -85,11 +85,11 @@ class FeatureKey:
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(facts, dict) or set(facts) != names:
             raise ConfigError(f"features are described by {', '.join(sorted(names))}")
-        layers, scale, cap = facts["aux_layers"], facts["logit_scale"], facts["logit_cap"]
+        layers, scale, cap = facts["taps"], facts["logit_scale"], facts["logit_cap"]
         fits = {
             "weights": isinstance(facts["weights"], str),
             "data_hash": isinstance(facts["data_hash"], str),
-            "aux_layers": isinstance(layers, list) and all(type(n) is int for n in layers),
+            "taps": isinstance(layers, list) and all(type(n) is int for n in layers),
             "dtype": facts["dtype"] in DTYPES,
             "rows": type(facts["rows"]) is int and facts["rows"] >= 0,
             "tokens": type(facts["tokens"]) is int and facts["tokens"] >= 0,
@@ -100,7 +100,7 @@ class FeatureKey:
             if not fit:
                 raise ConfigError(f"{name} of features cannot be {facts[name]!r:.100}")
         target = TargetFingerprint.from_dict(facts["target"])
-        return cls(**(facts | {"target": target, "aux_layers": tuple(layers)}))
+        return cls(**(facts | {"target": target, "taps": tuple(layers)}))
 
     def differences(self, other: FeatureKey) -> list[str]:
         """One phrase for each field that differs, with both values."""
@@ -118,8 +118,8 @@ class Shard:
     """Which examples a file holds.
 
     Attributes:
-        number: Of the file.
-        first: First example.
+        number: Of the file, from 0.
+        first: Number of its first example.
         stop: Example after its last one.
         tokens: Of all of them.
     """
@@ -173,7 +173,7 @@ class CachedFeatures:
         folder: What `specdec data features` wrote.
         data_hash: Of the prepared data that batches are made of.
         target: The target that is trained for.
-        aux_layers: Layers that the head reads.
+        taps: Layers that the head reads.
         device: Where features are wanted and logits are computed.
         weights: `weights_hash` of the target where it is loaded, to be compared as well.
 
@@ -187,7 +187,7 @@ class CachedFeatures:
         folder: str | Path,
         data_hash: str,
         target: TargetFingerprint,
-        aux_layers: Sequence[int],
+        taps: Sequence[int],
         device: torch.device | str = "cpu",
         weights: str | None = None,
     ) -> None:
@@ -198,7 +198,7 @@ class CachedFeatures:
             self.key,
             target=target,
             data_hash=data_hash,
-            aux_layers=tuple(aux_layers),
+            taps=tuple(taps),
             weights=weights or self.key.weights,
         )
         different = self.key.differences(wanted)
@@ -296,10 +296,6 @@ class CachedFeatures:
 
 class OpenShard:
     """A shard whose tensors are mapped; what is read is just the part that is asked for.
-
-    Args:
-        folder: Of the features.
-        shard: Which.
 
     Raises:
         FeatureError: It cannot be read, or does not hold what the index says.

@@ -14,11 +14,10 @@ _MOST_LAYERS = 16
 
 
 def chosen_layers(named: Sequence[int], model_config: Any) -> tuple[int, ...]:
-    """The layers named with --aux-layers, or the default of a target of this depth.
+    """The layers named with --taps, or the default of a target of this depth.
 
     Args:
         named: Layers counted from 0, whose output is read; -1 stands for the embeddings.
-        model_config: The target's configuration.
 
     Raises:
         ConfigError: No head can be written that reads these layers.
@@ -27,8 +26,8 @@ def chosen_layers(named: Sequence[int], model_config: Any) -> tuple[int, ...]:
     layers = tuple(named) or default_aux_layers(count)
     if len(layers) > _MOST_LAYERS or any(not -1 <= layer < count for layer in layers):
         raise ConfigError(
-            f"--aux-layers takes up to {_MOST_LAYERS} layers from -1, the embeddings, to "
+            f"--taps takes up to {_MOST_LAYERS} layers from -1, the embeddings, to "
             f"{count - 2} of this target's {count} layers, got {' '.join(map(str, layers))}"
         )
-    check_layers(layers, count, "--aux-layers")
+    check_layers(layers, count, "--taps")
     return layers

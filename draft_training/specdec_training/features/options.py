@@ -32,7 +32,7 @@ class DataFeaturesOptions:
     """Folder or hub id of the target; demo is the bundled toy."""
     output: Annotated[Path | None, _arg("FOLDER", "required")] = None
     """Folder to write; one that was left unfinished is continued."""
-    aux_layers: Annotated[
+    taps: Annotated[
         tuple[int, ...],
         tyro.conf.UseAppendAction,
         _arg("N", "a low, the middle and a high one; repeatable"),

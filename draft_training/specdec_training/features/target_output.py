@@ -22,8 +22,8 @@ class OutputMatrix:
     """logits = cap(scale * (weight @ hidden + bias)).
 
     Attributes:
-        weight: [V, Ht].
-        bias: [V] or None.
+        weight: [V, Ht], Ht the target's hidden size.
+        bias: [V]; None where the target has none.
         scale: Factor, as in Cohere and Granite.
         cap: Bound that tanh keeps them within, as in Gemma 2; None without.
     """

@@ -54,16 +54,15 @@ _PROBE = 4  # positions at which logits are compared
 def estimate_bytes(
     prepared: PreparedData,
     model_config: Any,
-    aux_layers: Sequence[int],
+    taps: Sequence[int],
     dtype: str,
     target_dtype: torch.dtype | None = None,
 ) -> int:
     """Bytes that the features will take, embeddings and output matrix of the target included.
 
     Args:
-        prepared: The data.
         model_config: The target's Hugging Face configuration.
-        aux_layers: Layers that are recorded, beside the last hidden states.
+        taps: Layers that are recorded, beside the last hidden states.
         dtype: A key of `DTYPES`.
         target_dtype: What the target will be loaded in; None for the checkpoint's own.
 
@@ -71,7 +70,7 @@ def estimate_bytes(
         ConfigError: The type is not known.
     """
     text, width = model_config.get_text_config(), _dtype(dtype).itemsize
-    token = (len(aux_layers) + 1) * int(text.hidden_size) * width + _ID_BYTES
+    token = (len(taps) + 1) * int(text.hidden_size) * width + _ID_BYTES
     kept = target_dtype or getattr(text, "dtype", None)
     matrices = 1 if getattr(model_config, "tie_word_embeddings", False) else 2
     width = kept.itemsize if isinstance(kept, torch.dtype) else 4
@@ -82,7 +81,7 @@ def estimate_bytes(
 def write_features(
     target: Any,
     prepared: PreparedData,
-    aux_layers: Sequence[int],
+    taps: Sequence[int],
     folder: str | Path,
     dtype: str = "bfloat16",
     shard_tokens: int = 32_768,
@@ -92,8 +91,7 @@ def write_features(
 
     Args:
         target: A loaded causal language model.
-        prepared: The data.
-        aux_layers: Layers whose outputs are recorded, as in `Eagle3Config`; and the last one's.
+        taps: Layers whose outputs are recorded, as in `Eagle3Config`; and the last one's.
         folder: Made when missing. Finished shards of a killed process are kept; a folder that
             holds all of these features already is left as it is.
         dtype: Type that they are kept in, a key of `DTYPES`.
@@ -110,9 +108,9 @@ def write_features(
         raise ConfigError(f"shard_tokens must be at least 1, got {shard_tokens}")
     path, kind = Path(folder).expanduser(), _dtype(dtype)
     _check_target(target, prepared)
-    source = OnlineFeatures(target, aux_layers, torch.device("cpu"))
+    source = OnlineFeatures(target, taps, torch.device("cpu"))
     output = _output_matrix(target, source)
-    key = _key(target, prepared, tuple(aux_layers), dtype, output)
+    key = _key(target, prepared, tuple(taps), dtype, output)
     lengths = [int(n) for chunk, _, _ in prepared.examples.columns() for n in chunk]
     shards = _plan(lengths, shard_tokens)
     with _written(path), RunLock(path):
@@ -136,7 +134,7 @@ def write_features(
 def _key(
     target: Any,
     prepared: PreparedData,
-    aux_layers: tuple[int, ...],
+    taps: tuple[int, ...],
     dtype: str,
     output: OutputMatrix,
 ) -> FeatureKey:
@@ -145,7 +143,7 @@ def _key(
         target=prepared.meta.target,
         weights=weights_hash(target),
         data_hash=prepared.meta.data_hash,
-        aux_layers=aux_layers,
+        taps=taps,
         dtype=dtype,
         rows=prepared.meta.rows,
         tokens=prepared.meta.tokens,

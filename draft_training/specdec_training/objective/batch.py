@@ -23,7 +23,7 @@ class LossPlan:
 
     Attributes:
         steps: TTT steps K.
-        kind: Which loss.
+        kind: Loss per token: "ce", "kl", "tv" or "lk".
         decay: Weight of a step relative to the one before it.
         over_all: Average over all slots instead of the tokens with a loss.
         noise: Largest uniform noise on the features, in their standard deviations.
@@ -56,7 +56,7 @@ class TaughtBatch:
     """A batch after the target has read it.
 
     Attributes:
-        tokens: On the device.
+        tokens: The batch, on the device of the head.
         aux: [B, T, F] features.
         teacher: What the target says.
         seen: Tokens to be predicted that each step reaches, whatever the target says.
@@ -82,7 +82,6 @@ def taught_batch(
     Args:
         batch: On the CPU, as `collate` makes it.
         source: The target, or what was recorded of it.
-        plan: How to teach.
         draft_ids: [D] target ids of the draft vocabulary, None for all.
         generator: Of the feature noise, on the features' device.
     """
@@ -129,7 +128,6 @@ class HeadWithLoss(nn.Module):
             token_ids: [B, T] int64.
             aux_BTF: Features, from the target.
             spans: Documents of each row; None where every row is one.
-            job: The loss.
             wanted: [N] int64 slots that it reaches; None for all.
         """
         if self.head.lm_head is None:

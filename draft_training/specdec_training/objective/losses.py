@@ -26,9 +26,9 @@ class LossJob:
     """All of a loss but the head.
 
     Attributes:
-        teacher: What to learn.
+        teacher: The target's distribution at every position with a loss.
         scale: [K] fp32, factor of every step's sum: its weight over the tokens it is averaged over.
-        kind: Which loss.
+        kind: Loss per token: "ce", "kl", "tv" or "lk".
         lk_mix: [K] fp32, share of the Kullback-Leibler part in LK.
     """
 
@@ -50,7 +50,6 @@ def soft_target_loss(
     Args:
         states: [B, T, H] after the final norm, for every TTT step.
         weight: [D, H] output matrix of the head.
-        job: The rest.
     """
     position = job.teacher.position
     # Where a step does not reach, the index is anything valid: the weight there is 0.
@@ -126,7 +125,6 @@ def _losses_by_tiles(logits: Tensor, target: Tensor, wanted: Tensor, job: LossJo
         logits: [n, K, D] in any type.
         target: [n, D] probabilities, fp32 or wider; what is computed has their type.
         wanted: [n] the likeliest of them.
-        job: Which loss.
     """
     count, steps, size = logits.shape
     tile = max(_TILE_CPU // (steps * size), 1) if logits.device.type == "cpu" else max(count, 1)
@@ -154,7 +152,6 @@ def _losses(
         spare: As large, to be written to.
         target: [n, D] probabilities.
         wanted: [n] the likeliest of them.
-        job: Which loss.
     """
     # 1. Whether the likeliest tokens agree.
     target = target[:, None]

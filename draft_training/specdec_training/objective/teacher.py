@@ -113,9 +113,9 @@ def make_teacher(
     """Asks the target once for every position with something to learn.
 
     Args:
-        source: The target.
+        source: Asked for logits; the target itself, or recorded features.
         last_hidden: [B, T, Ht] of the batch.
-        slots: Where to ask.
+        slots: Positions with a loss at some step.
         steps: TTT steps K.
         draft_ids: [D] ascending target ids of the draft vocabulary on the device, None for all.
         keep_bytes: Probabilities that take at most this much are kept, others are computed again

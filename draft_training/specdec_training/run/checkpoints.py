@@ -61,7 +61,6 @@ class Checkpoint:
     """A checkpoint whose files were found whole.
 
     Attributes:
-        folder: Where it is.
         step: Of the training run.
         state: What was saved as `state`; tuples have become lists.
     """
@@ -116,7 +115,7 @@ class CheckpointStore:
         Args:
             step: Of the training run; a checkpoint of the same step is replaced.
             files: Name of a part -> its tensors, of any type and device.
-            state: What JSON holds.
+            state: Plain values beside the tensors, kept as JSON.
 
         Returns:
             The checkpoint's folder.

@@ -32,7 +32,7 @@ class DraftShape:
     """Sizes of the drafts that are measured.
 
     Attributes:
-        depth: Levels.
+        depth: Levels of a draft; a chain has one node on each.
         top_k: Children of a node.
         nodes: Nodes of a tree.
     """
@@ -88,8 +88,7 @@ class AcceptanceMeter:
     Attributes:
         target: A Hugging Face model; augmented only while it is measured.
         prompts: Ids of each prompt; some are read together, as a batch.
-        new_tokens: For each prompt.
-        shape: Of the drafts.
+        new_tokens: Tokens written for each prompt.
         seed: Of the sampled texts.
     """
 
@@ -244,9 +243,7 @@ class Selection:
 
     Attributes:
         patience: Measurements without a gain after which to stop; 0 never does.
-        best: The best measurement.
-        without_gain: Measurements since then.
-        history: All measurements.
+        without_gain: Measurements since the best one.
     """
 
     patience: int

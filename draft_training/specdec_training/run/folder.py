@@ -54,7 +54,6 @@ def note_saved(folder: Path, step: int) -> None:
     """Writes down, outside of the checkpoints, that there is one.
 
     Args:
-        folder: Of the run.
         step: Of the newest checkpoint.
     """
     replace_file(folder / _SAVED, to_json({"step": step}, _SAVED) + b"\n")
@@ -66,7 +65,6 @@ def refuse_lost_run(folder: Path, damaged: bool) -> None:
     A run that was killed before its first checkpoint may start again.
 
     Args:
-        folder: Of the run.
         damaged: Whether there are checkpoints that cannot be used.
 
     Raises:
@@ -91,9 +89,8 @@ def restore_results(
     """Makes the results of a resumed run again when they were deleted, as far as that can be done.
 
     Args:
-        folder: Of the run.
         step: At which it goes on.
-        selection: Its measurements.
+        selection: What the resumed checkpoint knew of earlier measurements.
         baselines: What they are compared with.
         save_head: Writes the head that is being trained.
     """

@@ -61,7 +61,7 @@ class TrainOptions:
 
     intermediate_size: Annotated[int | None, _arg("N", "the target's")] = None
     """Width of the head's MLP."""
-    aux_layers: Annotated[
+    taps: Annotated[
         tuple[int, ...],
         tyro.conf.UseAppendAction,
         _arg("N", "a low, the middle and a high one; repeatable"),
@@ -203,7 +203,7 @@ _POSITIVE = ("lr", "clip", "minutes")
 _MOST = {"depth": 4095, "top_k": 4095, "nodes": 4095, "ttt_steps": 64}
 _MOST_NOISE = 100.0
 _SHAPE = (
-    "intermediate_size", "aux_layers", "fc_norm", "feed_post_norm", "norm_before_residual",
+    "intermediate_size", "taps", "fc_norm", "feed_post_norm", "norm_before_residual",
 )  # fmt: skip
 
 

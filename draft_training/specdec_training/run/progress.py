@@ -27,7 +27,6 @@ class StepLog:
     """A file with one JSON line for every step; a resumed run cuts it where its checkpoint stood.
 
     Args:
-        path: The file.
         size: Bytes that are kept of it.
     """
 

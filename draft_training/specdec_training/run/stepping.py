@@ -101,9 +101,8 @@ def make_stepper(accelerator: Any, module: nn.Module, head: nn.Module, optimizer
     """The stepper that the launcher asks for.
 
     Args:
-        accelerator: Hugging Face's.
         module: What is called in training; holds the head.
-        head: What is trained.
+        head: What is trained, inside `module`.
         optimizer: Over the head's parameters.
 
     Raises:

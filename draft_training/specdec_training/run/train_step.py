@@ -64,8 +64,6 @@ class TrainStep:
     """Everything that a step needs and that stays from one to the next.
 
     Args:
-        accelerator: Hugging Face's.
-        head: On its device.
         source: The target, or what was recorded of it.
         options: Resolved for the head's width.
     """

@@ -38,12 +38,10 @@ class RunParts:
     Attributes:
         head: On the device, fp32, with embeddings and an output matrix.
         source: The target, or what was recorded of it.
-        examples: Prepared examples.
         sampler: Which of them come when.
         max_length: Tokens of an example and of a row.
         meter: Measures acceptance; None where there is no target to generate with.
         accelerator: Hugging Face's, made for this run.
-        folder: Of the run.
         save_head: Writes the head to its folder; called when it is the best so far.
         facts: Of data and target; a checkpoint of others is refused.
         provenance: What is written down of where the head comes from.
@@ -68,7 +66,7 @@ class RunResult:
 
     Attributes:
         steps: Optimiser steps in all.
-        history: Measurements.
+        history: All measurements of the head, the oldest first.
         baselines: What they are compared with.
         signal: That stopped it, or None.
         reason: Why it ended, for people.
@@ -88,7 +86,7 @@ class Trainer:
 
     Args:
         parts: What to work on.
-        options: How.
+        options: Of the command, as `resolved` left them.
     """
 
     def __init__(self, parts: RunParts, options: TrainOptions) -> None:
