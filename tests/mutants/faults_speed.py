@@ -11,7 +11,7 @@ _LOOKUP, _INDEX = "specdec/drafters/prompt_lookup.py", "specdec/sources/ngram_in
 _SUFFIX, _DRAFT = "specdec/drafters/suffix.py", "specdec/drafters/draft_model/drafter.py"
 _GROWTH, _AUTOMATON = "specdec/sources/suffix_draft.py", "specdec/sources/suffix_index.py"
 _EAGLE, _STEPPED = "specdec/drafters/head.py", "specdec/heads/eagle3/stepped.py"
-_TREE, _BASE = "specdec/round/tree.py", "specdec/drafters/row.py"
+_TREE = "specdec/round/tree.py"
 
 _STEPS = "tests/drafting/test_lookahead_steps.py"
 _PAPER = f"{_STEPS}::test_every_step_is_the_papers"
@@ -135,8 +135,8 @@ SPEED: tuple[Fault, ...] = (
     _slow(
         "a_match_is_trusted_by_its_position",
         _LOOKUP,
-        "self._config.tokens_per_match * index.match()[1]",
-        "self._config.tokens_per_match * index.match()[0]",
+        "self.config.tokens_per_match * self._index.match()[1]",
+        "self.config.tokens_per_match * self._index.match()[0]",
         f"{_FREE}::test_prompt_lookup",
     ),
     _slow(
@@ -267,9 +267,9 @@ SPEED: tuple[Fault, ...] = (
     ),
     _slow(
         "trees_stop_two_tokens_before_the_end",
-        _BASE,
-        "remaining = state.max_new_tokens - state.emitted(row) - 1",
-        "remaining = state.max_new_tokens - state.emitted(row) - 3",
+        "specdec/contracts.py",
+        "left = self.max_new_tokens - self.emitted(row) - 1",
+        "left = self.max_new_tokens - self.emitted(row) - 3",
         f"{_ROUNDS} -k 'tree-greedy and not eagle3 and not draft_model'",
     ),
 )

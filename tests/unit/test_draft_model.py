@@ -24,8 +24,9 @@ from specdec.drafters.draft_model.drafter import DraftModel, DraftModelConfig
 from specdec.drafters.draft_model.runner import RaggedRunner
 from specdec.errors import ConfigError, DraftWarning, VocabularyMismatchError
 from specdec.registry import methods
+from specdec.round import tree
 from specdec.round import verify as verification
-from specdec.round.tree import TreeBatch
+from specdec.round.tree import bucket_size
 from specdec.round.verify import walk_on_device
 from specdec.stats import RoundRecord
 from specdec.targets import watched_test
@@ -183,17 +184,16 @@ def test_padded_trees_give_the_same_text(
     top_k: int, rows: int, sampled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sizes for which kernels are kept, as on a GPU."""
-    plain, sizes = TreeBatch.from_rows, set()
+    sizes = set()
 
-    def from_rows(trees: Any, device: torch.device, bucket: bool) -> TreeBatch:
-        made = plain(trees, device, bucket=True)
-        sizes.add((len(trees[0]), made.size))
-        return made
+    def padded_size(nodes: int, device: torch.device) -> int:
+        sizes.add((nodes, bucket_size(nodes)))
+        return bucket_size(nodes)
 
     monkeypatch.setattr(verification, "walk_on_host", walk_on_device)
     case, draft = Case("gemma3", GREEDY, rows), draft_of("gemma3")
     wanted = call(case, draft=draft, top_k=top_k, draft_sampling=sampled and top_k == 1)
-    monkeypatch.setattr(TreeBatch, "from_rows", from_rows)
+    monkeypatch.setattr(tree, "padded_size", padded_size)
     found = call(case, draft=draft, top_k=top_k, draft_sampling=sampled and top_k == 1)
     assert found.histogram == wanted.histogram
     assert found.drafted_nodes == wanted.drafted_nodes

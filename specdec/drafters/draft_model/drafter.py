@@ -188,8 +188,7 @@ class DraftModel:
             return [0] * len(state.tokens)
         levels = []
         for row, tokens in enumerate(state.tokens):
-            remaining = state.max_new_tokens - state.emitted(row) - 1
-            count = min(deepest, remaining) if state.active[row] and row not in self._gone else 0
+            count = 0 if row in self._gone else min(deepest, state.room(row))
             if count > 0 and not self._can_follow(row, tokens, deepest):
                 self._gone.add(row)
                 count = 0
@@ -250,8 +249,7 @@ class DraftModel:
             tree = TokenTree(
                 [0] * live, [-1, *below[: live - 1]], sources=sources if width > 1 else None
             )
-            on_cpu = device.type == "cpu"  # no kernels or graphs to keep shapes for
-            found = TreeBatch.from_rows([tree] * len(state.tokens), device, bucket=not on_cpu)
+            found = TreeBatch.from_rows([tree] * len(state.tokens), device)
             self._shapes[live] = found
         return found
 
