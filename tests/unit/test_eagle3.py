@@ -25,6 +25,7 @@ from specdec.errors import ConfigError
 from specdec.heads import ready
 from specdec.heads.checkpoints.load import load_head
 from specdec.heads.checkpoints.save import save_head
+from specdec.heads.eagle3.draft_vocabulary import DraftVocabulary
 from specdec.heads.eagle3.head import Eagle3Head
 from specdec.round.tree import TokenTree
 from specdec.stats import RoundRecord
@@ -93,7 +94,8 @@ def test_trees_hold_the_likeliest_candidates(
     """Against a search of every candidate on the host, with the head's own chain steps."""
     ids, head = prompt(), head_for(llama, draft_vocab=draft_vocab)
     if draft_vocab is not None:
-        head.set_vocabulary(2 * torch.arange(draft_vocab) + 3, None)  # ids 3, 6, 9, ...
+        every_third = 3 * torch.arange(draft_vocab) + 3
+        head.set_vocabulary(DraftVocabulary(every_third, head.config.vocab_size))
     _, records = rounds_of(llama, ids, draft=head, depth=3, top_k=3, beam=beam, nodes=9)
     tree = trees_of(records)[0]
     assert tree.scores is not None

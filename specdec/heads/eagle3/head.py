@@ -24,8 +24,8 @@ from transformers.activations import ACT2FN
 from specdec.caches.tree_cache import TreeCache
 from specdec.errors import ConfigError
 from specdec.heads.eagle3.config import Eagle3Config
-from specdec.heads.eagle3.draft_ids import checked_target_ids
 from specdec.heads.eagle3.draft_masks import ancestors_of_level, last_slots_see, level_sees
+from specdec.heads.eagle3.draft_vocabulary import DraftVocabulary
 from specdec.heads.eagle3.layer import Eagle3Layer, RotaryTable
 from specdec.heads.eagle3.norm import RmsNorm, rms_norm
 from specdec.heads.eagle3.stepped import SteppedLayer
@@ -121,26 +121,23 @@ class Eagle3Head(nn.Module):
         """The decoder layer."""
         return cast(Eagle3Layer, self.layers[0])
 
-    def set_vocabulary(self, d2t: Tensor | None, t2d: Tensor | None) -> None:
-        """Takes over a draft vocabulary: offsets [D] int64 and mask [V] bool, or none.
-
-        Raises:
-            ConfigError: They do not belong together, or are not offsets.
-        """
-        if (d2t is None) != (self.d2t is None):
+    def set_vocabulary(self, vocabulary: DraftVocabulary) -> None:
+        """Takes over a draft vocabulary; raises `ConfigError` for one of other sizes."""
+        wanted = self.config.draft_vocab_size, self.config.vocab_size
+        if (len(vocabulary.ids), vocabulary.size) != wanted:
             raise ConfigError(
-                f"d2t must be given just when draft_vocab_size {self.config.draft_vocab_size} is "
-                f"below vocab_size {self.config.vocab_size}"
+                f"the head drafts among {wanted[0]} of {wanted[1]} tokens, and its vocabulary "
+                f"holds {len(vocabulary.ids)} of {vocabulary.size}; take the one that belongs to it"
             )
-        if d2t is None or self.d2t is None or self.t2d is None:
-            return
-        ids = checked_target_ids(d2t, self.config)
-        mask = torch.zeros(self.config.vocab_size, dtype=torch.bool)
-        mask[ids] = True
-        if t2d is not None and not torch.equal(mask, t2d.cpu().bool()):
-            raise ConfigError("t2d and d2t name different tokens")
-        self.d2t.copy_(d2t)
-        self.t2d.copy_(mask)
+        if self.d2t is not None and self.t2d is not None:
+            self.d2t.copy_(vocabulary.offsets)
+            self.t2d.copy_(vocabulary.mask)
+
+    @property
+    def vocabulary(self) -> DraftVocabulary:
+        """Its draft vocabulary."""
+        order = torch.arange(self.config.draft_vocab_size, device=self.fc.weight.device)
+        return DraftVocabulary(self.target_ids(order).cpu(), self.config.vocab_size)
 
     def attach(self, embeddings: Tensor, output_embeddings: Tensor | None = None) -> None:
         """Shares the target's embeddings [V, H], and its output matrix where the head has none.
