@@ -11,6 +11,7 @@ _LOOKUP, _INDEX = "specdec/drafters/prompt_lookup.py", "specdec/sources/ngram_in
 _SUFFIX, _DRAFT = "specdec/drafters/suffix.py", "specdec/drafters/draft_model/drafter.py"
 _GROWTH, _AUTOMATON = "specdec/sources/suffix_draft.py", "specdec/sources/suffix_index.py"
 _EAGLE, _STEPPED = "specdec/drafters/head.py", "specdec/heads/eagle3/stepped.py"
+_GROW = "specdec/drafters/growth.py"
 _TREE = "specdec/round/tree.py"
 
 _STEPS = "tests/drafting/test_lookahead_steps.py"
@@ -204,21 +205,21 @@ SPEED: tuple[Fault, ...] = (
     ),
     _slow(
         "a_tree_is_sorted_by_the_last_step_alone",
-        _EAGLE,
+        _GROW,
         "every = (scores[:, :, None] + below).flatten(1)",
         "every = (0 * scores[:, :, None] + below).flatten(1)",
         _TREES,
     ),
     _slow(
         "the_second_best_path_is_not_continued",
-        _EAGLE,
+        _GROW,
         "scores, best = every.topk(beam)",
         "scores, best = (one[:, [0, *range(2, beam + 1)]] for one in every.topk(beam + 1))",
         _TREES,
     ),
     _slow(
         "a_level_continues_below_the_wrong_nodes",
-        _EAGLE,
+        _GROW,
         "tokens, parents, frontier = ids.gather(1, best), best // width, count + best",
         "tokens, parents, frontier = ids.gather(1, best), best % len(scores[0]), count + best",
         _TREES,
@@ -239,7 +240,7 @@ SPEED: tuple[Fault, ...] = (
     ),
     _slow(
         "a_chain_is_scored_by_its_last_step_alone",
-        _EAGLE,
+        _GROW,
         "scores.append(scores[-1] + best)",
         "scores.append(best)",
         _TREES,

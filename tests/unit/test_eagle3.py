@@ -20,6 +20,7 @@ from helpers.names import CACHE, cache_of
 from helpers.spies import Reads
 from specdec import SpecConfig
 from specdec.contracts import TargetFacts
+from specdec.drafters.growth import Growth
 from specdec.drafters.head import Eagle3, Eagle3DraftConfig
 from specdec.errors import ConfigError
 from specdec.heads import ready
@@ -210,15 +211,14 @@ def test_drafts_end_where_no_path_is_likely(
         assert all(best[depth] >= math.log(least) for depth in range(1, max(depths)))
 
 
-def test_rows_that_have_ended_hold_no_draft_up(llama: Any, head: Eagle3Head) -> None:
+def test_rows_that_have_ended_hold_no_draft_up() -> None:
     """A row without a draft is not asked how likely its paths are."""
-    drafter = Eagle3(Eagle3DraftConfig(draft=head, top_k=1, confidence_threshold=0.5))
-    scores = torch.tensor([[0.0], [-9.0]])
-    assert not drafter._is_unlikely(scores, [True, True])
-    assert drafter._is_unlikely(scores, [False, True])
-    assert drafter._is_unlikely(torch.tensor([[math.nan], [-9.0]]), [True, True])
+    growth, scores = Growth(5, confidence_threshold=0.5), torch.tensor([[0.0], [-9.0]])
+    assert not growth.is_over(scores, [True, True])
+    assert growth.is_over(scores, [False, True])
+    assert growth.is_over(torch.tensor([[math.nan], [-9.0]]), [True, True])
     # Elsewhere than on a CPU nothing is asked: these scores have no numbers to tell.
-    assert not drafter._is_unlikely(scores.to("meta"), [True, True])
+    assert not growth.is_over(scores.to("meta"), [True, True])
 
 
 def test_a_second_turn_on_a_kept_cache(llama: Any, head: Eagle3Head) -> None:

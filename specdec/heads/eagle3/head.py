@@ -11,6 +11,7 @@ it through a tree (`begin`, `commit`, `expand`); a test holds both to the same n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -117,6 +118,11 @@ class Eagle3Head(nn.Module):
         self._rotary = RotaryTable(config)
 
     @property
+    def step_weight(self) -> Tensor:
+        """As `DraftHead` says."""
+        return self.layer.mlp.gate_up_proj.weight
+
+    @property
     def layer(self) -> Eagle3Layer:
         """The decoder layer."""
         return cast(Eagle3Layer, self.layers[0])
@@ -166,6 +172,16 @@ class Eagle3Head(nn.Module):
             rows = rows if self.t2d is None else rows[self.t2d.to(rows.device)]
             self.lm_head = nn.Linear(rows.shape[1], len(rows), bias=False, device="meta")
             self.lm_head.weight = nn.Parameter(rows.to(self.fc.weight).clone())
+
+    def unattached(self) -> Eagle3Head:
+        """As `DraftHead` says; the parameters are shared, so it drafts with what is learnt."""
+        own = copy.copy(self)
+        own._modules = dict(self._modules)
+        if not self.owns_embeddings:
+            own.embed_tokens = None
+        if not self.owns_lm_head:
+            own.lm_head = None
+        return own
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         """Ids of the target for ids of the draft vocabulary."""
@@ -240,7 +256,7 @@ class Eagle3Head(nn.Module):
     def train_logits(
         self, token_ids: Tensor, features: Tensor, steps: int, spans: Spans | None = None
     ) -> Iterator[Tensor]:
-        """As `DraftHead` says; a trainer with little memory works on `unroll` instead."""
+        """Logits [B, T, D] of every training step, from `unroll`."""
         for normed in self.unroll(token_ids, features, steps, spans):
             yield self.logits(normed)
 
@@ -255,16 +271,20 @@ class Eagle3Head(nn.Module):
         return HeadState(layer, cache, [0] * rows, empty, empty, empty)
 
     def commit(
-        self, state: HeadState, tokens: Tensor, features: Tensor, counts: Sequence[int]
+        self, state: HeadState, tokens: Tensor, features: Tensor | None, counts: Sequence[int]
     ) -> Tensor:
         """Takes verified slots in; log-probabilities [B, D] of what follows each row's last one.
 
         Args:
             state: Of this batch, without drafted levels.
-            tokens: [B, n] int64, the token *after* each slot, right-padded.
+            tokens: [B, n] int64, the token *after* each slot, right-padded. Ids that the target has
+                no embedding for are taken for the nearest one.
             features: [B, n, H] of the slots.
             counts: Slots of each row, 0 for a row that stands still.
         """
+        if features is None:
+            raise ValueError("an EAGLE-3 head drafts from features, got None")
+        tokens = tokens.clamp(0, self.config.vocab_size - 1)
         cache, width = state.cache, tokens.shape[1]
         ends = None  # of each row; None where all slots are taken in
         if min(counts) < width:
