@@ -7,8 +7,8 @@ for all rows at once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
@@ -26,29 +26,37 @@ from specdec.method_options import MethodOptions, Range
 from specdec.round.tree import MAX_NODES, TreeBatch
 
 _FIRST_ROOM = 4096  # new tokens that the head's cache is allocated for at once
+_TREE = Growth(depth=5, top_k=8, nodes=48)
+_CHAIN = Growth(depth=16, top_k=1, nodes=16, confidence_threshold=0.01)
 _MOST_WAITING = 64  # rounds without a draft after which the head reads them all the same
 
 
 @dataclass(frozen=True, eq=False)
 class Eagle3DraftConfig(MethodOptions):
-    """Options of `eagle3`."""
+    """Options of `eagle3`.
+
+    Without any of its sizes, a head drafts what suits the device. On a CPU every node costs, and
+    the head can be asked how sure it is: a chain, as deep as it is sure (`depth=16, top_k=1,
+    confidence_threshold=0.01`). Elsewhere a tree (`depth=5, top_k=8, nodes=48`), which is also
+    where sizes that are not named come from when some are.
+    """
 
     draft: Any = None
     """The trained head: a folder, a hub id, or a loaded `Eagle3Head`."""
-    depth: Annotated[int, Range(1, MAX_NODES, tries=(1, 2, 3, 4, 5, 6, 8, 10, 12))] = 5
+    depth: Annotated[int | None, Range(1, MAX_NODES, tries=(1, 2, 3, 4, 5, 6, 8, 10, 12))] = None
     """Levels of the tree; one pass of the head each."""
-    top_k: Annotated[int, Range(1, tries=(1, 2, 3, 4, 6, 8, 10))] = 8
+    top_k: Annotated[int | None, Range(1, tries=(1, 2, 3, 4, 6, 8, 10))] = None
     """Candidates below each continued node; 1 drafts a chain."""
     beam: Annotated[int | None, Range(1, tries=(1, 2, 10))] = None
     """Nodes continued at every level; None for `top_k` of them. With 1, a tree is a chain with its
     siblings, and costs little more to draft than a chain."""
     nodes: Annotated[
-        int, Range(1, MAX_NODES - 1, tries=(1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 63))
-    ] = 48
+        int | None, Range(1, MAX_NODES - 1, tries=(1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 63))
+    ] = None
     """Nodes that are verified: the likeliest of all candidates."""
     confidence_threshold: Annotated[
-        float, Range(0, 1, tries=(0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3))
-    ] = 0.0
+        float | None, Range(0, 1, tries=(0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3))
+    ] = None
     """Goes no deeper where the head thinks that no path of the draft is as likely as this to come.
     Only on a CPU: elsewhere it would have to wait for the numbers."""
     tokenizer: Any = None
@@ -63,6 +71,17 @@ class Eagle3DraftConfig(MethodOptions):
                 "eagle3 needs draft=: the folder or hub id of a trained head, or an Eagle3Head, "
                 f"got {self.draft!r:.80}"
             )
+
+    def growth(self, on_cpu: bool) -> Growth:
+        """The sizes that were named, and the device's own."""
+        sizes = [size.name for size in fields(Growth)]
+        named = {name: getattr(self, name) for name in sizes if getattr(self, name) is not None}
+        return replace(_CHAIN if on_cpu and not named else _TREE, **named)
+
+    @classmethod
+    def device_defaults(cls, on_cpu: bool) -> Mapping[str, Any]:
+        """The sizes of a chain or of a tree."""
+        return asdict(_CHAIN if on_cpu else _TREE)
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -96,10 +115,7 @@ class Eagle3:
     def __init__(self, config: Eagle3DraftConfig) -> None:
         self._config = config
         self.needs = Needs()
-        self._growth = growth = Growth(
-            config.depth, config.top_k, config.beam, config.nodes, config.confidence_threshold
-        )
-        self.max_nodes = min(growth.nodes, growth.depth) if growth.top_k == 1 else growth.nodes
+        self._settle(on_cpu=False)
         self._ready: ReadyHead
         self._head: DraftHead
         self._state: Any
@@ -115,9 +131,14 @@ class Eagle3:
             ConfigError: It cannot be loaded, or belongs to another target.
         """
         config = self._config
+        self._settle(target.device.type == "cpu")
         self._ready = ready_head(config.draft, config.tokenizer, target)
         self._head = self._ready.head
         self.needs = Needs(taps=self._head.config.aux_output_layers)
+
+    def _settle(self, on_cpu: bool) -> None:
+        self._growth = growth = self._config.growth(on_cpu)
+        self.max_nodes = min(growth.nodes, growth.depth) if growth.top_k == 1 else growth.nodes
 
     def start(self, state: BatchState) -> None:
         """Makes an empty draft state."""

@@ -141,12 +141,13 @@ def draft_of(target: str) -> Any:
 
 
 def options_of(target: str, method: str) -> dict[str, Any]:
-    """What a method cannot do without; all sizes are the defaults."""
+    """What a method cannot do without; the sizes are the defaults, those of trees."""
     if method == "draft_model":
         return {"draft": draft_of(target), "top_k": 2}
-    if method == "eagle3" and target == "mamba2":
-        return {"draft": head_for(model_of(target))}
-    return {"draft": str(demo.head_path())} if method == "eagle3" else {}
+    if method == "eagle3":
+        head = head_for(model_of(target)) if target == "mamba2" else str(demo.head_path())
+        return {"draft": head, "depth": 5}
+    return {}
 
 
 @cache

@@ -337,6 +337,26 @@ def test_a_beam_is_a_whole_number(head: Eagle3Head, beam: Any) -> None:
         Eagle3DraftConfig(draft=head, beam=beam)
 
 
+CHAIN = Growth(16, 1, None, 16, 0.01)
+TREE = Growth(5, 8, None, 48, 0.0)
+
+
+@pytest.mark.parametrize(("given", "on_cpu", "elsewhere"), [
+    ({}, CHAIN, TREE), ({"depth": 3}, replace(TREE, depth=3), replace(TREE, depth=3)),
+    ({"top_k": 8}, TREE, TREE), ({"confidence_threshold": 0.0}, TREE, TREE),
+    ({"depth": 9, "top_k": 1}, Growth(9, 1, None, 48), Growth(9, 1, None, 48)),
+])  # fmt: skip
+def test_without_sizes_a_cpu_drafts_chains(
+    llama: Any, head: Eagle3Head, given: dict[str, Any], on_cpu: Growth, elsewhere: Growth
+) -> None:
+    config = Eagle3DraftConfig(draft=head, **given)
+    assert (config.growth(on_cpu=True), config.growth(on_cpu=False)) == (on_cpu, elsewhere)
+    text, records = rounds_of(llama, prompt(), draft=head, **given)
+    assert torch.equal(text, plain(llama, prompt(), **CALL))
+    branched = [tree.parents != list(range(-1, len(tree) - 1)) for tree in trees_of(records)]
+    assert any(branched) == (on_cpu.top_k > 1)
+
+
 @pytest.mark.parametrize(("native", "large", "wanted"), [
     (True, False, torch.float32), (True, True, torch.bfloat16), (False, True, torch.float32),
 ])  # fmt: skip
