@@ -55,7 +55,7 @@ batch  greedy   lookahead       525  11511411394 119965
 batch  greedy   jacobi          467  115151112a3 12fd
 batch  greedy   prompt_lookup    61  11411141111149 114bb3
 batch  greedy   suffix           89  1151141111167 119k
-batch  greedy   draft_model     118  626665 166666
+batch  greedy   draft_model     120  626665 166666
 batch  greedy   eagle3          584  664663 1664662
 batch  greedy   recycling      1082  1151131111161115 1191442221112
 causal greedy   lookahead        95  1151141111194

@@ -190,17 +190,17 @@ SPEED: tuple[Fault, ...] = (
         f"{_FREE}::test_suffix",
     ),
     _slow(
-        "siblings_go_on_beside_the_trunk",
-        _DRAFT,
-        "logits = self._runner.step(levels[-1][:, 0])",
-        "logits = self._runner.step(levels[-1][:, -1])",
+        "a_level_is_drafted_below_the_wrong_nodes",
+        "specdec/drafters/draft_model/runner.py",
+        "parents.append(below + above)",
+        "parents.append(0 * below + above)",
         _AHEAD,
     ),
     _slow(
         "the_draft_believes_it_holds_one_token_more",
         _DRAFT,
-        "(node - 1) // width < deepest for node in path)",
-        "(node - 1) // width <= deepest for node in path)",
+        "self._known[row] += min(len(path), self._stepped)",
+        "self._known[row] += min(len(path), self._stepped + 1)",
         _AHEAD,
     ),
     _slow(
