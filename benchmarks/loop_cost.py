@@ -21,6 +21,7 @@ import specdec
 from specdec import RowDrafter, TokenTree
 from specdec.demo import load_target, load_tokenizer
 from specdec.demo.corpus import read_sources
+from specdec.drafters.row import DraftRow
 from specdec_bench.paired import ratio, time_arms
 
 
@@ -47,10 +48,13 @@ class Ballast(RowDrafter):
         super().__init__()
         self.max_nodes = nodes
 
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        """`budget` different children of the root."""
-        tokens = [2 + (history[-1] + 7 * i) % 4000 for i in range(budget)]
-        return TokenTree([history[-1], *tokens], [-1] + [0] * budget)
+    class Row(DraftRow):
+        """A row of it."""
+
+        def propose(self, budget: int) -> TokenTree:
+            """`budget` different children of the root."""
+            tokens = [2 + (self.text[-1] + 7 * i) % 4000 for i in range(budget)]
+            return TokenTree([self.text[-1], *tokens], [-1] + [0] * budget)
 
 
 def code_prompts(count: int, characters: int = 700) -> list[torch.Tensor]:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec.heads.eagle3.config import Eagle3Config
+from specdec.heads.eagle3.draft_vocabulary import DraftVocabulary
 from specdec.heads.eagle3.head import Eagle3Head
 from specdec_bench.paired import ratio
 from specdec_training.data.batches import collate
@@ -162,7 +163,7 @@ def specdec_arm(problem: Problem, folder: str) -> Step:
         aux_output_layers=_TAPS,
     )  # fmt: skip
     head = Eagle3Head(config)
-    head.set_vocabulary(problem.offsets, problem.mask)
+    head.set_vocabulary(DraftVocabulary(problem.offsets + torch.arange(_DRAFT), _VOCAB))
     head.attach(problem.target.get_input_embeddings().weight)
     bf16 = problem.options.bf16
     source = OnlineFeatures(problem.target, _TAPS, low=torch.bfloat16 if bf16 else None)

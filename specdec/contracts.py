@@ -92,6 +92,15 @@ class BatchState:
         """Tokens emitted so far in `row`."""
         return len(self.tokens[row]) - self.prompt_lengths[row]
 
+    def room(self, row: int) -> int:
+        """Levels below its root that a tree of `row` can still use; 0 for one that has ended."""
+        left = self.max_new_tokens - self.emitted(row) - 1
+        return max(min(self.depth_limit, left), 0) if self.active[row] else 0
+
+    def deepest_room(self) -> int:
+        """The most levels that any row can still use."""
+        return max(map(self.room, range(len(self.tokens))))
+
     def shown(self) -> BatchState:
         """A copy for a drafter: nothing that is done to it is done to the rows; `memory` is shared.
 

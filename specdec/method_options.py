@@ -119,6 +119,11 @@ class MethodOptions:
     def check(self) -> None:
         """Checks what options must be together; raises `ConfigError`."""
 
+    @classmethod
+    def device_defaults(cls, on_cpu: bool) -> Mapping[str, Any]:
+        """Options whose default is None because it depends on the device, and what it is there."""
+        return {}
+
 
 @cache
 def declared(config: type) -> Mapping[str, Option]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -16,6 +17,7 @@ from specdec.cli.options import DoctorOptions
 from specdec.cost.curve import choose_lookahead, measure_cost
 from specdec.hf.names import CACHE, tested_range
 from specdec.loading import check_model, context_length, load_model, pick_device
+from specdec.method_options import MethodOptions
 from specdec.registry import methods
 from specdec.targets.watched_test import self_test
 
@@ -105,9 +107,13 @@ def _product_seconds(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _describe(method: str) -> str:
-    """The method's options with their defaults."""
+    """The method's options with the defaults that they have here."""
+    config = getattr(methods.load(method), "Config", None)
+    here: Mapping[str, Any] = {}
+    if isinstance(config, type) and issubclass(config, MethodOptions):
+        here = config.device_defaults(on_cpu=not torch.cuda.is_available())
     described = [
-        f"{name}={'?' if option.required else option.default}"
+        f"{name}={'?' if option.required else here.get(name, option.default)}"
         for name, option in methods.options(method).items()
     ]
     return ", ".join(described) or "no options"

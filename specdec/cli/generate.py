@@ -15,7 +15,6 @@ from specdec.api import augment, last_stats
 from specdec.artifacts.places import TOY
 from specdec.artifacts.terminal import bar, facts, say, wrapped
 from specdec.cli.options import GenerateOptions
-from specdec.cli.race import bundled_head_options
 from specdec.cli.reading import chat_lines, check_input, prompt_text
 from specdec.config import SpecConfig
 from specdec.errors import ConfigError, SpecdecError
@@ -27,7 +26,6 @@ from specdec.loading import (
     load_model,
     load_tokenizer,
     method_options,
-    pick_device,
     sentence,
 )
 from specdec.round.noise import kept_generators
@@ -55,8 +53,6 @@ def run_generate(options: GenerateOptions) -> int:
     if own_head and not any(pair.partition("=")[0].strip() == "draft" for pair in pairs):
         pairs = (f"draft={TOY}", *pairs)  # the toy has a head of its own
     chosen = method_options(options.method, pairs, tokenizer)
-    if own_head:
-        chosen = bundled_head_options(pick_device(options.device), chosen)
     config = SpecConfig(method=options.method, options=chosen, budget=options.budget)
     if options.chat and not tokenizer.chat_template:
         raise ConfigError(

@@ -25,7 +25,6 @@ from specdec.registry import methods
 
 _SMALL_LOOKAHEAD: Mapping[str, int] = {"window": 3, "ngram": 3, "guesses": 3}
 _PROBE_SECONDS = 0.5
-_HEAD_SIZES_ON_CPU: Mapping[str, Any] = {"depth": 16, "top_k": 1, "confidence_threshold": 0.01}
 
 
 @dataclass(frozen=True)
@@ -103,21 +102,7 @@ def _options_of(method: str, model: Any) -> Mapping[str, Any]:
     """What a method needs to be told."""
     if method == "lookahead":
         return lookahead_sizes(model)
-    return bundled_head_options(model.device, {}) if method == "eagle3" else {}
-
-
-def bundled_head_options(device: torch.device, named: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `eagle3` on the toy: its head, and its sizes where none is named.
-
-    On a CPU every node costs, and the head can be asked how sure it is: it drafts chains, as deep
-    as it is sure. Elsewhere the method's own sizes are for the purpose.
-
-    Args:
-        named: What the user chose.
-    """
-    sizes = {"depth", "top_k", "beam", "nodes", "confidence_threshold"}
-    own = {} if device.type != "cpu" or sizes & named.keys() else _HEAD_SIZES_ON_CPU
-    return {"draft": str(head_path()), **own, **named}
+    return {"draft": str(head_path())} if method == "eagle3" else {}
 
 
 def lookahead_sizes(model: Any) -> Mapping[str, Any]:

@@ -82,7 +82,7 @@ def measure_cost(model: Any, seconds: float = 1.0) -> CostCurve:
     cache = TreeCache(1, device, capacity=longest)
     target = HFTarget(model, Prompt(ids, None, [prefix]), cache)
     trees = {
-        q: TreeBatch.from_rows([TokenTree.chain(0, [0] * (q - 1))], device, bucket=False)
+        q: TreeBatch.from_rows([TokenTree.chain(0, [0] * (q - 1))], device, size=q)
         for q in _SIZES
         if prefix + q <= positions
     }

@@ -1,18 +1,14 @@
 """EAGLE-3 drafting (Li et al., arXiv 2503.01840): a small head reads the target's hidden states.
 
-Each round the head takes in the verified tokens, then grows a dynamic tree (EAGLE-2, arXiv
-2406.16858): every level continues the likeliest nodes of the level above, and of all candidates the
-likeliest are verified. Candidates are not sampled, so the walk of every drafter verifies them, and
-the text is that of plain decoding, greedy or sampled. Trees are built on the device for all rows at
-once; nothing is read from it.
+Each round the head takes in the verified tokens, then grows a dynamic tree (`growth`) on the device
+for all rows at once.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
@@ -22,36 +18,45 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from specdec.contracts import BatchState, Needs, RoundResult, Shape, TargetFacts
+from specdec.drafters.growth import Growth, grow
 from specdec.errors import ConfigError
-from specdec.heads.eagle3.head import Eagle3Head, HeadState
+from specdec.heads.draft_head import DraftHead, DraftSteps
 from specdec.heads.ready import ReadyHead, ready_head
 from specdec.method_options import MethodOptions, Range
-from specdec.round.tree import MAX_NODES, TreeBatch, bucket_size
+from specdec.round.tree import MAX_NODES, TreeBatch
 
 _FIRST_ROOM = 4096  # new tokens that the head's cache is allocated for at once
+_TREE = Growth(depth=5, top_k=8, nodes=48)
+_CHAIN = Growth(depth=16, top_k=1, nodes=16, confidence_threshold=0.01)
 _MOST_WAITING = 64  # rounds without a draft after which the head reads them all the same
 
 
 @dataclass(frozen=True, eq=False)
 class Eagle3DraftConfig(MethodOptions):
-    """Options of `eagle3`."""
+    """Options of `eagle3`.
+
+    Without any of its sizes, a head drafts what suits the device. On a CPU every node costs, and
+    the head can be asked how sure it is: a chain, as deep as it is sure (`depth=16, top_k=1,
+    confidence_threshold=0.01`). Elsewhere a tree (`depth=5, top_k=8, nodes=48`), which is also
+    where sizes that are not named come from when some are.
+    """
 
     draft: Any = None
     """The trained head: a folder, a hub id, or a loaded `Eagle3Head`."""
-    depth: Annotated[int, Range(1, MAX_NODES, tries=(1, 2, 3, 4, 5, 6, 8, 10, 12))] = 5
+    depth: Annotated[int | None, Range(1, MAX_NODES, tries=(1, 2, 3, 4, 5, 6, 8, 10, 12))] = None
     """Levels of the tree; one pass of the head each."""
-    top_k: Annotated[int, Range(1, tries=(1, 2, 3, 4, 6, 8, 10))] = 8
+    top_k: Annotated[int | None, Range(1, tries=(1, 2, 3, 4, 6, 8, 10))] = None
     """Candidates below each continued node; 1 drafts a chain."""
     beam: Annotated[int | None, Range(1, tries=(1, 2, 10))] = None
     """Nodes continued at every level; None for `top_k` of them. With 1, a tree is a chain with its
     siblings, and costs little more to draft than a chain."""
     nodes: Annotated[
-        int, Range(1, MAX_NODES - 1, tries=(1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 63))
-    ] = 48
+        int | None, Range(1, MAX_NODES - 1, tries=(1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 63))
+    ] = None
     """Nodes that are verified: the likeliest of all candidates."""
     confidence_threshold: Annotated[
-        float, Range(0, 1, tries=(0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3))
-    ] = 0.0
+        float | None, Range(0, 1, tries=(0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3))
+    ] = None
     """Goes no deeper where the head thinks that no path of the draft is as likely as this to come.
     Only on a CPU: elsewhere it would have to wait for the numbers."""
     tokenizer: Any = None
@@ -61,11 +66,22 @@ class Eagle3DraftConfig(MethodOptions):
         """There is a head."""
         if isinstance(self.draft, Path):
             object.__setattr__(self, "draft", str(self.draft))
-        if not isinstance(self.draft, str | Eagle3Head) or not self.draft:
+        if not isinstance(self.draft, str | DraftSteps) or not self.draft:
             raise ConfigError(
                 "eagle3 needs draft=: the folder or hub id of a trained head, or an Eagle3Head, "
                 f"got {self.draft!r:.80}"
             )
+
+    def growth(self, on_cpu: bool) -> Growth:
+        """The sizes that were named, and the device's own."""
+        sizes = [size.name for size in fields(Growth)]
+        named = {name: getattr(self, name) for name in sizes if getattr(self, name) is not None}
+        return replace(_CHAIN if on_cpu and not named else _TREE, **named)
+
+    @classmethod
+    def device_defaults(cls, on_cpu: bool) -> Mapping[str, Any]:
+        """The sizes of a chain or of a tree."""
+        return asdict(_CHAIN if on_cpu else _TREE)
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -79,7 +95,7 @@ def _in_its_own_dtype(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def run(self: Eagle3, *args: Any) -> Any:
-        kind = self._head.fc.weight.device.type
+        kind = self._head.step_weight.device.type
         if not torch.is_autocast_enabled(kind):
             return method(self, *args)
         with torch.autocast(kind, enabled=False):
@@ -89,7 +105,7 @@ def _in_its_own_dtype(method: _Method) -> _Method:
 
 
 class Eagle3:
-    """Implements `Drafter` with an `Eagle3Head` and its own KV cache."""
+    """Implements `Drafter` with a `DraftHead` and its own cache."""
 
     Config = Eagle3DraftConfig
     host_needs = False
@@ -99,10 +115,11 @@ class Eagle3:
     def __init__(self, config: Eagle3DraftConfig) -> None:
         self._config = config
         self.needs = Needs()
-        self.max_nodes = min(config.nodes, config.depth) if config.top_k == 1 else config.nodes
+        self._settle(on_cpu=False)
         self._ready: ReadyHead
-        self._head: Eagle3Head
-        self._state: HeadState
+        self._head: DraftHead
+        self._state: Any
+        self._begun: list[bool] = []  # rows of which the head has read anything
         self._prompt: list[tuple[Sequence[int], Tensor, Tensor]] = []
         self._fresh: list[tuple[Tensor, Tensor, list[int]]] = []
         self._next: Tensor | None = None
@@ -114,17 +131,23 @@ class Eagle3:
             ConfigError: It cannot be loaded, or belongs to another target.
         """
         config = self._config
+        self._settle(target.device.type == "cpu")
         self._ready = ready_head(config.draft, config.tokenizer, target)
         self._head = self._ready.head
         self.needs = Needs(taps=self._head.config.aux_output_layers)
 
+    def _settle(self, on_cpu: bool) -> None:
+        self._growth = growth = self._config.growth(on_cpu)
+        self.max_nodes = min(growth.nodes, growth.depth) if growth.top_k == 1 else growth.nodes
+
     def start(self, state: BatchState) -> None:
         """Makes an empty draft state."""
         longest = max(map(len, state.tokens)) + min(state.max_new_tokens, _FIRST_ROOM)
-        depth = min(self._config.depth, state.max_new_tokens)
-        width = min(self._config.top_k, state.vocab_size)
-        room = depth * min(self._config.beam or width, width) + 1
+        depth = min(self._growth.depth, state.max_new_tokens)
+        width = min(self._growth.top_k, state.vocab_size)
+        room = depth * min(self._growth.beam or width, width) + 1
         self._state = self._head.begin(len(state.tokens), longest + room)
+        self._begun = [False] * len(state.tokens)
         self._prompt, self._fresh, self._next = [], [], None
 
     @_in_its_own_dtype
@@ -140,20 +163,19 @@ class Eagle3:
     @torch.no_grad()
     def propose(self, state: BatchState, budget: int) -> TreeBatch:
         """The likeliest nodes of a dynamic tree for every row."""
-        depth = self._depth(state, budget)
+        growth = self._growth
+        depth = min(growth.depth, state.deepest_room(), budget)
         if depth < 1 and len(self._fresh) < _MOST_WAITING:
             return TreeBatch.roots(state.pending)
         self._catch_up(state)
         if depth < 1:
             return TreeBatch.roots(state.pending)
-        drafting = [on and n > 0 for on, n in zip(state.active, self._state.verified, strict=True)]
+        drafting = [on and begun for on, begun in zip(state.active, self._begun, strict=True)]
         if self._next is None or not any(drafting):
             return TreeBatch.roots(state.pending)
-        if state.shape == "chain" or self._config.top_k == 1:
-            return self._chain(state, self._next, depth, drafting)
-        nodes = min(budget, self._config.nodes)
-        levels = self._candidates(self._next, depth, drafting)
-        return self._best(state, levels, nodes, drafting)
+        top_k = 1 if state.shape == "chain" else growth.top_k
+        growth = replace(growth, depth=depth, top_k=top_k, nodes=min(budget, growth.nodes))
+        return grow(self._head, self._state, self._next, state.pending, growth, drafting)
 
     @_in_its_own_dtype
     @torch.no_grad()
@@ -175,20 +197,14 @@ class Eagle3:
         """Ends a call: the place to say that the head does not keep what it promises."""
         self._ready.warn_if_broken()
 
-    def _depth(self, state: BatchState, budget: int) -> int:
-        """Levels that some row can still use."""
-        remaining = (state.max_new_tokens - state.emitted(row) - 1
-                     for row, active in enumerate(state.active) if active)  # fmt: skip
-        return min(self._config.depth, state.depth_limit, budget, max(remaining, default=0))
-
     def _catch_up(self, state: BatchState) -> None:
         """Shows the head what was verified since it last looked."""
         if self._prompt:
             self._fresh.insert(0, self._prompt_slots(state))
             self._prompt = []
-        last = self._head.config.vocab_size - 1
         for tokens, features, counts in self._fresh:
-            self._next = self._head.commit(self._state, tokens.clamp(0, last), features, counts)
+            self._next = self._head.commit(self._state, tokens, features, counts)
+            self._begun = [begun or n > 0 for begun, n in zip(self._begun, counts, strict=True)]
         self._fresh = []
 
     def _prompt_slots(self, state: BatchState) -> tuple[Tensor, Tensor, list[int]]:
@@ -209,112 +225,3 @@ class Eagle3:
         slots = [torch.cat(own) if own else nothing for own in found]
         counts = [len(row) for row in tokens]
         return pad_sequence(tokens, True), pad_sequence(slots, True), counts
-
-    def _chain(
-        self, state: BatchState, log_probs: Tensor, depth: int, drafting: Sequence[bool]
-    ) -> TreeBatch:
-        """The likeliest token of every level; `log_probs` [B, D] are those of the first."""
-        head, own = self._head, self._state
-        tokens, scores = [state.pending[:, None]], [log_probs.new_zeros(len(log_probs), 1)]
-        first = torch.zeros_like(tokens[0])
-        for level in range(depth):
-            best, index = log_probs.max(-1, keepdim=True)
-            tokens.append(head.target_ids(index))
-            scores.append(scores[-1] + best)
-            if level + 1 == depth or self._is_unlikely(scores[-1], drafting):
-                break
-            log_probs = head.expand(own, tokens[-1], first)[:, 0]
-        head.rewind(own)
-        return self._trees(TreeBatch.chains(torch.cat(tokens, 1)), torch.cat(scores, 1), drafting)
-
-    def _is_unlikely(self, scores: Tensor, drafting: Sequence[bool]) -> bool:
-        """Whether no path in `scores` [B, n] of a row that drafts is worth going on."""
-        least = self._config.confidence_threshold
-        if not least or scores.device.type != "cpu":
-            return False
-        if not all(drafting):
-            scores = scores[torch.tensor(drafting)]
-        return not bool((scores >= math.log(least)).any())  # nor is what is not a number
-
-    def _candidates(
-        self, log_probs: Tensor, depth: int, drafting: Sequence[bool]
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Scores, target ids and parents [B, n] of every level's candidates.
-
-        A parent is counted over all candidates so far; -1 is the root.
-
-        Args:
-            log_probs: [B, D] of what follows each row's pending token.
-            depth: Levels to grow.
-            drafting: Rows that get a tree.
-        """
-        head, own = self._head, self._state
-        width = min(self._config.top_k, log_probs.shape[-1])
-        beam = min(self._config.beam or width, width)
-        every, index = log_probs.topk(width)
-        ids = head.target_ids(index)
-        levels = [(every, ids, torch.full_like(index, -1))]
-        # The likeliest `beam` candidates of a level are continued; the first level is sorted.
-        scores, tokens, parents = every[:, :beam], ids[:, :beam], torch.zeros_like(index[:, :beam])
-        frontier, count = torch.arange(beam, device=index.device).expand_as(parents), width
-        for level in range(1, depth):
-            if self._is_unlikely(scores, drafting):
-                break
-            below, index = head.expand(own, tokens, parents).topk(width)
-            every = (scores[:, :, None] + below).flatten(1)
-            ids = head.target_ids(index).flatten(1)
-            levels.append((every, ids, frontier[:, :, None].expand_as(index).flatten(1)))
-            if level + 1 < depth:
-                scores, best = every.topk(beam)
-                tokens, parents, frontier = ids.gather(1, best), best // width, count + best
-                count += every.shape[1]
-        head.rewind(own)
-        return levels
-
-    def _best(
-        self,
-        state: BatchState,
-        levels: Sequence[tuple[Tensor, Tensor, Tensor]],
-        nodes: int,
-        drafting: Sequence[bool],
-    ) -> TreeBatch:
-        """The likeliest candidates as trees; a stable order puts a parent before its children.
-
-        No child is likelier than its parent, and candidates come level by level, so of equals the
-        shallower one is first (EAGLE-2 reranks without such a rule, and ties can tear its trees).
-
-        Args:
-            state: Where the rows stand.
-            levels: As `_candidates` grew them.
-            nodes: Candidates to keep.
-            drafting: Rows that get a tree.
-        """
-        scores, tokens, parents = (torch.cat(part, 1) for part in zip(*levels, strict=True))
-        # A head that overflows must not change where a child stands: nothing below NaN is a number.
-        scores = scores.nan_to_num(nan=float("-inf"))
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        nodes = min(nodes, order.shape[1])
-        rank = torch.empty_like(order).scatter_(
-            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-        )
-        kept = order[:, :nodes]
-        above = parents.gather(1, kept)
-        above = torch.where(above < 0, 0, rank.gather(1, above.clamp(min=0)) + 1)
-        size = nodes + 1
-        if scores.device.type != "cpu":  # shapes that kernels and graphs have seen before
-            size = bucket_size(size)
-        fill = (1, size - nodes - 1)
-        trees = TreeBatch(
-            tokens=pad(tokens.gather(1, kept), fill),
-            parents=pad(above, fill).index_fill_(1, above.new_zeros(1), -1).to(torch.int32),
-            sizes=torch.full_like(state.pending, nodes + 1, dtype=torch.int32),
-            max_depth=len(levels),
-        )
-        return self._trees(trees, pad(scores[:, :nodes], fill), drafting)
-
-    def _trees(self, trees: TreeBatch, scores: Tensor, drafting: Sequence[bool]) -> TreeBatch:
-        """The trees with their scores; bare roots for rows that do not draft."""
-        sizes = trees.sizes
-        if not all(drafting):
-            sizes = torch.where(torch.tensor(drafting, device=sizes.device), sizes, 1)
-        return trees.with_tokens(trees.tokens, sizes=sizes, scores=scores)

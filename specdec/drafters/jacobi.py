@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 from specdec.contracts import BatchState, Needs
-from specdec.drafters.row import RowDrafter, RowRound
+from specdec.drafters.row import DraftRow, RowDrafter, RowRound
 from specdec.errors import ConfigError
 from specdec.method_options import MethodOptions, Range
 from specdec.round.tree import MAX_NODES, TokenTree, TreeBuilder
@@ -52,83 +52,58 @@ class JacobiConfig(MethodOptions):
         return self.block + self.recycle * (self.ngram - 1)
 
 
-@dataclass(slots=True)
-class _Row:
-    """What is known of one row.
+class JacobiRow(DraftRow):
+    """A row's block, all fresh guesses at first, and its n-grams, those of the prompt at first.
 
     Attributes:
-        text: Prompt and output.
         pool: Recycled n-grams and those of the text, or None when they are switched off.
         guesses: The target's picks for the tokens after the pending one.
         length: Length of the block that was last proposed.
     """
 
-    text: list[int]
-    pool: NgramPool | None
-    guesses: list[int] = field(default_factory=list)
-    length: int = 0
+    drafter: Jacobi
 
+    def __init__(self, text: list[int], drafter: Jacobi) -> None:
+        super().__init__(text, drafter)
+        self.guesses: list[int] = []
+        self.length = 0
+        self.pool = NgramPool(self.config.recycle) if self.config.recycle else None
+        if self.pool is not None:
+            self.pool.add_text(text, self.config.ngram)
 
-class Jacobi(RowDrafter):
-    """Fixed-point block decoding; sources are refined guesses, fresh ones, and recycled n-grams."""
-
-    Config = JacobiConfig
-    needs = Needs(node_picks=True)
-    source_names = ("fixed point", "fill", "recycled")
-
-    def __init__(self, config: JacobiConfig) -> None:
-        super().__init__(config)
-        self._config = config
-        self.max_nodes = config.nodes
-        self._generator = random.Random(config.seed)
-        self._vocab_size = 0
-        self._rows: dict[int, _Row] = {}
-
-    def start(self, state: BatchState) -> None:
-        """Begins a call."""
-        super().start(state)
-        self._vocab_size = state.vocab_size
-
-    def start_row(self, row: int, prompt: list[int]) -> None:
-        """Collects the prompt's n-grams; the first block is all fresh guesses."""
-        pool = NgramPool(self._config.recycle) if self._config.recycle else None
-        if pool is not None:
-            pool.add_text(prompt, self._config.ngram)
-        self._rows[row] = _Row(list(prompt), pool)
-
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
+    def propose(self, budget: int) -> TokenTree:
         """The block first, then recycled n-grams; a smaller budget shrinks both alike."""
-        config, known = self._config, self._rows[row]
-        share = budget if self.chains_only else -(-budget * config.block // config.nodes)
-        builder = TreeBuilder(history[-1])
-        known.length = min(config.block, share)
-        if self.chains_only and known.pool is not None:
-            self._add_newest(builder, known.pool, known.length)
-        self._add_block(builder, known)
-        if not self.chains_only and known.pool is not None:
-            self._add_recycled(builder, known.pool, min(budget, config.nodes) + 1)
+        config, chains_only = self.config, self.drafter.chains_only
+        share = budget if chains_only else -(-budget * config.block // config.nodes)
+        builder = TreeBuilder(self.text[-1])
+        self.length = min(config.block, share)
+        if chains_only and self.pool is not None:
+            self._add_newest(builder, self.pool)
+        self._add_block(builder)
+        if not chains_only and self.pool is not None:
+            self._add_recycled(builder, self.pool, min(budget, config.nodes) + 1)
         return builder.build()
 
-    def _add_newest(self, builder: TreeBuilder, pool: NgramPool, length: int) -> None:
+    def _add_newest(self, builder: TreeBuilder, pool: NgramPool) -> None:
         """Where only a chain can be verified, what the pool knows goes before the guesses."""
         node: int | None = 0
-        while node is not None and len(builder) <= length:
+        while node is not None and len(builder) <= self.length:
             found = pool.guesses(builder.tokens[node])
             if not found:
                 return
-            node = builder.add_path(found[0][0], _RECYCLED, limit=length + 1, start=node)
+            node = builder.add_path(found[0][0], _RECYCLED, limit=self.length + 1, start=node)
 
-    def _add_block(self, builder: TreeBuilder, known: _Row) -> None:
+    def _add_block(self, builder: TreeBuilder) -> None:
         """The guesses that go on, then tokens drawn from the text up to the block's length."""
-        for depth in range(len(builder), known.length + 1):
-            refined = depth <= len(known.guesses)
-            token = known.guesses[depth - 1] if refined else self._fresh_guess(known, builder)
+        for depth in range(len(builder), self.length + 1):
+            refined = depth <= len(self.guesses)
+            token = self.guesses[depth - 1] if refined else self._fresh_guess(builder)
             builder.add(depth - 1, token, _FIXED_POINT if refined else _FILL)
 
-    def _fresh_guess(self, known: _Row, builder: TreeBuilder) -> int:
+    def _fresh_guess(self, builder: TreeBuilder) -> int:
         """A token of the row's text; the pending one where the model cannot take that."""
-        token = self._generator.choice(known.text)
-        return token if 0 <= token < self._vocab_size else builder.tokens[0]
+        token = self.drafter.generator.choice(self.text)
+        return token if 0 <= token < self.drafter.vocab_size else builder.tokens[0]
 
     def _add_recycled(self, builder: TreeBuilder, pool: NgramPool, limit: int) -> None:
         """Breadth first: n-grams below the root, then those below where they ended."""
@@ -136,7 +111,7 @@ class Jacobi(RowDrafter):
         while open_ends:
             start, depth = open_ends.popleft()
             for gram, _ in pool.guesses(builder.tokens[start]):
-                if depth + len(gram) > 2 * (self._config.ngram - 1):
+                if depth + len(gram) > 2 * (self.config.ngram - 1):
                     continue
                 end = builder.add_path(gram, _RECYCLED, limit=limit, start=start)
                 if end is None:
@@ -145,18 +120,35 @@ class Jacobi(RowDrafter):
                     seen.add(end)
                     open_ends.append((end, depth + len(gram)))
 
-    def observe_row(self, row: int, outcome: RowRound) -> None:
+    def observe(self, outcome: RowRound) -> None:
         """The picks after the accepted nodes are the next guesses."""
-        known, picks = self._rows[row], outcome.picks
-        known.text.extend(outcome.tokens)
+        picks = outcome.picks
         if picks is None:
             return
-        end = min(known.length, len(outcome.tree) - 1)  # near the length limit, trees are cut
-        known.guesses = picks[len(outcome.path) + 1 : end + 1]
-        if known.pool is not None:
-            recycle(outcome.tree, picks, known.pool, self._config.ngram)
-            new_from = len(known.text) - len(outcome.tokens)
-            known.pool.add_text(known.text, self._config.ngram, start=new_from)
+        end = min(self.length, len(outcome.tree) - 1)  # near the length limit, trees are cut
+        self.guesses = picks[len(outcome.path) + 1 : end + 1]
+        if self.pool is not None:
+            recycle(outcome.tree, picks, self.pool, self.config.ngram)
+            new_from = len(self.text) - len(outcome.tokens)
+            self.pool.add_text(self.text, self.config.ngram, start=new_from)
+
+
+class Jacobi(RowDrafter):
+    """Fixed-point block decoding; sources are refined guesses, fresh ones, and recycled n-grams."""
+
+    Config, Row = JacobiConfig, JacobiRow
+    needs = Needs(node_picks=True)
+    source_names = ("fixed point", "fill", "recycled")
+
+    def __init__(self, config: JacobiConfig) -> None:
+        super().__init__(config)
+        self.generator = random.Random(config.seed)
+        self.vocab_size = 0
+
+    def start(self, state: BatchState) -> None:
+        """Begins a call."""
+        super().start(state)
+        self.vocab_size = state.vocab_size
 
 
 def recycle(tree: TokenTree, picks: list[int], pool: NgramPool, ngram: int) -> None:

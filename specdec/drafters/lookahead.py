@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from specdec.contracts import BatchState, Needs
-from specdec.drafters.row import RowDrafter, RowRound
+from specdec.drafters.row import DraftRow, RowDrafter, RowRound
 from specdec.errors import ConfigError
 from specdec.method_options import MethodOptions, Range
 from specdec.round.tree import MAX_NODES, TokenTree, TreeBuilder
@@ -139,79 +139,56 @@ class JacobiWindow:
         self.levels = [moved[0][1:], *moved[1:]]
 
 
-class Lookahead(RowDrafter):
-    """W, N, G lookahead decoding."""
+class LookaheadRow(DraftRow):
+    """A row's window, drawn from its text, and its pool, which is filled from it."""
 
-    Config = LookaheadConfig
-    needs = Needs(node_picks=True)
-    source_names = ("window n-gram", "text n-gram", "window node")
+    drafter: Lookahead
 
-    def __init__(self, config: LookaheadConfig) -> None:
-        super().__init__(config)
-        self._config = config
-        self.max_nodes = config.nodes
-        self._generator = random.Random(config.seed)
-        self._shared_pool: NgramPool | None = None
-        self._pools: dict[int, NgramPool] = {}
-        self._windows: dict[int, JacobiWindow] = {}
-        self._texts: dict[int, list[int]] = {}
-        self._proposed: dict[int, int] = {}
-        self._chains: dict[int, list[int]] = {}  # next iterate of each row's Jacobi chain
+    def __init__(self, text: list[int], drafter: Lookahead) -> None:
+        super().__init__(text, drafter)
+        shared = drafter.shared_pool
+        self.pool = NgramPool(self.config.guesses) if shared is None else shared
+        self.window = self._new_window()
+        self._proposed = 0
+        self._chain: list[int] = []  # next iterate of the Jacobi chain
+        if self.config.pool_from_prompt:
+            self.pool.add_text(text, self.config.ngram, origin=_FROM_TEXT)
 
-    def start(self, state: BatchState) -> None:
-        """Begins a call; a kept pool lives in the memory of the augmented model."""
-        if self._config.keep_pool:
-            self._shared_pool = state.memory.setdefault(
-                f"lookahead.pool {self._config.guesses} {self._config.ngram}",
-                NgramPool(self._config.guesses),
-            )
-        super().start(state)
+    def _new_window(self) -> JacobiWindow:
+        config = self.config
+        return JacobiWindow(config.window, config.ngram, self.text, self.drafter.generator)
 
-    def start_row(self, row: int, prompt: list[int]) -> None:
-        """Fills the pool from the prompt and draws the window's start from it."""
-        config = self._config
-        shared = self._shared_pool
-        self._pools[row] = NgramPool(config.guesses) if shared is None else shared
-        self._texts[row] = list(prompt)
-        self._windows[row] = self._new_window(row)
-        if config.pool_from_prompt:
-            self._pools[row].add_text(prompt, config.ngram, origin=_FROM_TEXT)
-
-    def _new_window(self, row: int) -> JacobiWindow:
-        config = self._config
-        return JacobiWindow(config.window, config.ngram, self._texts[row], self._generator)
-
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
+    def propose(self, budget: int) -> TokenTree:
         """Guesses first, as a trie; then the window, shrunk to what the budget leaves."""
-        if self.chains_only:
-            return self._propose_chain(row, history[-1], budget)
-        window = self._windows[row]
-        if window.width < self._config.window and budget >= self._config.nodes:
-            window = self._windows[row] = self._new_window(row)
+        if self.drafter.chains_only:
+            return self._propose_chain(budget)
+        if self.window.width < self.config.window and budget >= self.config.nodes:
+            self.window = self._new_window()
+        window = self.window
         window.shrink(budget)
-        builder = TreeBuilder(history[-1])
-        self._add_guesses(builder, self._pools[row], budget + 1 - window.node_count())
+        builder = TreeBuilder(self.text[-1])
+        self._add_guesses(builder, budget + 1 - window.node_count())
         window.grow(builder)
-        self._proposed[row] = len(builder)
+        self._proposed = len(builder)
         return builder.build()
 
-    def _propose_chain(self, row: int, root: int, budget: int) -> TokenTree:
+    def _propose_chain(self, budget: int) -> TokenTree:
         """The longest guess of the pool, else the Jacobi chain."""
-        builder = TreeBuilder(root)
-        self._add_guesses(builder, self._pools[row], budget + 1)
+        builder = TreeBuilder(self.text[-1])
+        self._add_guesses(builder, budget + 1)
         if len(builder) == 1:
-            chain, text = self._chains.get(row, []), self._texts[row]
-            fill = [self._generator.choice(text) for _ in range(len(chain), self._config.window)]
-            builder.add_path([*chain, *fill], _WINDOW_NODE, limit=budget + 1)
+            choice, missing = self.drafter.generator.choice, self.config.window - len(self._chain)
+            fill = [choice(self.text) for _ in range(missing)]
+            builder.add_path([*self._chain, *fill], _WINDOW_NODE, limit=budget + 1)
         return builder.build().deepest_path()
 
-    def _add_guesses(self, builder: TreeBuilder, pool: NgramPool, room: int) -> None:
+    def _add_guesses(self, builder: TreeBuilder, room: int) -> None:
         """Breadth first: all guesses below the root, then those below where they ended."""
-        deepest = (2 if self._config.extend_guesses else 1) * (self._config.ngram - 1)
+        deepest = (2 if self.config.extend_guesses else 1) * (self.config.ngram - 1)
         open_ends, seen = deque([(0, builder.tokens[0], 0)]), {0}
         while open_ends:
             start, key, depth = open_ends.popleft()
-            for gram, origin in pool.guesses(key):
+            for gram, origin in self.pool.guesses(key):
                 if depth + len(gram) > deepest:
                     continue
                 end = builder.add_path(gram, origin, limit=room, start=start)
@@ -221,19 +198,39 @@ class Lookahead(RowDrafter):
                     seen.add(end)
                     open_ends.append((end, gram[-1], depth + len(gram)))
 
-    def observe_row(self, row: int, outcome: RowRound) -> None:
+    def observe(self, outcome: RowRound) -> None:
         """Advances the window by one level and collects the new n-grams."""
-        pool, text, tree = self._pools[row], self._texts[row], outcome.tree
-        harvest = self._config.harvest
+        pool, tree, harvest = self.pool, outcome.tree, self.config.harvest
         if outcome.picks is not None:
             if harvest:
                 for token, pick in zip(tree.tokens, outcome.picks, strict=False):
                     pool.add(token, (pick,), _FROM_WINDOW)
-            if self.chains_only:
-                self._chains[row] = outcome.picks[len(outcome.path) + 1 : len(tree)]
-            elif len(tree) == self._proposed[row]:  # near the length limit, trees are cut
-                self._windows[row].advance(tree.tokens[0], outcome.picks, pool, harvest)
-        text.extend(outcome.tokens)
-        if self._config.pool_from_prompt:
-            new_from = len(text) - len(outcome.tokens)
-            pool.add_text(text, self._config.ngram, start=new_from, origin=_FROM_TEXT)
+            if self.drafter.chains_only:
+                self._chain = outcome.picks[len(outcome.path) + 1 : len(tree)]
+            elif len(tree) == self._proposed:  # near the length limit, trees are cut
+                self.window.advance(tree.tokens[0], outcome.picks, pool, harvest)
+        if self.config.pool_from_prompt:
+            new_from = len(self.text) - len(outcome.tokens)
+            pool.add_text(self.text, self.config.ngram, start=new_from, origin=_FROM_TEXT)
+
+
+class Lookahead(RowDrafter):
+    """W, N, G lookahead decoding."""
+
+    Config, Row = LookaheadConfig, LookaheadRow
+    needs = Needs(node_picks=True)
+    source_names = ("window n-gram", "text n-gram", "window node")
+
+    def __init__(self, config: LookaheadConfig) -> None:
+        super().__init__(config)
+        self.generator = random.Random(config.seed)
+        self.shared_pool: NgramPool | None = None
+
+    def start(self, state: BatchState) -> None:
+        """Begins a call; a kept pool lives in the memory of the augmented model."""
+        if self.config.keep_pool:
+            self.shared_pool = state.memory.setdefault(
+                f"lookahead.pool {self.config.guesses} {self.config.ngram}",
+                NgramPool(self.config.guesses),
+            )
+        super().start(state)

@@ -8,22 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from specdec.drafters.row import RowDrafter, RowRound
+from specdec.drafters.row import DraftRow, RowDrafter, RowRound
 from specdec.errors import ConfigError
 from specdec.method_options import MethodOptions, Range
 from specdec.round.tree import MAX_NODES, TokenTree
 from specdec.sources.ngram_index import NgramIndex
-
-_LONGEST = 64  # an n-gram; every length below it has an index of its own
 
 
 @dataclass(frozen=True)
 class PromptLookupConfig(MethodOptions):
     """Options of `prompt_lookup`."""
 
-    max_ngram: Annotated[int, Range(1, _LONGEST, tries=(2, 3, 4, 6))] = 4
+    max_ngram: Annotated[int, Range(1, 64, tries=(2, 3, 4, 6))] = 4
     """Longest suffix that is looked up."""
-    min_ngram: Annotated[int, Range(1, _LONGEST, tries=(1, 2, 3))] = 1
+    min_ngram: Annotated[int, Range(1, 64, tries=(1, 2, 3))] = 1
     """Shortest suffix that is looked up."""
     num_draft_tokens: Annotated[int, Range(1, MAX_NODES, tries=(1, 2, 3, 5, 7, 10, 16, 24))] = 10
     """Most tokens copied after a match."""
@@ -33,35 +31,29 @@ class PromptLookupConfig(MethodOptions):
     def check(self) -> None:
         """The shortest suffix is no longer than the longest."""
         if self.min_ngram > self.max_ngram:
-            raise ConfigError(
-                f"min_ngram must be at most max_ngram, got {self.min_ngram} and {self.max_ngram}"
-            )
+            sizes = f"{self.min_ngram} and {self.max_ngram}"
+            raise ConfigError(f"min_ngram must be at most max_ngram, got {sizes}")
+
+
+class _Row(DraftRow):
+    def __init__(self, text: list[int], drafter: PromptLookup) -> None:
+        super().__init__(text, drafter)
+        self._index = NgramIndex(self.config.max_ngram, self.config.min_ngram)
+        self._index.extend(text)
+
+    def propose(self, budget: int) -> TokenTree:
+        """The continuation of the match as a chain."""
+        trusted = self.config.tokens_per_match * self._index.match()[1]
+        paths = self._index.paths(min(budget, self.config.num_draft_tokens, trusted))
+        return TokenTree.chain(self.text[-1], paths[0][0] if paths else [])
+
+    def observe(self, outcome: RowRound) -> None:
+        """Indexes the new text."""
+        self._index.extend(outcome.tokens)
 
 
 class PromptLookup(RowDrafter):
     """One chain a round, from the row's own prompt and output."""
 
-    Config = PromptLookupConfig
-    source_names = ("prompt",)
-
-    def __init__(self, config: PromptLookupConfig) -> None:
-        super().__init__(config)
-        self.max_nodes = config.num_draft_tokens
-        self._config = config
-        self._index: dict[int, NgramIndex] = {}
-
-    def start_row(self, row: int, prompt: list[int]) -> None:
-        """Indexes the prompt."""
-        self._index[row] = NgramIndex(self._config.max_ngram, self._config.min_ngram)
-        self._index[row].extend(prompt)
-
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        """The continuation of the match as a chain."""
-        index = self._index[row]
-        trusted = self._config.tokens_per_match * index.match()[1]
-        paths = index.paths(min(budget, self._config.num_draft_tokens, trusted))
-        return TokenTree.chain(history[-1], paths[0][0] if paths else [])
-
-    def observe_row(self, row: int, outcome: RowRound) -> None:
-        """Indexes the new text."""
-        self._index[row].extend(outcome.tokens)
+    Config, Row = PromptLookupConfig, _Row
+    source_names, size_option = ("prompt",), "num_draft_tokens"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specdec.contracts import BatchState, Needs, RoundResult, Shape
 from specdec.method_options import MethodOptions, Range
-from specdec.round.tree import MAX_NODES, TreeBatch, bucket_size
+from specdec.round.tree import MAX_NODES, TreeBatch, padded_size
 
 _UNKNOWN = -1
 
@@ -169,9 +169,7 @@ class Recycling:
 
     def propose(self, state: BatchState, budget: int) -> TreeBatch:
         """The template's tree for every row, without the nodes that the matrix does not know."""
-        remaining = (state.max_new_tokens - state.emitted(row) - 1
-                     for row, active in enumerate(state.active) if active)  # fmt: skip
-        depth = min(self._config.depth, state.depth_limit, max(remaining, default=0))
+        depth = min(self._config.depth, state.deepest_room())
         nodes = min(budget, self._config.nodes)
         if nodes < 1 or depth < 1:
             return TreeBatch.roots(state.pending)
@@ -181,11 +179,9 @@ class Recycling:
         if not all(state.active):
             live &= torch.tensor(state.active, device=tokens.device)[:, None]
         live[:, 0] = True
-        # On a CPU there are no kernels to keep shapes for, asking for a size is free, and padding
-        # would be real work.
-        on_cpu = tokens.device.type == "cpu"
-        size = int(live.sum(1).max()) if on_cpu else bucket_size(template.size)
-        return _compact(tokens, live, template, size)
+        on_cpu = tokens.device.type == "cpu"  # where asking for a number is free
+        size = int(live.sum(1).max()) if on_cpu else template.size
+        return _compact(tokens, live, template, padded_size(size, tokens.device))
 
     def _template(self, nodes: int, depth: int, width: int | None) -> _Template:
         """The template of this size, made when it is first wanted."""

@@ -18,7 +18,7 @@ class RowRound:
     """One row's finished round.
 
     Attributes:
-        tree: What `propose_row` returned, cut to the budget.
+        tree: What `Row.propose` returned, cut to the budget.
         path: Accepted nodes.
         tokens: Emitted tokens; the last one is the next pending token.
         picks: Target's greedy choice at every node, when `needs.node_picks`.
@@ -28,16 +28,51 @@ class RowRound:
     tree: TokenTree
     path: list[int]
     tokens: list[int]
-    picks: list[int] | None
-    topk: list[list[int]] | None
+    picks: list[int] | None = None
+    topk: list[list[int]] | None = None
+
+
+class DraftRow:
+    """One row of a batch, and what a drafter knows of it; made when its first token is pending.
+
+    Attributes:
+        index: Its place in the batch.
+        text: Prompt and output. The last token is pending, and so the root of the next tree.
+        drafter: Whose row it is: for what rows share.
+        config: The drafter's options.
+    """
+
+    def __init__(self, text: list[int], drafter: RowDrafter) -> None:
+        self.index, self.text = len(drafter.rows), text
+        self.drafter, self.config = drafter, drafter.config
+
+    def propose(self, budget: int) -> TokenTree:
+        """The row's tree: `text[-1]` is its root, `budget` the nodes allowed below it."""
+        raise NotImplementedError
+
+    def observe(self, outcome: RowRound) -> None:
+        """Learns from the row's finished round, whose tokens are already in `text`."""
+
+    def advance(self, outcome: RowRound) -> None:
+        """Takes a finished round into the text, then `observe`s it."""
+        self.text.extend(outcome.tokens)
+        self.observe(outcome)
 
 
 class RowDrafter:
     """Base of drafters that think in one row of host integers.
 
-    Subclasses override `propose_row`, and `start_row` and `observe_row` where they keep state; this
-    class batches the trees and uploads them once. Where the target takes only chains, it keeps the
-    deepest path of every tree; a drafter that can do better then looks at `chains_only`.
+    A subclass names the class of its rows; this one batches their trees and uploads them once.
+    Where the target takes only chains, it keeps the deepest path of every tree; a drafter that can
+    do better then looks at `chains_only`.
+
+    Attributes:
+        Config: Dataclass of its options, where it has any.
+        Row: Every row of a batch becomes one of these, made in order.
+        size_option: Name of what its `Config` has for `max_nodes`.
+        config: Its options.
+        rows: Of the call; empty until its first round.
+        chains_only: Whether the target takes one path a row.
     """
 
     needs: Needs = Needs()
@@ -45,79 +80,69 @@ class RowDrafter:
     shape: Shape = "any"
     source_names: tuple[str, ...] = ("draft",)
     max_nodes: int = 16
+    size_option: ClassVar[str] = "nodes"
     Config: ClassVar[type]
+    Row: ClassVar[type[DraftRow]] = DraftRow
 
     def __init__(self, config: Any = None) -> None:
         self.config = config
+        self.max_nodes = getattr(config, self.size_option, self.max_nodes)
         self.chains_only = False
+        self.rows: list[DraftRow] = []
         self._trees: list[TokenTree] = []
-        self._started = False
-        self._histories: list[list[int]] = []
-
-    def start_row(self, row: int, prompt: list[int]) -> None:
-        """Begins a row; `prompt` ends with the first emitted token, which is pending."""
-
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        """The row's tree: `history[-1]` is its root, `budget` the nodes allowed below it."""
-        raise NotImplementedError
-
-    def observe_row(self, row: int, outcome: RowRound) -> None:
-        """Learns from the row's finished round."""
 
     def start(self, state: BatchState) -> None:
         """Begins a call; the rows begin with their first round, when a token is pending."""
-        self._started = False
+        self.rows = []
         self.chains_only = state.shape == "chain"
 
     def observe_prefill(
         self, rows: Sequence[int], token_ids: Tensor, features: Tensor | None, offset: int
     ) -> None:
-        """Nothing: rows learn their prompt in `start_row`."""
+        """Nothing: rows begin with their whole text."""
 
     def propose(self, state: BatchState, budget: int) -> TreeBatch:
         """Builds the rows' trees and uploads them in one copy."""
-        if not self._started:
-            # Copies, for a drafter may do with them what it likes and never change the text.
-            self._histories = [list(tokens) for tokens in state.tokens]
-            for row, tokens in enumerate(state.tokens):
-                self.start_row(row, list(tokens))
-            self._started = True
+        if not self.rows:
+            for tokens in state.tokens:  # copies: a drafter may do with them what it likes
+                self.rows.append(self.Row(list(tokens), self))
         self._trees = [
-            self._row_tree(row, state, budget)
-            if state.active[row]
-            else TokenTree([history[-1]], [-1])
-            for row, history in enumerate(state.tokens)
+            self._tree(index, state, budget)
+            if state.active[index]
+            else TokenTree([tokens[-1]], [-1])
+            for index, tokens in enumerate(state.tokens)
         ]
         if all(len(tree) == 1 for tree in self._trees):
             return TreeBatch.roots(state.pending)
-        on_cpu = state.pending.device.type == "cpu"  # no kernels or graphs to keep shapes for
-        return TreeBatch.from_rows(self._trees, state.pending.device, bucket=not on_cpu)
+        return TreeBatch.from_rows(self._trees, state.pending.device)
 
-    def _row_tree(self, row: int, state: BatchState, budget: int) -> TokenTree:
+    def _tree(self, index: int, state: BatchState, budget: int) -> TokenTree:
         """The row's proposal, cut to what may be verified."""
-        pending = state.tokens[row][-1]
-        tree = self.propose_row(row, self._histories[row], budget)
-        if not isinstance(tree, TokenTree) or tree.tokens[0] != pending:
-            raise DrafterError(
-                f"{type(self).__name__}.propose_row must return a TokenTree rooted at the pending "
-                f"token {pending}, got {tree!r:.80}; start the tree with history[-1]"
-            )
-        remaining = state.max_new_tokens - state.emitted(row) - 1
-        depth = min(state.depth_limit, remaining)
+        tree = rooted(self.rows[index], budget, state.tokens[index][-1])
         if state.shape == "chain":
             tree = tree.deepest_path()
-        return tree.limited(budget + 1, depth, state.vocab_size)
+        return tree.limited(budget + 1, state.room(index), state.vocab_size)
 
     def observe(self, round_result: RoundResult) -> None:
         """Hands each active row its outcome."""
         host = round_result.host
-        for row, tree in enumerate(self._trees):
-            if host.tokens[row]:
-                self._histories[row].extend(host.tokens[row])
-                picks = host.node_picks[row] if host.node_picks is not None else None
-                topk = host.node_topk[row] if host.node_topk is not None else None
-                outcome = RowRound(tree, host.paths[row], host.tokens[row], picks, topk)
-                self.observe_row(row, outcome)
+        for index, tree in enumerate(self._trees):
+            if host.tokens[index]:
+                picks = host.node_picks[index] if host.node_picks is not None else None
+                topk = host.node_topk[index] if host.node_topk is not None else None
+                outcome = RowRound(tree, host.paths[index], host.tokens[index], picks, topk)
+                self.rows[index].advance(outcome)
 
     def end(self, state: BatchState) -> None:
         """Ends a call, whether it went well or not: the place to keep what rows have learnt."""
+
+
+def rooted(row: DraftRow, budget: int, pending: int) -> TokenTree:
+    """What a row proposes; raises `DrafterError` unless it is a tree below the pending token."""
+    tree = row.propose(budget)
+    if not isinstance(tree, TokenTree) or tree.tokens[0] != pending:
+        raise DrafterError(
+            f"a row of {type(row.drafter).__name__} must propose a TokenTree rooted at the pending "
+            f"token {pending}, got {tree!r:.80}; start the tree with text[-1]"
+        )
+    return tree

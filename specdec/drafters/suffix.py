@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from specdec.artifacts.tokenizers import tokenizer_fingerprint, tokenizer_in
 from specdec.contracts import BatchState
-from specdec.drafters.row import RowDrafter, RowRound
+from specdec.drafters.row import DraftRow, RowDrafter, RowRound
 from specdec.errors import ConfigError
 from specdec.method_options import MethodOptions, Range
 from specdec.round.tree import MAX_NODES, TokenTree
@@ -67,30 +67,66 @@ class SuffixConfig(MethodOptions):
             tokenizer_in(self.tokenizer)
 
 
+class SuffixRow(DraftRow):
+    """A row's own index, and where the row's end stands in those of the store."""
+
+    def __init__(self, text: list[int], drafter: Suffix) -> None:
+        super().__init__(text, drafter)
+        self._store, self._index = drafter.store, SuffixIndex()
+        self._index.extend(text)
+        self._places: list[tuple[SuffixIndex, Match]] = []
+        if self._store is not None:
+            with self._store.locked():
+                end = text[-_STORE_CONTEXT:]
+                self._places = [(one, one.follow(NO_MATCH, end)) for one in self._store.indexes]
+
+    def propose(self, budget: int) -> TokenTree:
+        """The most probable continuations; one path where the target takes only chains."""
+        config = self.config
+        views = [View(self._index, self._index.match(), _FROM_TEXT)]
+        views += [View(one, match, _FROM_STORE, _STORE_NOVELTY) for one, match in self._places]
+        longest = max(view.match.length for view in views)
+        allowed = int(config.nodes_per_match * longest) + config.extra_nodes
+        limits = Limits(
+            min(budget, config.max_nodes, allowed),
+            config.max_depth,
+            config.min_probability,
+            self.drafter.chains_only,
+        )
+        with self._reading():
+            tokens, parents, scores, sources = draft_tree(views, limits)
+        return TokenTree([self.text[-1], *tokens], [-1, *parents], [0.0, *scores], [0, *sources])
+
+    def observe(self, outcome: RowRound) -> None:
+        """Indexes the new text and follows it in the store."""
+        self._index.extend(outcome.tokens)
+        with self._reading():
+            self._places = [(one, one.follow(match, outcome.tokens)) for one, match in self._places]
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._store is None else self._store.locked()
+
+
 class Suffix(RowDrafter):
     """One tree a round, from the row's own text and, if asked for, from the store."""
 
-    Config = SuffixConfig
-    source_names = ("text", "store")
+    Config, Row = SuffixConfig, SuffixRow
+    source_names, size_option = ("text", "store"), "max_nodes"
 
     def __init__(self, config: SuffixConfig) -> None:
         super().__init__(config)
-        self.max_nodes = config.max_nodes
-        self._config = config
-        self._texts: dict[int, SuffixIndex] = {}
-        self._places: dict[int, list[tuple[SuffixIndex, Match]]] = {}  # of a row in the store
-        self._store: SuffixStore | None = None
+        self.store: SuffixStore | None = None
 
     def start(self, state: BatchState) -> None:
         """Begins a call; looks for what has been added to the store."""
         super().start(state)
-        if self._config.store is not None:
-            self._store = self._open_store(self._config.store, state.memory)
-            self._store.refresh()
+        if self.config.store is not None:
+            self.store = self._open_store(self.config.store, state.memory)
+            self.store.refresh()
 
     def _open_store(self, folder: str | Path, memory: dict[str, Any]) -> SuffixStore:
         """The store and the fingerprint live as long as the augmented model: both take a while."""
-        config, fingerprint = self._config, self._config.tokenizer
+        config, fingerprint = self.config, self.config.tokenizer
         if not isinstance(fingerprint, str):
             known = memory.get("suffix.tokenizer")
             if known is None or known[0] is not config.tokenizer:
@@ -101,50 +137,8 @@ class Suffix(RowDrafter):
         store: SuffixStore = memory.setdefault(f"suffix.store {where}", SuffixStore(*where))
         return store
 
-    def _reading(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._store is None else self._store.locked()
-
-    def start_row(self, row: int, prompt: list[int]) -> None:
-        """Indexes the prompt and finds its end in the store."""
-        self._texts[row] = SuffixIndex()
-        self._texts[row].extend(prompt)
-        self._places[row] = []
-        if self._store is not None:
-            with self._reading():
-                self._places[row] = [
-                    (index, index.follow(NO_MATCH, prompt[-_STORE_CONTEXT:]))
-                    for index in self._store.indexes
-                ]
-
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        """The most probable continuations; one path where the target takes only chains."""
-        config, text = self._config, self._texts[row]
-        views = [View(text, text.match(), _FROM_TEXT)]
-        views += [
-            View(index, match, _FROM_STORE, _STORE_NOVELTY) for index, match in self._places[row]
-        ]
-        longest = max(view.match.length for view in views)
-        allowed = int(config.nodes_per_match * longest) + config.extra_nodes
-        limits = Limits(
-            min(budget, config.max_nodes, allowed),
-            config.max_depth,
-            config.min_probability,
-            self.chains_only,
-        )
-        with self._reading():
-            tokens, parents, scores, sources = draft_tree(views, limits)
-        return TokenTree([history[-1], *tokens], [-1, *parents], [0.0, *scores], [0, *sources])
-
-    def observe_row(self, row: int, outcome: RowRound) -> None:
-        """Indexes the new text and follows it in the store."""
-        self._texts[row].extend(outcome.tokens)
-        with self._reading():
-            self._places[row] = [
-                (index, index.follow(match, outcome.tokens)) for index, match in self._places[row]
-            ]
-
     def end(self, state: BatchState) -> None:
         """Adds what the rows emitted to the store; prompts stay out of it."""
-        if self._store is not None and self._config.store_update:
+        if self.store is not None and self.config.store_update:
             for tokens, prompt_length in zip(state.tokens, state.prompt_lengths, strict=True):
-                self._store.add(tokens[prompt_length:])
+                self.store.add(tokens[prompt_length:])

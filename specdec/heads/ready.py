@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.contracts import TargetFacts
 from specdec.errors import ConfigError, HeadWarning
 from specdec.heads.checkpoints.load import load_head
-from specdec.heads.eagle3.head import Eagle3Head
+from specdec.heads.draft_head import DraftHead
 from specdec.heads.promise import Promise
 
 _MEMORY = "eagle3.heads"
@@ -36,7 +35,7 @@ class ReadyHead:
 
     source: Any
     tokenizer: Any
-    head: Eagle3Head
+    head: DraftHead
     probe: str
     promise: Promise
 
@@ -54,7 +53,7 @@ class ReadyHead:
             )
 
 
-def ready_head(draft: str | Eagle3Head, tokenizer: Any, target: TargetFacts) -> ReadyHead:
+def ready_head(draft: str | DraftHead, tokenizer: Any, target: TargetFacts) -> ReadyHead:
     """The head, on the target's device and with its embeddings.
 
     One that is loaded takes the target's dtype, or float32 where a CPU drafts faster in it. What
@@ -71,7 +70,7 @@ def ready_head(draft: str | Eagle3Head, tokenizer: Any, target: TargetFacts) -> 
     kept: list[ReadyHead] = target.memory.setdefault(_MEMORY, [])
     for found in kept:
         same = found.source is draft or (isinstance(draft, str) and found.source == draft)
-        if same and found.tokenizer is tokenizer and _is_here(found.head, target):
+        if same and found.tokenizer is tokenizer and found.head.step_weight.device == target.device:
             return found
     probe = _probe_command(draft, target)
     if isinstance(draft, str):
@@ -80,7 +79,7 @@ def ready_head(draft: str | Eagle3Head, tokenizer: Any, target: TargetFacts) -> 
         _say_assumed(draft, loaded.assumed, probe)
         head = _in_faster_dtype(loaded.head)
     else:
-        head = _own_copy(draft)
+        head = draft.unattached()
     check_fit(head, target)
     head.attach(target.embeddings, target.output_embeddings)
     ready = ReadyHead(draft, tokenizer, head, probe, Promise(head.t2d))
@@ -88,7 +87,7 @@ def ready_head(draft: str | Eagle3Head, tokenizer: Any, target: TargetFacts) -> 
     return ready
 
 
-def _probe_command(draft: str | Eagle3Head, target: TargetFacts) -> str:
+def _probe_command(draft: str | DraftHead, target: TargetFacts) -> str:
     head = draft if isinstance(draft, str) else "HEAD"
     name = getattr(target.config, "name_or_path", "") or "TARGET"
     return f"specdec inspect {head} --target {name} --probe"
@@ -107,14 +106,14 @@ def _say_assumed(name: str, assumed: Sequence[str], probe: str) -> None:
         )
 
 
-def _in_faster_dtype(head: Eagle3Head) -> Eagle3Head:
+def _in_faster_dtype(head: DraftHead) -> DraftHead:
     """The head, in float32 where a CPU goes through it faster token by token than in 16 bits.
 
     Half precision halves what is read of large weights. Small ones lie in a cache, and there the
     conversions of a CPU's 16-bit products cost more than the products. By a rule and not by the
     clock: two processes must draft the same.
     """
-    matrix = head.layer.mlp.gate_up_proj.weight
+    matrix = head.step_weight
     if matrix.device.type != "cpu" or matrix.dtype not in (torch.bfloat16, torch.float16):
         return head
     native = matrix.dtype == torch.bfloat16 and has_bf16_products()
@@ -130,26 +129,7 @@ def has_bf16_products() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _own_copy(head: Eagle3Head) -> Eagle3Head:
-    """The same layers, without what another target lent: the user's module stays as it is.
-
-    Its parameters are shared, so a head in training drafts with what it has learnt so far.
-    """
-    own = copy.copy(head)
-    own._modules = dict(head._modules)
-    if not head.owns_embeddings:
-        own.embed_tokens = None
-    if not head.owns_lm_head:
-        own.lm_head = None
-    return own
-
-
-def _is_here(head: Eagle3Head, target: TargetFacts) -> bool:
-    weight = head.fc.weight
-    return weight.device == target.device
-
-
-def check_fit(head: Eagle3Head, target: TargetFacts) -> None:
+def check_fit(head: DraftHead, target: TargetFacts) -> None:
     """Raises `ConfigError` for a head whose sizes are not this target's."""
     config, of = head.config, target.config
     if config.target_hidden_size != of.hidden_size:
@@ -168,8 +148,8 @@ def check_fit(head: Eagle3Head, target: TargetFacts) -> None:
             f"the head reads layers {list(config.aux_output_layers)} of the target, whose last one "
             f"is {last}; this head is another model's"
         )
-    if head.fc.weight.device != target.device:
+    if head.step_weight.device != target.device:
         raise ConfigError(
-            f"the head is on {head.fc.weight.device} and the target on {target.device}; move the "
+            f"the head is on {head.step_weight.device} and the target on {target.device}; move the "
             "head there"
         )

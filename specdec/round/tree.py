@@ -24,10 +24,12 @@ _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 def bucket_size(nodes: int) -> int:
     """Smallest padded tree size that holds `nodes`: few sizes keep kernels and graphs reusable."""
-    for size in _BUCKETS:
-        if nodes <= size:
-            return size
-    return -(-nodes // 32) * 32
+    return next((size for size in _BUCKETS if nodes <= size), -(-nodes // 32) * 32)
+
+
+def padded_size(nodes: int, device: torch.device) -> int:
+    """The size that trees are padded to: on a CPU, without kernels or graphs, it would be work."""
+    return nodes if device.type == "cpu" else bucket_size(nodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,11 +258,10 @@ class TreeBatch:
 
     @classmethod
     def from_rows(
-        cls, rows: Sequence[TokenTree], device: torch.device, bucket: bool = True
+        cls, rows: Sequence[TokenTree], device: torch.device, size: int | None = None
     ) -> TreeBatch:
-        """Uploads host trees, padded to a common (bucketed) size: one copy, and one for scores."""
-        longest = max(map(len, rows))
-        size = bucket_size(longest) if bucket else longest
+        """Uploads host trees, padded to `size` or that of the device: one copy, one for scores."""
+        size = padded_size(max(map(len, rows)), device) if size is None else size
         packed = np.zeros((len(rows), 5 + size, size), dtype=np.int64)
         for index, row in enumerate(rows):
             _pack(row, packed[index])

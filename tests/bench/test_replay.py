@@ -15,7 +15,7 @@ import torch
 import specdec
 from specdec.config import SpecConfig
 from specdec.demo import load_target, load_tokenizer
-from specdec.drafters.row import RowDrafter, RowRound
+from specdec.drafters.row import DraftRow, RowDrafter, RowRound
 from specdec.errors import ConfigError, DrafterError, SpecdecError
 from specdec.round.tree import TokenTree
 from specdec_bench.replay.command import run_replay
@@ -65,11 +65,14 @@ class Script(RowDrafter):
         super().__init__()
         self.trees, self.seen = list(trees), list[RowRound]()
 
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        return self.trees.pop(0)
+    class Row(DraftRow):
+        drafter: Any
 
-    def observe_row(self, row: int, outcome: RowRound) -> None:
-        self.seen.append(outcome)
+        def propose(self, budget: int) -> TokenTree:
+            return self.drafter.trees.pop(0)
+
+        def observe(self, outcome: RowRound) -> None:
+            self.drafter.seen.append(outcome)
 
 
 def scripted(trees: Sequence[TokenTree], tokens: list[int], **more: Any) -> tuple[Script, Any]:
@@ -232,8 +235,9 @@ def test_methods_as_they_are_written() -> None:
 
 def test_a_registered_drafter_can_be_replayed() -> None:
     class Repeats(RowDrafter):
-        def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-            return TokenTree.chain(history[-1], [history[-1]] * 3)
+        class Row(DraftRow):
+            def propose(self, budget: int) -> TokenTree:
+                return TokenTree.chain(self.text[-1], [self.text[-1]] * 3)
 
     specdec.register_drafter("repeats", Repeats)
     try:

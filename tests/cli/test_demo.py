@@ -23,7 +23,7 @@ from specdec.cli.race import Arm, ArmResult, choose_arms
 from specdec.config import SpecConfig
 from specdec.demo.corpus import HELD_OUT_MODULES
 from specdec.demo.prompts import PROMPTS
-from specdec.drafters.row import RowDrafter
+from specdec.drafters.row import DraftRow, RowDrafter
 from specdec.errors import SpecdecError
 from specdec.heads.checkpoints.load import save_head
 from specdec.registry import methods
@@ -124,10 +124,11 @@ def extra_methods() -> Iterator[None]:
     """A method that joins by itself, and one that cannot run without more information."""
 
     class Joins(RowDrafter):
-        def propose_row(self, row, history, budget):
-            from specdec import TokenTree
+        class Row(DraftRow):
+            def propose(self, budget):
+                from specdec import TokenTree
 
-            return TokenTree.chain(history[-1], history[:2])
+                return TokenTree.chain(self.text[-1], self.text[:2])
 
     class NeedsMore(RowDrafter):
         pass

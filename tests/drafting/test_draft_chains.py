@@ -10,6 +10,7 @@ import torch
 
 from helpers.families import FAMILIES, SEED, draft_of, model_of
 from helpers.laws import prompts
+from helpers.naive_head import LogProbs, Path, Sizes, dynamic_trees
 from helpers.toy_target import paths_of
 from specdec import SpecConfig
 from specdec.stats import RoundRecord
@@ -28,17 +29,16 @@ def disturbed(family: str) -> Any:
     return draft
 
 
-@torch.no_grad()
-def written_ahead(draft: Any, text: Sequence[int], depth: int, width: int) -> list[tuple[int, ...]]:
-    """Level by level the best token, which goes on, and its siblings, which do not."""
-    trunk: tuple[int, ...] = ()
-    found = []
-    for _ in range(depth):
-        logits = draft(input_ids=torch.tensor([[*text, *trunk]]), use_cache=False).logits[0, -1]
-        best = logits.sort(descending=True).indices.tolist()[:width]
-        found += [(*trunk, token) for token in best]
-        trunk = (*trunk, best[0])
-    return found
+def log_probs_after(draft: Any, text: Sequence[int]) -> LogProbs:
+    """What the draft would write after a path below the text, which it reads anew."""
+
+    @torch.no_grad()
+    def after(path: Path) -> torch.Tensor:
+        logits = draft(input_ids=torch.tensor([[*text, *path]]), use_cache=False).logits[0, -1]
+        found: torch.Tensor = logits.log_softmax(-1)
+        return found
+
+    return after
 
 
 def check(family: str, draft: Any, rows: int, budget: int | None, **sizes: int) -> list[int]:
@@ -52,18 +52,22 @@ def check(family: str, draft: Any, rows: int, budget: int | None, **sizes: int) 
     )
     mask = inputs["attention_mask"].bool()
     texts = [row[seen].tolist() for row, seen in zip(inputs["input_ids"], mask, strict=True)]
-    emitted, width = [0] * rows, sizes.get("top_k", 1)
-    nodes = sizes["num_draft_tokens"] * width if budget is None else budget
+    emitted, top_k = [0] * rows, sizes.get("top_k", 1)
+    most = min(sizes.get("nodes", 100), 100 if budget is None else budget)
     for record in records:
         assert record.trees is not None
+        left = [TOKENS - n - 1 for n in emitted]
         for row, tree in enumerate(record.trees):
             if not record.tokens[row] or not record.index:
                 continue
-            left = TOKENS - emitted[row] - 1
-            allowed = len(tree) - 1 if FAMILIES[family].mode == "chain" else nodes
-            depth = min(sizes["num_draft_tokens"], -(-allowed // width), left)
-            wanted = written_ahead(draft, texts[row], depth, width)[:allowed]
-            assert paths_of(tree)[1:] == wanted, f"round {record.index}, row {row}"
+            nodes = len(tree) - 1 if FAMILIES[family].mode == "chain" else most
+            depth = min(sizes["num_draft_tokens"], nodes if budget else 100)
+            depth = min(depth, left[row] if top_k == 1 or left[row] < 1 else max(left))
+            if FAMILIES[family].mode == "chain":
+                depth = min(depth, nodes)
+            shape = Sizes(depth, top_k, nodes, sizes.get("beam", 1))
+            (wanted,) = dynamic_trees([log_probs_after(draft, texts[row])], int, shape)
+            assert paths_of(tree)[1:] == [path for path, _ in wanted], f"{record.index}, row {row}"
         for row, tokens in enumerate(record.tokens):
             texts[row] += tokens
             emitted[row] += len(tokens)
@@ -71,10 +75,12 @@ def check(family: str, draft: Any, rows: int, budget: int | None, **sizes: int) 
 
 
 @pytest.mark.parametrize("budget", [None, 3])
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("sizes", [
+    {}, {"top_k": 2}, {"top_k": 3, "beam": 2}, {"top_k": 2, "beam": 2, "nodes": 6}
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("rows", [1, 3])
-def test_rows_of_a_tree_target(rows: int, top_k: int, budget: int | None) -> None:
-    emitted = check("llama", draft_of("llama"), rows, budget, num_draft_tokens=4, top_k=top_k)
+def test_rows_of_a_tree_target(rows: int, sizes: dict[str, int], budget: int | None) -> None:
+    emitted = check("llama", draft_of("llama"), rows, budget, num_draft_tokens=4, **sizes)
     assert max(emitted) > 1
 
 

@@ -18,6 +18,7 @@ from helpers.toy_target import paths_of
 from specdec import SpecConfig, demo
 from specdec.demo.prompts import PROMPTS
 from specdec.heads.checkpoints.load import load_head
+from specdec.heads.eagle3.draft_vocabulary import DraftVocabulary
 from specdec.heads.eagle3.head import Eagle3Head
 from specdec.stats import RoundRecord
 
@@ -117,7 +118,8 @@ def test_every_kind_of_head(flags: dict[str, Any], options: dict[str, Any]) -> N
     model = specdec.augment(tiny_llama(), "none")
     head = head_for(model, **flags)
     if "draft_vocab" in flags:
-        head.set_vocabulary(torch.arange(40) // 2, None)  # ids 0, 1, 3, 4, 6, ...
+        ids = torch.arange(40) + torch.arange(40) // 2  # 0, 1, 3, 4, 6, ...
+        head.set_vocabulary(DraftVocabulary(ids, head.config.vocab_size))
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(1, 64, (2, 9), generator=generator)
     mask = torch.ones_like(ids)

@@ -26,9 +26,9 @@ def check(target: str, game: Game, shape: tuple[int, int, int], **options: Any) 
     states: list[tuple[Any, Any]] = []
 
     def look() -> None:
-        grams = drafter._pools[0]._followers
+        grams = drafter.rows[0].pool._followers
         pool = {key: list(found) for key, found in grams.items()}
-        states.append(([list(level) for level in drafter._windows[0].levels], pool))
+        states.append(([list(level) for level in drafter.rows[0].window.levels], pool))
 
     game.look = look
     rounds = game.play(drafter, prompt_of(12))

@@ -55,7 +55,7 @@ batch  greedy   lookahead       525  11511411394 119965
 batch  greedy   jacobi          467  115151112a3 12fd
 batch  greedy   prompt_lookup    61  11411141111149 114bb3
 batch  greedy   suffix           89  1151141111167 119k
-batch  greedy   draft_model     118  626665 166666
+batch  greedy   draft_model     120  626665 166666
 batch  greedy   eagle3          584  664663 1664662
 batch  greedy   recycling      1082  1151131111161115 1191442221112
 causal greedy   lookahead        95  1151141111194
@@ -141,12 +141,13 @@ def draft_of(target: str) -> Any:
 
 
 def options_of(target: str, method: str) -> dict[str, Any]:
-    """What a method cannot do without; all sizes are the defaults."""
+    """What a method cannot do without; the sizes are the defaults, those of trees."""
     if method == "draft_model":
         return {"draft": draft_of(target), "top_k": 2}
-    if method == "eagle3" and target == "mamba2":
-        return {"draft": head_for(model_of(target))}
-    return {"draft": str(demo.head_path())} if method == "eagle3" else {}
+    if method == "eagle3":
+        head = head_for(model_of(target)) if target == "mamba2" else str(demo.head_path())
+        return {"draft": head, "depth": 5}
+    return {}
 
 
 @cache

@@ -200,7 +200,7 @@ METHODS: Mapping[str, Table] = {
     },
     "draft_model": {
         "draft": _DRAFT, "num_draft_tokens": (0.7, ("1", "3", "8")),
-        "top_k": (0.6, ("1", "2", "4")),
+        "top_k": (0.6, ("1", "2", "4")), "beam": (0.4, ("2",)), "nodes": (0.3, ("3",)),
     },
     "eagle3": {
         "draft": _HEAD, "depth": (0.7, ("1", "3")), "top_k": (0.7, ("1", "3")),

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from specdec.errors import ConfigError
 from specdec.heads.checkpoints.aux_layers import (
     check_layers,
-    default_rule,
     hidden_states_ids,
     read_ids,
     sglang_ids,
     sglang_reads,
 )
+from specdec.heads.eagle3.config import default_aux_layers
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text")
 APART = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "gpt_oss")
@@ -39,7 +39,7 @@ def test_conversions_there_and_back_are_the_identity(num_layers: int) -> None:
                 assert low == -1 or (low == 0 and kind in APART[:3])
                 continue
             if written is None:
-                assert layers == default_rule(num_layers)
+                assert layers == default_aux_layers(num_layers)
             else:
                 assert sglang_reads(written, kind, num_layers) == layers
 
@@ -56,7 +56,7 @@ def test_sglang_reads_what_was_meant(data: st.DataObject, num_layers: int, kind:
         assert layers[0] == 0
         return
     if ids is None:
-        assert layers == default_rule(num_layers)
+        assert layers == default_aux_layers(num_layers)
     else:
         assert sglang_reads(ids, kind, num_layers) == layers
         if kind in PLAIN:
@@ -65,12 +65,9 @@ def test_sglang_reads_what_was_meant(data: st.DataObject, num_layers: int, kind:
 
 def test_the_default_rule_is_that_of_all_engines() -> None:
     for num_layers in range(7, 200):
-        layers = default_rule(num_layers)
+        layers = default_aux_layers(num_layers)
         assert hidden_states_ids(layers) == [2, num_layers // 2, num_layers - 3]
         check_layers(layers, num_layers, "default")
-    for num_layers in range(1, 7):
-        with pytest.raises(ConfigError, match="aux_output_layers"):
-            default_rule(num_layers)
 
 
 def test_deepseek_counts_by_the_first_number() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helpers.families import VOCAB
 from specdec.contracts import BatchState, Needs, RoundResult, Shape
-from specdec.drafters.row import RowDrafter
+from specdec.drafters.row import DraftRow, RowDrafter
 from specdec.round.tree import TokenTree, TreeBatch, TreeBuilder, bucket_size
 
 Truth = tuple[tuple[int, ...], ...]
@@ -24,6 +24,9 @@ class TruthConfig:
     lie_every: int = 7  # positions at which the drafter is wrong, so that rows accept unequally
     seed: int = 0
 
+    def of(self, row: int) -> tuple[int, ...]:
+        return self.truth[row] if row < len(self.truth) else ()
+
 
 class Oracle(RowDrafter):
     """Knows the text, and puts a decoy before every node: accepted paths are never contiguous."""
@@ -31,14 +34,14 @@ class Oracle(RowDrafter):
     Config = TruthConfig
     max_nodes = 20
 
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        builder, node = TreeBuilder(history[-1]), 0
-        truth = self.config.truth[row] if row < len(self.config.truth) else ()
-        for at in range(len(history), min(len(history) + 10, len(truth))):
-            lie = at % self.config.lie_every == row
-            builder.add(node, (truth[at] + 1 + lie) % VOCAB)
-            node = builder.add(node, (truth[at] + lie) % VOCAB)
-        return builder.build()
+    class Row(DraftRow):
+        def propose(self, budget: int) -> TokenTree:
+            builder, node, truth = TreeBuilder(self.text[-1]), 0, self.config.of(self.index)
+            for at in range(len(self.text), min(len(self.text) + 10, len(truth))):
+                lie = at % self.config.lie_every == self.index
+                builder.add(node, (truth[at] + 1 + lie) % VOCAB)
+                node = builder.add(node, (truth[at] + lie) % VOCAB)
+            return builder.build()
 
 
 class RandomTrees(RowDrafter):
@@ -47,21 +50,24 @@ class RandomTrees(RowDrafter):
     Config = TruthConfig
     max_nodes = 14
 
+    class Row(DraftRow):
+        drafter: RandomTrees
+
+        def propose(self, budget: int) -> TokenTree:
+            draw, truth = self.drafter.random, self.config.of(self.index)
+            tokens, parents, depths = [self.text[-1]], [-1], [0]
+            for _ in range(draw.randint(0, self.drafter.max_nodes)):
+                parent = draw.choice([len(tokens) - 1, draw.randrange(len(tokens))])
+                at = len(self.text) + depths[parent]
+                known = at < len(truth) and draw.random() < 0.5
+                tokens.append(truth[at] if known else draw.randrange(VOCAB))
+                parents.append(parent)
+                depths.append(depths[parent] + 1)
+            return TokenTree(tokens, parents)
+
     def __init__(self, config: TruthConfig) -> None:
         super().__init__(config)
-        self._random = random.Random(config.seed)
-
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        truth = self.config.truth[row] if row < len(self.config.truth) else ()
-        tokens, parents, depths = [history[-1]], [-1], [0]
-        for _ in range(self._random.randint(0, self.max_nodes)):
-            parent = self._random.choice([len(tokens) - 1, self._random.randrange(len(tokens))])
-            at = len(history) + depths[parent]
-            known = at < len(truth) and self._random.random() < 0.5
-            tokens.append(truth[at] if known else self._random.randrange(VOCAB))
-            parents.append(parent)
-            depths.append(depths[parent] + 1)
-        return TokenTree(tokens, parents)
+        self.random = random.Random(config.seed)
 
 
 class DeviceBigrams:

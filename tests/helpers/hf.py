@@ -19,6 +19,7 @@ from torch import Tensor
 
 import specdec
 from specdec import GenerationStats, RowDrafter, SpecConfig, TokenTree
+from specdec.drafters.row import DraftRow
 from specdec.errors import FallbackWarning
 
 VOCAB = 64
@@ -51,29 +52,29 @@ class Oracle(RowDrafter):
 
     Config = OracleConfig
 
+    class Row(DraftRow):
+        def __init__(self, text: list[int], drafter: RowDrafter) -> None:
+            super().__init__(text, drafter)
+            self.prompt = len(text) - 1
+
+        def propose(self, budget: int) -> TokenTree:
+            if self.index >= len(self.config.answers):
+                return TokenTree([self.text[-1]], [-1])
+            emitted = len(self.text) - self.prompt
+            depth = max(1, self.config.depth - self.index)
+            ahead = self.config.answers[self.index][emitted : emitted + depth]
+            if self.config.chain:
+                return TokenTree.chain(self.text[-1], ahead)
+            tokens, parents, parent = [self.text[-1]], [-1], 0
+            for token in ahead:
+                tokens += [(token + 1) % VOCAB, token]
+                parents += [parent, parent]
+                parent = len(tokens) - 1
+            return TokenTree(tokens, parents)
+
     def __init__(self, config: OracleConfig) -> None:
         super().__init__(config)
-        self._config = config
         self.max_nodes = 2 * config.depth
-        self._prompts: dict[int, int] = {}
-
-    def start_row(self, row: int, prompt: list[int]) -> None:
-        self._prompts[row] = len(prompt) - 1
-
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        if row >= len(self._config.answers):
-            return TokenTree([history[-1]], [-1])
-        emitted = len(history) - self._prompts[row]
-        depth = max(1, self._config.depth - row)
-        ahead = self._config.answers[row][emitted : emitted + depth]
-        if self._config.chain:
-            return TokenTree.chain(history[-1], ahead)
-        tokens, parents, parent = [history[-1]], [-1], 0
-        for token in ahead:
-            tokens += [(token + 1) % VOCAB, token]
-            parents += [parent, parent]
-            parent = len(tokens) - 1
-        return TokenTree(tokens, parents)
 
 
 def _seeded(build: Callable[[], Any], dtype: torch.dtype) -> Any:

@@ -15,7 +15,7 @@ from helpers.hf import ids_of, plain, prompt, tiny_llama
 from helpers.names import cache_of
 from specdec import RowDrafter, SpecConfig, TokenTree
 from specdec.caches.tree_cache import TreeCache
-from specdec.drafters.row import RowRound
+from specdec.drafters.row import DraftRow, RowRound
 from specdec.errors import ConfigError, FallbackWarning
 from specdec.targets.self_test import probe
 
@@ -25,18 +25,20 @@ CALL: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
 class Vandal(RowDrafter):
     """Keeps and edits every list that it is given."""
 
-    def start_row(self, row: int, prompt: list[int]) -> None:
-        self.text = prompt
+    class Row(DraftRow):
+        def __init__(self, text: list[int], drafter: RowDrafter) -> None:
+            super().__init__(text, drafter)
+            text[0] = 59
 
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        root = history[-1]
-        history += [1, 2, 3]
-        del history[-3:]
-        history[0] = 60
-        return TokenTree.chain(root, self.text[-4:])
+        def propose(self, budget: int) -> TokenTree:
+            root = self.text[-1]
+            self.text += [1, 2, 3]
+            del self.text[-3:]
+            self.text[0] = 60
+            return TokenTree.chain(root, self.text[-4:])
 
-    def observe_row(self, row: int, outcome: RowRound) -> None:
-        self.text.extend(outcome.tokens)
+        def observe(self, outcome: RowRound) -> None:
+            outcome.tokens.append(7)
 
 
 def test_a_drafter_owns_what_it_is_given(llama: Any) -> None:

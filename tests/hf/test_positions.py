@@ -9,6 +9,7 @@ import torch
 
 import specdec
 from helpers.hf import VOCAB, ids_of, plain, prompt, run_both, tiny_gpt2, tiny_llama
+from specdec.drafters.row import DraftRow
 from specdec.errors import FallbackWarning
 
 METHODS = ["none", "prompt_lookup", "lookahead"]
@@ -70,9 +71,10 @@ def test_placeholders_in_the_ids(llama: Any, method: str) -> None:
 
 def test_a_drafter_of_impossible_tokens(llama: Any) -> None:
     class Wild(specdec.RowDrafter):
-        def propose_row(self, row: int, history: list[int], budget: int) -> specdec.TokenTree:
-            ahead = [VOCAB + 7, 3, -5, 4]
-            return specdec.TokenTree([history[-1], *ahead, 5], [-1, 0, 1, 0, 0, 4])
+        class Row(DraftRow):
+            def propose(self, budget: int) -> specdec.TokenTree:
+                ahead = [VOCAB + 7, 3, -5, 4]
+                return specdec.TokenTree([self.text[-1], *ahead, 5], [-1, 0, 1, 0, 0, 4])
 
     specdec.register_drafter("wild", Wild)
     with specdec.augmented(llama, "wild"):

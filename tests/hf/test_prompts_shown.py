@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from helpers.hf import ids_of, left_padded, plain, prompt
 from helpers.names import CACHE
 from specdec import RowDrafter, SpecConfig, TokenTree
+from specdec.drafters.row import DraftRow
 from specdec.registry import methods
 
 METHOD = "watcher_of_prompts"
@@ -35,8 +36,9 @@ class Watcher(RowDrafter):
                 assert position not in Watcher.shown[row], "a token was shown twice"
                 Watcher.shown[row][position] = token
 
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        return TokenTree([history[-1]], [-1])
+    class Row(DraftRow):
+        def propose(self, budget: int) -> TokenTree:
+            return TokenTree([self.text[-1]], [-1])
 
 
 @pytest.fixture(autouse=True)

@@ -331,6 +331,7 @@ def test_a_drafter_that_is_named_where_it_lies(
         "from dataclasses import dataclass\n"
         "from typing import Annotated\n"
         "from specdec import RowDrafter, TokenTree, register_drafter\n"
+        "from specdec.drafters.row import DraftRow\n"
         "from specdec.method_options import MethodOptions, Range\n"
         "@dataclass(frozen=True)\n"
         "class Options(MethodOptions):\n"
@@ -338,9 +339,10 @@ def test_a_drafter_that_is_named_where_it_lies(
         "@register_drafter('parrot_of_seam_tests')\n"
         "class Parrot(RowDrafter):\n"
         "    Config = Options\n"
-        "    def propose_row(self, row, history, budget):\n"
-        "        ahead = history[-self.config.length :][:budget]\n"
-        "        return TokenTree.chain(history[-1], ahead)\n"
+        "    class Row(DraftRow):\n"
+        "        def propose(self, budget):\n"
+        "            ahead = self.text[-self.config.length :][:budget]\n"
+        "            return TokenTree.chain(self.text[-1], ahead)\n"
     )
     monkeypatch.chdir(tmp_path)
     model = tiny_llama()

@@ -18,6 +18,7 @@ from helpers.vision import IMAGE_ID, ONE, TREES, TWO, VISION, batched, image_pro
 from specdec import RowDrafter, TokenTree
 from specdec.api import capability
 from specdec.contracts import Needs
+from specdec.drafters.row import DraftRow
 from specdec.generate import fallback
 from specdec.hf.compat import dense_attention
 from specdec.targets.prompts import PaddedPrompt
@@ -274,8 +275,9 @@ def test_chunked_prompt(name: str) -> None:
 class Placeholders(RowDrafter):
     """Drafts nothing but ids that stand for images."""
 
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        return TokenTree([history[-1], IMAGE_ID, 91, IMAGE_ID, 5], [-1, 0, 0, 1, 3])
+    class Row(DraftRow):
+        def propose(self, budget: int) -> TokenTree:
+            return TokenTree([self.text[-1], IMAGE_ID, 91, IMAGE_ID, 5], [-1, 0, 0, 1, 3])
 
 
 @every_family
@@ -309,8 +311,9 @@ class Listener(RowDrafter):
         assert features is not None
         self.seen.append((list(rows), token_ids, features, offset))
 
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        return TokenTree([history[-1]], [-1])
+    class Row(DraftRow):
+        def propose(self, budget: int) -> TokenTree:
+            return TokenTree([self.text[-1]], [-1])
 
 
 @every_tree

@@ -41,7 +41,7 @@ from helpers.spies import (
 from specdec import RowDrafter, SpecConfig, TokenTree
 from specdec.api import capability
 from specdec.contracts import BatchState, RoundResult
-from specdec.drafters.row import RowRound
+from specdec.drafters.row import DraftRow, RowRound
 from specdec.registry import methods
 from specdec.round.tree import TreeBatch
 from specdec.stats import RoundRecord
@@ -138,12 +138,14 @@ class OutOfStep(RowDrafter):
     Config = THROW_AWAY["oracle"].Config
     max_nodes = 12
 
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        ahead = list(self.config.truth[row][len(history) :][: min(budget, self.max_nodes)])
-        kind = (row + self.config.seed) % 4
-        wrong = {0: len(ahead) - 1, 3: 0}.get(kind, len(ahead))
-        draft = [(token + (at >= wrong)) % VOCAB for at, token in enumerate(ahead)]
-        return TokenTree.chain(history[-1], [] if kind == 2 else draft)
+    class Row(DraftRow):
+        def propose(self, budget: int) -> TokenTree:
+            most = min(budget, self.drafter.max_nodes)
+            ahead = list(self.config.truth[self.index][len(self.text) :][:most])
+            kind = (self.index + self.config.seed) % 4
+            wrong = {0: len(ahead) - 1, 3: 0}.get(kind, len(ahead))
+            draft = [(token + (at >= wrong)) % VOCAB for at, token in enumerate(ahead)]
+            return TokenTree.chain(self.text[-1], [] if kind == 2 else draft)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -256,7 +258,7 @@ def test_nobody_sees_what_is_fed_again(
 
     monkeypatch.setattr(drafter_class, "propose", propose)
     monkeypatch.setattr(
-        drafter_class, "observe_row", lambda self, row, outcome: outcomes.append((row, outcome))
+        drafter_class.Row, "observe", lambda row, outcome: outcomes.append((row.index, outcome))
     )
     records: list[RoundRecord] = []
     call = {"streamer": Listener()} if rows == 1 else {}

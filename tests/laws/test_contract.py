@@ -24,6 +24,7 @@ from specdec.drafters.row import RowRound
 from specdec.generate import call
 from specdec.round import verify as verification
 from specdec.round.pickers import picker_of
+from specdec.round.tree import bucket_size
 from specdec.round.verify import walk_on_device
 from specdec.stats import RoundRecord
 from specdec.targets.prompts import Prompt
@@ -89,7 +90,7 @@ def test_padded_trees_give_the_same_text(
 
     def propose(self: Oracle, state: BatchState, budget: int) -> TreeBatch:
         exact = plain_propose(self, state, budget)
-        padded = TreeBatch.from_rows(self._trees, CPU, bucket=True)
+        padded = TreeBatch.from_rows(self._trees, CPU, size=bucket_size(exact.size))
         padding.append(padded.size - exact.size)
         return padded
 
@@ -277,7 +278,7 @@ def test_needs_are_met(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Oracle, "needs", Needs(taps=(0, 1), node_picks=True, node_topk=3))
     monkeypatch.setattr(Oracle, "observe_prefill", observe_prefill)
-    monkeypatch.setattr(Oracle, "observe_row", lambda self, row, outcome: outcomes.append(outcome))
+    monkeypatch.setattr(Oracle.Row, "observe", lambda row, outcome: outcomes.append(outcome))
     calls = watch_calls(monkeypatch, watch)
     case = Case("llama", GREEDY, rows)
     case.speculate("oracle", case.truth())

@@ -17,6 +17,7 @@ from helpers.drafters import TruthConfig
 from helpers.laws import GREEDY, SAMPLED, Case, Mode, reference
 from specdec import RowDrafter, SpecConfig, TokenTree, TreeBatch
 from specdec.contracts import BatchState
+from specdec.drafters.row import DraftRow
 from specdec.errors import DrafterError
 from specdec.registry import methods
 
@@ -24,15 +25,17 @@ from specdec.registry import methods
 class WrongRoot(RowDrafter):
     """Starts its tree with the token after the pending one."""
 
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        return TokenTree.chain((history[-1] + 1) % 90, [5])
+    class Row(DraftRow):
+        def propose(self, budget: int) -> TokenTree:
+            return TokenTree.chain((self.text[-1] + 1) % 90, [5])
 
 
 class NoTree(RowDrafter):
     """Returns the tokens alone."""
 
-    def propose_row(self, row: int, history: list[int], budget: int) -> Any:
-        return [history[-1], 5]
+    class Row(DraftRow):
+        def propose(self, budget: int) -> Any:
+            return [self.text[-1], 5]
 
 
 class NoBatch(RowDrafter):
@@ -52,13 +55,14 @@ class TooFewRows(RowDrafter):
 class Cycle(RowDrafter):
     """Hangs a node below a later one."""
 
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        return TokenTree([history[-1], 5, 6], [-1, 2, 0])
+    class Row(DraftRow):
+        def propose(self, budget: int) -> TokenTree:
+            return TokenTree([self.text[-1], 5, 6], [-1, 2, 0])
 
 
 MISTAKES = {
-    WrongRoot: r"WrongRoot.propose_row must return a TokenTree rooted at the pending token \d+",
-    NoTree: r"NoTree.propose_row must return a TokenTree rooted .* got \[",
+    WrongRoot: r"a row of WrongRoot must propose a TokenTree rooted at the pending token \d+",
+    NoTree: r"a row of NoTree must propose a TokenTree rooted .* got \[",
     NoBatch: r"NoBatch.propose must return a TreeBatch of 3 rows, got list",
     TooFewRows: r"TooFewRows.propose must return a TreeBatch of 3 rows",
     Cycle: r"node 1 has parent 2; a parent must come before its child",

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from helpers.families import FAMILIES, WINDOW
 from helpers.laws import GREEDY, SAMPLED, Case, Mode, prompts, reference
 from specdec import RowDrafter, SpecConfig, TokenTree, augment
+from specdec.drafters.row import DraftRow
 from specdec.registry import methods
 
 pytestmark = [
@@ -66,8 +67,10 @@ class Ahead(RowDrafter):
     text: tuple[int, ...] = ()
     depth = 0
 
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        return TokenTree.chain(history[-1], self.text[len(history) : len(history) + self.depth])
+    class Row(DraftRow):
+        def propose(self, budget: int) -> TokenTree:
+            start = len(self.text)
+            return TokenTree.chain(self.text[-1], Ahead.text[start : start + Ahead.depth])
 
 
 @pytest.fixture

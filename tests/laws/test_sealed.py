@@ -87,7 +87,7 @@ def uploaded(state: BatchState, ahead: Tensor) -> TreeBatch:
             parents += [last, last]
             last = len(nodes) - 1
         rows.append(TokenTree(nodes, parents))
-    return TreeBatch.from_rows(rows, state.pending.device, bucket=False)
+    return TreeBatch.from_rows(rows, state.pending.device)
 
 
 def star(trees: TreeBatch) -> Tensor:

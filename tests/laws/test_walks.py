@@ -12,7 +12,7 @@ from specdec import TokenTree, TreeBatch
 from specdec.round.noise import NoiseTape
 from specdec.round.pickers import picker_of
 from specdec.round.prefix import PrefixIds
-from specdec.round.tree import bucket_size
+from specdec.round.tree import bucket_size, padded_size
 from specdec.round.verify import walk_on_device, walk_on_host
 
 CPU = torch.device("cpu")
@@ -26,7 +26,9 @@ def tree_batches(draw: st.DrawFn) -> tuple[TreeBatch, Tensor]:
     for _ in range(draw(st.integers(1, 3))):
         parents = [-1, *(draw(st.integers(0, n)) for n in range(draw(st.integers(0, 11))))]
         rows.append(TokenTree([draw(st.integers(0, 2)) for _ in parents], parents))
-    trees = TreeBatch.from_rows(rows, CPU, bucket=draw(st.booleans()))
+    longest = max(map(len, rows))
+    size = bucket_size(longest) if draw(st.booleans()) else longest
+    trees = TreeBatch.from_rows(rows, CPU, size)
     count = len(rows) * trees.size
     picks = draw(st.lists(st.integers(-1, 2), min_size=count, max_size=count))
     return trees, torch.tensor(picks).view(len(rows), trees.size)
@@ -70,11 +72,14 @@ def test_ancestors_are_the_same_uploaded_and_computed(case: tuple[TreeBatch, Ten
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=4))
 def test_buckets(sizes: list[int]) -> None:
-    trees = TreeBatch.from_rows([TokenTree.chain(7, [3] * (n - 1)) for n in sizes], CPU)
-    assert trees.size == bucket_size(max(sizes))
+    rows = [TokenTree.chain(7, [3] * (n - 1)) for n in sizes]
+    assert TreeBatch.from_rows(rows, CPU).size == padded_size(max(sizes), CPU) == max(sizes)
+    size = padded_size(max(sizes), torch.device("cuda"))
+    trees = TreeBatch.from_rows(rows, CPU, size)
+    assert trees.size == size >= max(sizes)
     assert trees.size in BUCKETS or trees.size % 32 == 0
     assert trees.live().sum(1).tolist() == sizes
-    assert trees.to_rows() == [TokenTree.chain(7, [3] * (n - 1)) for n in sizes]
+    assert trees.to_rows() == rows
 
 
 class EndlessRows:

@@ -14,8 +14,8 @@ DRAFTERS: tuple[Fault, ...] = (
         "a_drafter_is_given_the_loops_own_list",
         "a drafter changes the text",
         _BASE,
-        "self._histories = [list(tokens) for tokens in state.tokens]",
-        "self._histories = list(state.tokens)",
+        "self.rows.append(self.Row(list(tokens), self))",
+        "self.rows.append(self.Row(tokens, self))",
         "tests/hf/test_attacks.py::test_a_drafter_owns_what_it_is_given",
     ),
     Fault(
@@ -30,8 +30,8 @@ DRAFTERS: tuple[Fault, ...] = (
         "a_tree_may_be_one_node_larger_than_the_budget",
         "budget overshoot",
         _BASE,
-        "return tree.limited(budget + 1, depth, state.vocab_size)",
-        "return tree.limited(budget + 2, depth, state.vocab_size)",
+        "return tree.limited(budget + 1, state.room(index), state.vocab_size)",
+        "return tree.limited(budget + 2, state.room(index), state.vocab_size)",
         "tests/laws/test_text.py::test_budgets -k 'gemma3-oracle'",
     ),
     Fault(

@@ -3,6 +3,7 @@
 from mutants.fault import Fault
 
 _HEAD, _DRAFTER = "specdec/heads/eagle3/head.py", "specdec/drafters/head.py"
+_GROW = "specdec/drafters/growth.py"
 _STEPPED = "specdec/heads/eagle3/stepped.py"
 _MASKS, _TTT = "specdec/heads/eagle3/draft_masks.py", "specdec/heads/eagle3/ttt_attention.py"
 _OBJECTIVE = "draft_training/specdec_training/objective"
@@ -111,17 +112,17 @@ HEADS = (
     Fault(
         "drafting_asks_an_accelerator_how_sure_it_is",
         "host sync",
-        _DRAFTER,
-        'if not least or scores.device.type != "cpu":',
-        "if not least:",
+        _GROW,
+        'if not self.confidence_threshold or scores_BW.device.type != "cpu":',
+        "if not self.confidence_threshold:",
         _SURE,
     ),
     Fault(
         "rows_that_have_ended_hold_drafts_up",
         "ragged batches",
-        _DRAFTER,
-        "scores = scores[torch.tensor(drafting)]",
-        "scores = scores[:]",
+        _GROW,
+        "scores_BW = scores_BW[torch.tensor(drafting)]",
+        "scores_BW = scores_BW[:]",
         _SURE,
     ),
     Fault(
@@ -135,7 +136,7 @@ HEADS = (
     Fault(
         "the_second_best_of_a_level_is_continued",
         "beam",
-        _DRAFTER,
+        _GROW,
         "scores, best = every.topk(beam)",
         "scores, best = (found[:, -beam:] for found in every.topk(beam + 1))",
         _DRAFTS,
@@ -159,7 +160,7 @@ HEADS = (
     Fault(
         "a_level_is_scored_by_itself",
         "tree scores",
-        _DRAFTER,
+        _GROW,
         "every = (scores[:, :, None] + below).flatten(1)",
         "every = below.flatten(1)",
         _DRAFTS,
@@ -167,7 +168,7 @@ HEADS = (
     Fault(
         "children_hang_under_another_candidate",
         "parents after reordering",
-        _DRAFTER,
+        _GROW,
         "rank.gather(1, above.clamp(min=0)) + 1)",
         "rank.gather(1, above.clamp(min=0)))",
         _DRAFTS,

@@ -11,7 +11,8 @@ _LOOKUP, _INDEX = "specdec/drafters/prompt_lookup.py", "specdec/sources/ngram_in
 _SUFFIX, _DRAFT = "specdec/drafters/suffix.py", "specdec/drafters/draft_model/drafter.py"
 _GROWTH, _AUTOMATON = "specdec/sources/suffix_draft.py", "specdec/sources/suffix_index.py"
 _EAGLE, _STEPPED = "specdec/drafters/head.py", "specdec/heads/eagle3/stepped.py"
-_TREE, _BASE = "specdec/round/tree.py", "specdec/drafters/row.py"
+_GROW = "specdec/drafters/growth.py"
+_TREE = "specdec/round/tree.py"
 
 _STEPS = "tests/drafting/test_lookahead_steps.py"
 _PAPER = f"{_STEPS}::test_every_step_is_the_papers"
@@ -135,8 +136,8 @@ SPEED: tuple[Fault, ...] = (
     _slow(
         "a_match_is_trusted_by_its_position",
         _LOOKUP,
-        "self._config.tokens_per_match * index.match()[1]",
-        "self._config.tokens_per_match * index.match()[0]",
+        "self.config.tokens_per_match * self._index.match()[1]",
+        "self.config.tokens_per_match * self._index.match()[0]",
         f"{_FREE}::test_prompt_lookup",
     ),
     _slow(
@@ -189,36 +190,36 @@ SPEED: tuple[Fault, ...] = (
         f"{_FREE}::test_suffix",
     ),
     _slow(
-        "siblings_go_on_beside_the_trunk",
-        _DRAFT,
-        "logits = self._runner.step(levels[-1][:, 0])",
-        "logits = self._runner.step(levels[-1][:, -1])",
+        "a_level_is_drafted_below_the_wrong_nodes",
+        "specdec/drafters/draft_model/runner.py",
+        "parents.append(below + above)",
+        "parents.append(0 * below + above)",
         _AHEAD,
     ),
     _slow(
         "the_draft_believes_it_holds_one_token_more",
         _DRAFT,
-        "(node - 1) // width < deepest for node in path)",
-        "(node - 1) // width <= deepest for node in path)",
+        "self._known[row] += min(len(path), self._stepped)",
+        "self._known[row] += min(len(path), self._stepped + 1)",
         _AHEAD,
     ),
     _slow(
         "a_tree_is_sorted_by_the_last_step_alone",
-        _EAGLE,
+        _GROW,
         "every = (scores[:, :, None] + below).flatten(1)",
         "every = (0 * scores[:, :, None] + below).flatten(1)",
         _TREES,
     ),
     _slow(
         "the_second_best_path_is_not_continued",
-        _EAGLE,
+        _GROW,
         "scores, best = every.topk(beam)",
         "scores, best = (one[:, [0, *range(2, beam + 1)]] for one in every.topk(beam + 1))",
         _TREES,
     ),
     _slow(
         "a_level_continues_below_the_wrong_nodes",
-        _EAGLE,
+        _GROW,
         "tokens, parents, frontier = ids.gather(1, best), best // width, count + best",
         "tokens, parents, frontier = ids.gather(1, best), best % len(scores[0]), count + best",
         _TREES,
@@ -239,7 +240,7 @@ SPEED: tuple[Fault, ...] = (
     ),
     _slow(
         "a_chain_is_scored_by_its_last_step_alone",
-        _EAGLE,
+        _GROW,
         "scores.append(scores[-1] + best)",
         "scores.append(best)",
         _TREES,
@@ -267,9 +268,9 @@ SPEED: tuple[Fault, ...] = (
     ),
     _slow(
         "trees_stop_two_tokens_before_the_end",
-        _BASE,
-        "remaining = state.max_new_tokens - state.emitted(row) - 1",
-        "remaining = state.max_new_tokens - state.emitted(row) - 3",
+        "specdec/contracts.py",
+        "left = self.max_new_tokens - self.emitted(row) - 1",
+        "left = self.max_new_tokens - self.emitted(row) - 3",
         f"{_ROUNDS} -k 'tree-greedy and not eagle3 and not draft_model'",
     ),
 )

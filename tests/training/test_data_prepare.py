@@ -95,9 +95,8 @@ def test_what_is_written_is_what_is_read(options: DataPrepareOptions, target: Pa
     assert torch.equal(counts, data.counts)
     assert int(counts.sum()) == meta.loss_tokens
     assert sum(len(example.token_ids) for example in data.examples) == meta.tokens
-    assert data.d2t is not None
-    assert data.t2d is not None
-    ids = set((torch.arange(64) + data.d2t).tolist())
+    ids = set(data.vocabulary.ids.tolist())
+    assert len(ids) == 64
     assert set(counts.nonzero().flatten().tolist()) <= ids
     assert {tokenizer.eos_token_id, tokenizer.bos_token_id} <= ids
     assert meta.draft_vocab_coverage == 1.0
@@ -181,8 +180,7 @@ def test_nothing_to_learn_and_everything_to_learn(
 
 def test_the_whole_vocabulary(options: DataPrepareOptions) -> None:
     data = prepare(replace(options, draft_vocab=10**6)).data
-    assert data.d2t is None
-    assert data.t2d is None
+    assert data.vocabulary.is_whole
     assert data.meta.draft_vocab_size == data.meta.vocab_size
 
 

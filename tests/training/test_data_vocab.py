@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.errors import ConfigError
+from specdec.heads.eagle3.draft_vocabulary import DraftVocabulary
 from specdec_training.data import draft_vocab
 
 COUNTS = st.lists(st.integers(0, 5), min_size=2, max_size=60)
@@ -21,13 +22,13 @@ def test_properties(numbers: list[int], data: st.DataObject) -> None:
     vocabulary = len(numbers)
     size = data.draw(st.integers(1, vocabulary - 1))
     always = data.draw(st.sets(st.integers(0, vocabulary - 1), max_size=size))
-    d2t, t2d = draft_vocab.build(counts, size, always)
-    assert d2t is not None
-    assert t2d is not None
-    ids = (torch.arange(size) + d2t).tolist()
-    assert d2t.dtype == torch.int64
-    assert t2d.dtype == torch.bool
-    assert ids == sorted(set(ids)) == t2d.nonzero().flatten().tolist()
+    found = draft_vocab.build(counts, size, always)
+    ids = found.ids.tolist()
+    assert (len(ids), found.size, found.is_whole) == (size, vocabulary, False)
+    assert ids == sorted(set(ids)) == found.mask.nonzero().flatten().tolist()
+    maps = found.tensors()
+    assert (maps["d2t"].dtype, maps["t2d"].dtype) == (torch.int64, torch.bool)
+    assert DraftVocabulary.read(maps["d2t"], maps["t2d"], size, vocabulary) == found
     assert always <= set(ids)
     # Whoever is left out is not more frequent than a free choice, and loses ties by its id.
     free = [token for token in ids if token not in always]
@@ -35,7 +36,7 @@ def test_properties(numbers: list[int], data: st.DataObject) -> None:
     if free and left:
         worst = max((-numbers[token], token) for token in free)
         assert worst < min((-numbers[token], token) for token in left)
-    share = draft_vocab.coverage(counts, t2d)
+    share = draft_vocab.coverage(counts, found)
     total = sum(numbers)
     assert share == pytest.approx(sum(numbers[t] for t in ids) / total if total else 0.0)
 
@@ -43,16 +44,16 @@ def test_properties(numbers: list[int], data: st.DataObject) -> None:
 def test_the_whole_vocabulary_needs_no_maps() -> None:
     counts = torch.tensor([3, 0, 1])
     for size in (3, 4, 10**9):
-        assert draft_vocab.build(counts, size) == (None, None)
-    assert draft_vocab.coverage(counts, None) == 1.0
+        found = draft_vocab.build(counts, size)
+        assert found == DraftVocabulary.whole(3)
+        assert found.tensors() == {}
+    assert draft_vocab.coverage(counts, found) == 1.0
 
 
 def test_too_few_seen_tokens_are_padded_with_unseen_ones() -> None:
     counts = torch.zeros(20, dtype=torch.int64)
     counts[7] = 4
-    d2t, _ = draft_vocab.build(counts, 5, [19])
-    assert d2t is not None
-    assert (torch.arange(5) + d2t).tolist() == [0, 1, 2, 7, 19]
+    assert draft_vocab.build(counts, 5, [19]).ids.tolist() == [0, 1, 2, 7, 19]
 
 
 @pytest.mark.parametrize(

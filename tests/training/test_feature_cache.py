@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError, SpecdecError
+from specdec.heads.eagle3.draft_vocabulary import DraftVocabulary
 from specdec_training.commands import features as command_module
 from specdec_training.commands.features import run_features
 from specdec_training.contracts import FeatureSource, TokenBatch
@@ -81,7 +82,7 @@ def prepared_for(model: Any, count: int = 23, seed: int = 1) -> PreparedData:
         draft_vocab_size=VOCAB, draft_vocab_coverage=1.0, data_hash=examples.hash(),
         vocab_hash="v", held_out_hash="h",
     )  # fmt: skip
-    return PreparedData(examples, [], meta, None, None, torch.zeros(VOCAB))
+    return PreparedData(examples, [], meta, DraftVocabulary.whole(VOCAB), torch.zeros(VOCAB))
 
 
 @dataclasses.dataclass

@@ -72,10 +72,8 @@ def test_the_head_loads_and_is_in_bfloat16(trained: Path, data: Path) -> None:
     found = load_head(trained / "head")
     assert found.facts["acceptance_length"]["tree_t0"] >= 1
     assert found.head.fc.weight.dtype == torch.bfloat16
-    vocabulary = PreparedData.load(data)
-    assert found.head.d2t is not None
-    assert vocabulary.d2t is not None
-    assert torch.equal(found.head.d2t, vocabulary.d2t)
+    assert found.head.vocabulary == PreparedData.load(data).vocabulary
+    assert not found.head.vocabulary.is_whole
     assert found.head.config.aux_output_layers == (0, 2, 4)
 
 
@@ -107,14 +105,13 @@ def test_warm_start_on_other_data(trained: Path, data: Path, tmp_path: Path) -> 
         run_train(options(tmp_path / "own", tmp_path / "a", init_from=str(head), eval_every=0))
     kept = prepare(replace(how, output=tmp_path / "kept", draft_vocab_of=str(head))).data
     wanted = PreparedData.load(data)
-    assert kept.d2t is not None
-    assert wanted.d2t is not None
-    assert torch.equal(kept.d2t, wanted.d2t)
+    assert kept.vocabulary == wanted.vocabulary
+    assert not kept.vocabulary.is_whole
     assert kept.meta.draft_vocab_size == wanted.meta.draft_vocab_size
     assert kept.meta.draft_vocab_coverage < 1
     run = options(tmp_path / "kept", tmp_path / "b", init_from=str(head), steps=2, eval_every=0)
     assert run_train(run) == 0
-    assert torch.equal(load_head(tmp_path / "b" / "head").head.d2t, wanted.d2t)
+    assert load_head(tmp_path / "b" / "head").head.vocabulary == wanted.vocabulary
 
 
 def test_recorded_features_train_like_the_target(data: Path, trained: Path, tmp_path: Path) -> None:

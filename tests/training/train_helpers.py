@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec.heads.eagle3.config import Eagle3Config, default_aux_layers
+from specdec.heads.eagle3.draft_vocabulary import DraftVocabulary
 from specdec.heads.eagle3.head import Eagle3Head
 from specdec_training.data.batches import RowSampler, Sizes
 from specdec_training.features.online import OnlineFeatures
@@ -64,7 +65,7 @@ def make_head(target: LlamaForCausalLM, draft: int = DRAFT, seed: int = 2) -> Ea
     )  # fmt: skip
     if draft < VOCAB:
         ids = torch.arange(VOCAB)[torch.arange(VOCAB) % 3 != 2][:draft]
-        head.set_vocabulary(ids - torch.arange(draft), None)
+        head.set_vocabulary(DraftVocabulary(ids, VOCAB))
     head.attach(target.get_input_embeddings().weight)
     return head
 

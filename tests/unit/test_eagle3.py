@@ -20,11 +20,13 @@ from helpers.names import CACHE, cache_of
 from helpers.spies import Reads
 from specdec import SpecConfig
 from specdec.contracts import TargetFacts
+from specdec.drafters.growth import Growth
 from specdec.drafters.head import Eagle3, Eagle3DraftConfig
 from specdec.errors import ConfigError
 from specdec.heads import ready
 from specdec.heads.checkpoints.load import load_head
 from specdec.heads.checkpoints.save import save_head
+from specdec.heads.eagle3.draft_vocabulary import DraftVocabulary
 from specdec.heads.eagle3.head import Eagle3Head
 from specdec.round.tree import TokenTree
 from specdec.stats import RoundRecord
@@ -93,7 +95,8 @@ def test_trees_hold_the_likeliest_candidates(
     """Against a search of every candidate on the host, with the head's own chain steps."""
     ids, head = prompt(), head_for(llama, draft_vocab=draft_vocab)
     if draft_vocab is not None:
-        head.set_vocabulary(2 * torch.arange(draft_vocab) + 3, None)  # ids 3, 6, 9, ...
+        every_third = 3 * torch.arange(draft_vocab) + 3
+        head.set_vocabulary(DraftVocabulary(every_third, head.config.vocab_size))
     _, records = rounds_of(llama, ids, draft=head, depth=3, top_k=3, beam=beam, nodes=9)
     tree = trees_of(records)[0]
     assert tree.scores is not None
@@ -208,15 +211,14 @@ def test_drafts_end_where_no_path_is_likely(
         assert all(best[depth] >= math.log(least) for depth in range(1, max(depths)))
 
 
-def test_rows_that_have_ended_hold_no_draft_up(llama: Any, head: Eagle3Head) -> None:
+def test_rows_that_have_ended_hold_no_draft_up() -> None:
     """A row without a draft is not asked how likely its paths are."""
-    drafter = Eagle3(Eagle3DraftConfig(draft=head, top_k=1, confidence_threshold=0.5))
-    scores = torch.tensor([[0.0], [-9.0]])
-    assert not drafter._is_unlikely(scores, [True, True])
-    assert drafter._is_unlikely(scores, [False, True])
-    assert drafter._is_unlikely(torch.tensor([[math.nan], [-9.0]]), [True, True])
+    growth, scores = Growth(5, confidence_threshold=0.5), torch.tensor([[0.0], [-9.0]])
+    assert not growth.is_over(scores, [True, True])
+    assert growth.is_over(scores, [False, True])
+    assert growth.is_over(torch.tensor([[math.nan], [-9.0]]), [True, True])
     # Elsewhere than on a CPU nothing is asked: these scores have no numbers to tell.
-    assert not drafter._is_unlikely(scores.to("meta"), [True, True])
+    assert not growth.is_over(scores.to("meta"), [True, True])
 
 
 def test_a_second_turn_on_a_kept_cache(llama: Any, head: Eagle3Head) -> None:
@@ -333,6 +335,26 @@ def test_rounds_without_a_budget_keep_little(
 def test_a_beam_is_a_whole_number(head: Eagle3Head, beam: Any) -> None:
     with pytest.raises(ConfigError, match="beam must be a whole number"):
         Eagle3DraftConfig(draft=head, beam=beam)
+
+
+CHAIN = Growth(16, 1, None, 16, 0.01)
+TREE = Growth(5, 8, None, 48, 0.0)
+
+
+@pytest.mark.parametrize(("given", "on_cpu", "elsewhere"), [
+    ({}, CHAIN, TREE), ({"depth": 3}, replace(TREE, depth=3), replace(TREE, depth=3)),
+    ({"top_k": 8}, TREE, TREE), ({"confidence_threshold": 0.0}, TREE, TREE),
+    ({"depth": 9, "top_k": 1}, Growth(9, 1, None, 48), Growth(9, 1, None, 48)),
+])  # fmt: skip
+def test_without_sizes_a_cpu_drafts_chains(
+    llama: Any, head: Eagle3Head, given: dict[str, Any], on_cpu: Growth, elsewhere: Growth
+) -> None:
+    config = Eagle3DraftConfig(draft=head, **given)
+    assert (config.growth(on_cpu=True), config.growth(on_cpu=False)) == (on_cpu, elsewhere)
+    text, records = rounds_of(llama, prompt(), draft=head, **given)
+    assert torch.equal(text, plain(llama, prompt(), **CALL))
+    branched = [tree.parents != list(range(-1, len(tree) - 1)) for tree in trees_of(records)]
+    assert any(branched) == (on_cpu.top_k > 1)
 
 
 @pytest.mark.parametrize(("native", "large", "wanted"), [

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from specdec.contracts import BatchState
-from specdec.drafters.jacobi import Jacobi, JacobiConfig, recycle
+from specdec.drafters.jacobi import Jacobi, JacobiConfig, JacobiRow, recycle
 from specdec.drafters.row import RowRound
 from specdec.errors import ConfigError
 from specdec.round.tree import TokenTree
@@ -53,17 +53,14 @@ class Round:
     tokens: list[int]
 
 
-def play(
-    drafter: Jacobi, target: Target, rounds: int, budget: int | None = None, row: int = 0
-) -> list[Round]:
+def play(drafter: Jacobi, target: Target, rounds: int, budget: int | None = None) -> list[Round]:
     """Decodes as the loop does, with a target that is a function of the text."""
-    history, played = list(PROMPT), list[Round]()
-    drafter.start_row(row, list(history))
+    row, played = JacobiRow(list(PROMPT), drafter), list[Round]()
     for _ in range(rounds):
         allowed = drafter.max_nodes if budget is None else budget
-        tree = drafter.propose_row(row, list(history), allowed)
+        tree = row.propose(allowed)
         assert len(tree) <= allowed + 1
-        texts = [list(history)]
+        texts = [list(row.text)]
         for node in range(1, len(tree)):
             texts.append([*texts[tree.parents[node]], tree.tokens[node]])
         picks = [target(text) for text in texts]
@@ -73,8 +70,7 @@ def play(
             at = child
         tokens = [*(tree.tokens[node] for node in path), picks[at]]
         assert tokens == [target(texts[node]) for node in (0, *path)]
-        drafter.observe_row(row, RowRound(tree, path, tokens, picks, None))
-        history += tokens
+        row.advance(RowRound(tree, path, tokens, picks))
         played.append(Round(tree, picks, tokens))
     return played
 
@@ -134,15 +130,16 @@ def test_fresh_guesses_come_from_the_text_and_repeat_with_the_seed() -> None:
 
 def test_what_the_model_cannot_take_is_not_guessed() -> None:
     drafter = drafter_of(block=40, recycle=0)
-    drafter.start_row(0, [7, VOCAB, VOCAB + 3, 9])
-    assert set(drafter.propose_row(0, [9], 40).tokens) == {7, 9}
+    assert set(JacobiRow([7, VOCAB, VOCAB + 3, 9], drafter).propose(40).tokens) == {7, 9}
 
 
 def test_rows_do_not_share_guesses() -> None:
     drafter = drafter_of(block=6, recycle=0)
-    guesses = play(drafter, by_position, 1, row=0)[-1].picks[1:]
-    play(drafter, by_everything, 1, row=1)
-    assert drafter.propose_row(0, [1], 6).tokens == [1, *guesses]
+    one, other = JacobiRow(list(PROMPT), drafter), JacobiRow(list(PROMPT), drafter)
+    tree = one.propose(6)
+    one.advance(RowRound(tree, [], [1], [1, 2, 3, 4, 5, 6, 7]))
+    other.advance(RowRound(other.propose(6), [], [9], [9] * 7))
+    assert one.propose(6).tokens == [1, 2, 3, 4, 5, 6, 7]
 
 
 # Recycling
@@ -165,14 +162,14 @@ def test_runs_that_the_target_confirms_are_kept_from_every_node() -> None:
 
 def test_a_rejected_run_is_verified_when_its_first_token_comes() -> None:
     drafter = drafter_of(block=3, recycle=2, ngram=4)
-    drafter.start_row(0, [1, 2])
-    drafter.propose_row(0, [1, 2], 9)
+    row = JacobiRow([1, 2], drafter)
+    row.propose(9)
     tree = TokenTree.chain(2, [50, 51, 52])
-    drafter.observe_row(0, RowRound(tree, [], [60], [60, 51, 52, 53], None))
-    again = drafter.propose_row(0, [1, 2, 60, 50], 9)
+    row.advance(RowRound(tree, [], [60, 50], [60, 51, 52, 53]))
+    again = row.propose(9)
     assert again.tokens[:4] == [50, 51, 52, 53]  # the block, which they are the guesses of
-    drafter.observe_row(0, RowRound(again, [], [70], [70] * len(again), None))
-    later = drafter.propose_row(0, [1, 2, 60, 50, 70, 51], 9)
+    row.advance(RowRound(again, [], [70, 51], [70] * len(again)))
+    later = row.propose(9)
     assert (51, 52, 53) in {tuple(path_of(later, node)) for node in range(len(later))}
     assert later.tokens[1:4] == [70, 70, 70]
 
@@ -180,11 +177,11 @@ def test_a_rejected_run_is_verified_when_its_first_token_comes() -> None:
 def test_the_chain_comes_first_and_branches_hang_where_their_ngrams_end() -> None:
     drafter = drafter_of(block=2, recycle=3, ngram=3)
     text = [1, 2, 3, 8, 9, 3, 1, 4, 5, 6]
-    drafter.start_row(0, text)
-    drafter.propose_row(0, text, 8)
+    row = JacobiRow(text, drafter)
+    row.propose(8)
     block = TokenTree.chain(6, [30, 31])
-    drafter.observe_row(0, RowRound(block, [], [1], [1, 0, 7], None))
-    tree = drafter.propose_row(0, [*text, 1], 8)
+    row.advance(RowRound(block, [], [1], [1, 0, 7]))
+    tree = row.propose(8)
     paths = [tuple(path_of(tree, node)) for node in range(len(tree))]
     assert paths[1:3] == [(1, 0), (1, 0, 7)]
     below_the_root = [(1, 4), (1, 4, 5), (1, 2), (1, 2, 3)]  # the newest n-gram first
@@ -214,20 +211,17 @@ def test_budgets(budget: int, shape: str) -> None:
 
 def test_a_larger_budget_brings_the_block_back() -> None:
     drafter = drafter_of(block=6, recycle=0)
-    drafter.start_row(0, list(PROMPT))
-    sizes = []
+    row, sizes = JacobiRow(list(PROMPT), drafter), []
     for budget in (6, 0, 3, 0, 6):
-        tree = drafter.propose_row(0, [15], budget)
+        tree = row.propose(budget)
         sizes.append(len(tree) - 1)
-        drafter.observe_row(0, RowRound(tree, [], [15], [9] * len(tree), None))
+        row.advance(RowRound(tree, [], [15], [9] * len(tree)))
     assert sizes == [6, 0, 3, 0, 6]
 
 
 def test_on_a_chain_target_known_ngrams_go_before_the_guesses() -> None:
     drafter = drafter_of("chain", block=6, recycle=2, ngram=3)
-    text = [1, 4, 5, 1, 2, 3, 8, 9, 1]
-    drafter.start_row(0, text)
-    tree = drafter.propose_row(0, text, 20)
+    tree = JacobiRow([1, 4, 5, 1, 2, 3, 8, 9, 1], drafter).propose(20)
     assert tree.parents == list(range(-1, 6))
     assert tree.tokens[:5] == [1, 2, 3, 8, 9]
     assert tree.sources == [0, 2, 2, 2, 2, 1, 1]

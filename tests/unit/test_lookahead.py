@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from specdec.drafters.lookahead import JacobiWindow, Lookahead, LookaheadConfig
+from specdec.drafters.lookahead import JacobiWindow, Lookahead, LookaheadConfig, LookaheadRow
 from specdec.drafters.row import RowRound
 from specdec.errors import ConfigError
 from specdec.round.tree import TokenTree, TreeBatch, TreeBuilder
@@ -52,7 +52,7 @@ def test_the_comb_is_the_papers_mask_and_positions(width: int, ngram: int) -> No
     and its own column above it."""
     window = JacobiWindow(width, ngram, list(range(1000, 1400)), random.Random(1))
     tree = play(window, ngram, NgramPool(guesses=4))
-    trees = TreeBatch.from_rows([tree], torch.device("cpu"), bucket=False)
+    trees = TreeBatch.from_rows([tree], torch.device("cpu"))
     mask, depths = trees.ancestor_mask()[0], tree.depths()
     row_0 = list(range(width))  # the root, then W - 1 nodes
     node = width
@@ -69,21 +69,18 @@ def test_the_comb_is_the_papers_mask_and_positions(width: int, ngram: int) -> No
 def test_a_small_budget_shrinks_the_window_and_a_large_one_brings_it_back() -> None:
     config = LookaheadConfig(window=5, ngram=4, guesses=3)
     drafter = Lookahead(config)
-    history = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
-    drafter.start_row(0, history)
+    row = LookaheadRow([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], drafter)
     for budget in (config.nodes, 9, 4, 1, 0, 2, config.nodes, config.nodes):
-        tree = drafter.propose_row(0, history, budget)
+        tree = row.propose(budget)
         assert len(tree) <= budget + 1
         picks = [7] * len(tree)
-        drafter.observe_row(0, RowRound(tree, [], [7], picks, None))
-        history = [*history, 7]
-    assert drafter._windows[0].width == config.window
+        row.advance(RowRound(tree, [], [7], picks))
+    assert row.window.width == config.window
 
 
 def test_guesses_are_one_trie() -> None:
     drafter = Lookahead(LookaheadConfig(window=0, ngram=3, guesses=4))
-    drafter.start_row(0, [1, 2, 3, 1, 2, 4, 1])
-    tree = drafter.propose_row(0, [1], 8)
+    tree = LookaheadRow([1, 2, 3, 1, 2, 4, 1], drafter).propose(8)
     assert tree.child(0, 2) == 1
     assert {tree.tokens[n] for n in range(len(tree)) if tree.parents[n] == 1} == {3, 4}
 

@@ -14,12 +14,12 @@ from torch import Tensor
 import specdec
 from specdec import SpecConfig
 from specdec.generate import call
-from specdec.round import rejection
+from specdec.round import rejection, tree
 from specdec.round import verify as verification
 from specdec.round.noise import NoiseTape
 from specdec.round.pickers import picker_of
 from specdec.round.prefix import PrefixIds
-from specdec.round.tree import TokenTree, TreeBatch
+from specdec.round.tree import TokenTree, TreeBatch, bucket_size
 from specdec.round.verify import verify, walk_on_device
 
 SMALL = 4  # vocabulary of the enumeration
@@ -57,7 +57,7 @@ def context_laws(first: str, which: int) -> Callable[[tuple[int, ...]], Tensor]:
 
 def sampled_chain(draft: tuple[int, ...], draft_law: Callable[..., Tensor]) -> TreeBatch:
     """The chain that a drafter proposes, one row, with the law of each of its tokens."""
-    trees = TreeBatch.from_rows([TokenTree.chain(0, draft)], CPU, bucket=False)
+    trees = TreeBatch.from_rows([TokenTree.chain(0, draft)], CPU)
     laws = [torch.full((SMALL,), torch.nan, dtype=torch.float64)]  # that of the root is unused
     laws += [draft_law(draft[:at]) for at in range(len(draft))]
     return TreeBatch(
@@ -140,7 +140,7 @@ def test_a_pick_is_the_coin_and_the_race(name: str) -> None:
 def test_children_are_those_of_the_row() -> None:
     """Rows of unequal length: the last node has no child, and padding is none."""
     rows = [TokenTree.chain(9, [1, 2, 3]), TokenTree.chain(9, [4])]
-    trees = TreeBatch.from_rows(rows, CPU, bucket=False)
+    trees = TreeBatch.from_rows(rows, CPU)
     laws = torch.rand(2, 4, SMALL)
     trees = TreeBatch(trees.tokens, trees.parents, trees.sizes, 3, draft_law=laws)
     drafted, aligned = rejection.children(trees)
@@ -364,10 +364,7 @@ def test_generate_has_plains_law(
     """Many rows in one batch: prefill, a round with a draft, and the length limit."""
     model, draft = chatty
     if as_on_a_gpu:  # padded trees, picks at all nodes, the walk without a loop
-        padded = partial(TreeBatch.from_rows, bucket=True)
-        monkeypatch.setattr(
-            TreeBatch, "from_rows", lambda rows, device, bucket: padded(rows, device)
-        )
+        monkeypatch.setattr(tree, "padded_size", lambda nodes, device: bucket_size(nodes))
         monkeypatch.setattr(verification, "walk_on_host", walk_on_device)
         monkeypatch.setattr(
             call,

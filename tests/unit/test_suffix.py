@@ -20,7 +20,7 @@ from helpers.families import FAMILIES, VOCAB
 from helpers.laws import GREEDY, SAMPLED, Case, Mode, prompts, reference
 from specdec import SpecConfig, TokenTree
 from specdec.drafters.row import RowRound
-from specdec.drafters.suffix import Suffix, SuffixConfig
+from specdec.drafters.suffix import Suffix, SuffixConfig, SuffixRow
 from specdec.errors import ConfigError
 from specdec.sources.suffix_segments import RECORD
 from specdec.sources.suffix_store import StoreWarning, SuffixStore
@@ -28,26 +28,23 @@ from specdec.sources.suffix_store import StoreWarning, SuffixStore
 KEY = "c" * 64
 
 
-def started(history: list[int], **options: Any) -> Suffix:
-    drafter = Suffix(SuffixConfig(**options))
-    drafter.start_row(0, history)
-    return drafter
+def started(history: list[int], **options: Any) -> SuffixRow:
+    return SuffixRow(list(history), Suffix(SuffixConfig(**options)))
 
 
-def play(drafter: Suffix, history: list[int], text: list[int], budget: int) -> int:
+def play(row: SuffixRow, text: list[int], budget: int) -> int:
     """Rounds needed for `text`, with a target that writes it; checks every tree."""
-    history, at, rounds = list(history), 0, 0
+    at, rounds = 0, 0
     while at < len(text):
-        tree = drafter.propose_row(0, history, budget)
-        assert tree.tokens[0] == history[-1]
+        tree = row.propose(budget)
+        assert tree.tokens[0] == row.text[-1]
         assert len(tree) <= budget + 1
         path, node = list[int](), tree.child(0, text[at])
         while node is not None and at + len(path) + 1 < len(text):
             path.append(node)
             node = tree.child(node, text[at + len(path)])
         tokens = text[at : at + len(path) + 1]
-        drafter.observe_row(0, RowRound(tree, path, tokens, None, None))
-        history += tokens
+        row.advance(RowRound(tree, path, tokens))
         at += len(tokens)
         rounds += 1
     return rounds
@@ -56,7 +53,7 @@ def play(drafter: Suffix, history: list[int], text: list[int], budget: int) -> i
 @pytest.mark.parametrize("budget", [0, 1, 3, 32])
 def test_a_text_that_repeats_itself_takes_few_rounds(budget: int) -> None:
     passage = random.Random(0).choices(range(1000), k=60)
-    rounds = play(started(passage), passage, passage[5:] + passage, budget)
+    rounds = play(started(passage), passage[5:] + passage, budget)
     full = {0: 115, 1: 58, 3: 30, 32: 12}[budget]
     assert rounds <= full + 6
 
@@ -66,29 +63,29 @@ def test_a_longer_match_gets_more_nodes() -> None:
     sizes = []
     for match in (1, 2, 3, 50):
         history = [*text, *text[:match]]
-        drafter = started(history, nodes_per_match=3, extra_nodes=1, min_probability=0.01)
-        sizes.append(len(drafter.propose_row(0, history, 32)) - 1)
+        row = started(history, nodes_per_match=3, extra_nodes=1, min_probability=0.01)
+        sizes.append(len(row.propose(32)) - 1)
     assert sizes == [4, 7, 10, 24]
 
 
 def test_depth_nodes_and_probability_are_limits() -> None:
     history = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3]
-    shallow = started(history, max_depth=2).propose_row(0, history, 32)
+    shallow = started(history, max_depth=2).propose(32)
     assert shallow.tokens == [3, 4, 5]
-    small = started(history, max_nodes=3).propose_row(0, history, 32)
+    small = started(history, max_nodes=3).propose(32)
     assert small.tokens == [3, 4, 5, 6]
-    sure = started(history, min_probability=0.7).propose_row(0, history, 32)
+    sure = started(history, min_probability=0.7).propose(32)
     assert sure.tokens == [3, 4]  # 0.75; the next one has 0.75 x 0.8
     assert sure.scores == pytest.approx([0, -0.28768207])
 
 
 def test_branches_where_the_text_branched_and_one_path_for_chain_targets() -> None:
     history = [1, 2, 5, 6, 1, 2, 7, 8, 1, 2, 7, 8, 1, 2]
-    drafter = started(history)
-    tree = drafter.propose_row(0, history, 32)
+    row = started(history)
+    tree = row.propose(32)
     assert {tree.tokens[n] for n, parent in enumerate(tree.parents) if parent == 0} == {5, 7}
-    drafter.chains_only = True
-    chain = drafter.propose_row(0, history, 32)
+    row.drafter.chains_only = True
+    chain = row.propose(32)
     assert chain.tokens[:4] == [2, 7, 8, 1]
     assert chain.parents == list(range(-1, len(chain) - 1))
 
@@ -280,15 +277,15 @@ def test_nobody_drafts_while_a_thread_changes_the_store(tmp_path: Path) -> None:
     store = SuffixStore(tmp_path, "default", KEY)
     store.add([1, 2, 3, 4])
     drafter = Suffix(SuffixConfig(store=tmp_path, tokenizer=KEY))
-    drafter._store = store
-    drafter.start_row(0, [1, 2])
-    outcome = RowRound(TokenTree([2], [-1]), [], [3], None, None)
+    drafter.store = store
+    row = SuffixRow([1, 2], drafter)
+    outcome = RowRound(TokenTree([2], [-1]), [], [3])
     work: list[Callable[[], object]] = [
         lambda: store.add([5, 6, 7]),
         store.refresh,
-        lambda: drafter.start_row(1, [1, 2]),
-        lambda: drafter.propose_row(0, [1, 2], 8),
-        lambda: drafter.observe_row(0, outcome),
+        lambda: SuffixRow([1, 2], drafter),
+        lambda: row.propose(8),
+        lambda: row.advance(outcome),
     ]
     threads = [threading.Thread(target=task) for task in work]
     with store.locked():
@@ -314,12 +311,12 @@ def test_threads_may_share_a_store(tmp_path: Path) -> None:
             store.add(text)
 
     def draft() -> None:
-        drafter, history = Suffix(config), texts[0][:5]
-        drafter._store = store
-        drafter.start_row(0, history)
+        drafter = Suffix(config)
+        drafter.store = store
+        row = SuffixRow(texts[0][:5], drafter)
         for token in texts[1] * 2:
-            drafter.propose_row(0, history, 32)
-            drafter.observe_row(0, RowRound(TokenTree([0], [-1]), [], [token], None, None))
+            row.propose(32)
+            row.advance(RowRound(TokenTree([0], [-1]), [], [token]))
 
     def guarded(work: Any, *arguments: Any) -> None:
         try:

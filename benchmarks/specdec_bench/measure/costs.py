@@ -101,7 +101,7 @@ class CurveMeter:
         began, warming = time.perf_counter(), 0
         while len(times) < _IN_A_ROW:
             rows = [TokenTree.chain(0, [0] * (size - 1))] * self._batch
-            tree = TreeBatch.from_rows(rows, device, bucket=False)
+            tree = TreeBatch.from_rows(rows, device, size=len(rows[0]))
             begin = self._clock()
             self._target.forward_tree(tree).logits.argmax(-1).tolist()  # waits for the device
             taken = self._clock() - begin

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.contracts import Needs
-from specdec.drafters.row import RowDrafter, RowRound
+from specdec.drafters.row import DraftRow, RowDrafter, RowRound
 from specdec.errors import ConfigError
 from specdec.loading import method_options
 from specdec.registry import methods
@@ -62,30 +62,25 @@ class TextbookLookup(RowDrafter):
     """
 
     Config = TextbookLookupConfig
+    size_option = "num_draft_tokens"
 
-    def __init__(self, config: TextbookLookupConfig) -> None:
-        super().__init__(config)
-        self.max_nodes = config.num_draft_tokens
-        self._index = NgramIndex(config.max_ngram)
-        self._text: list[int] = []
+    class Row(DraftRow):
+        """An index of the row's text."""
 
-    def start_row(self, row: int, prompt: list[int]) -> None:
-        """Indexes the prompt."""
-        self._extend(prompt)
+        def __init__(self, text: list[int], drafter: RowDrafter) -> None:
+            super().__init__(text, drafter)
+            self._index = NgramIndex(self.config.max_ngram)
+            self._index.extend(text)
 
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        """What followed the latest occurrence of the longest suffix."""
-        end, size = self._index.match()
-        copied = self._text[end : end + min(budget, self.max_nodes)] if size else []
-        return TokenTree.chain(history[-1], copied)
+        def propose(self, budget: int) -> TokenTree:
+            """What followed the latest occurrence of the longest suffix."""
+            end, size = self._index.match()
+            most = min(budget, self.config.num_draft_tokens)
+            return TokenTree.chain(self.text[-1], self.text[end : end + most] if size else [])
 
-    def observe_row(self, row: int, outcome: RowRound) -> None:
-        """Indexes the new text."""
-        self._extend(outcome.tokens)
-
-    def _extend(self, tokens: Sequence[int]) -> None:
-        self._text.extend(tokens)
-        self._index.extend(tokens)
+        def observe(self, outcome: RowRound) -> None:
+            """Indexes the new text."""
+            self._index.extend(outcome.tokens)
 
 
 @dataclass(frozen=True)
@@ -96,6 +91,11 @@ class NgramPoolConfig:
     """Tokens of an n-gram, its key included."""
     guesses: int = 7
     """n-grams kept for a key, and verified."""
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of a full tree below the root."""
+        return self.guesses * (self.ngram - 1)
 
     def __post_init__(self) -> None:
         """Checks the ranges; raises `ConfigError`."""
@@ -111,29 +111,22 @@ class TextPool(RowDrafter):
 
     Config = NgramPoolConfig
 
-    def __init__(self, config: NgramPoolConfig) -> None:
-        super().__init__(config)
-        self.max_nodes = config.guesses * (config.ngram - 1)
-        self._ngram, self._pool = config.ngram, NgramPool(config.guesses)
-        self._text: list[int] = []
+    class Row(DraftRow):
+        """A pool of the row's text."""
 
-    def start_row(self, row: int, prompt: list[int]) -> None:
-        """Fills the pool from the prompt."""
-        self._extend(prompt)
+        def __init__(self, text: list[int], drafter: RowDrafter) -> None:
+            super().__init__(text, drafter)
+            self._pool = NgramPool(self.config.guesses)
+            self._pool.add_text(text, self.config.ngram)
 
-    def propose_row(self, row: int, history: list[int], budget: int) -> TokenTree:
-        """The pool's guesses as a tree."""
-        return TokenTree.merge(history[-1], [path for path, _ in self._pool.paths(history)])
+        def propose(self, budget: int) -> TokenTree:
+            """The pool's guesses as a tree."""
+            return TokenTree.merge(self.text[-1], [path for path, _ in self._pool.paths(self.text)])
 
-    def observe_row(self, row: int, outcome: RowRound) -> None:
-        """Adds the new text's n-grams."""
-        self._extend(outcome.tokens)
-
-    def _extend(self, tokens: Sequence[int]) -> None:
-        start = len(self._text)
-        self._text.extend(tokens)
-        low = max(start - self._ngram + 1, 0)
-        self._pool.add_text(self._text[low:], self._ngram, start - low)
+        def observe(self, outcome: RowRound) -> None:
+            """Adds the new text's n-grams."""
+            new_from = len(self.text) - len(outcome.tokens)
+            self._pool.add_text(self.text, self.config.ngram, start=new_from)
 
 
 _OWN: Mapping[str, tuple[type[Any], Callable[[Any], RowDrafter]]] = {

@@ -22,8 +22,8 @@ import torch
 
 from specdec.audit.loops import loop_start
 from specdec.contracts import BatchState
-from specdec.drafters.row import RowDrafter, RowRound
-from specdec.errors import DrafterError, SpecdecError
+from specdec.drafters.row import RowDrafter, RowRound, rooted
+from specdec.errors import SpecdecError
 from specdec.round.tree import TokenTree
 from specdec.sources.suffix_store import SuffixStore
 from specdec_bench.replay.methods import SPACE, ReplayMethod
@@ -142,17 +142,11 @@ def walk(
     """
     budget = drafter.max_nodes if budget is None else min(budget, drafter.max_nodes)
     drafter.start(state)
-    history = [*state.tokens[0], answer[0]]
-    drafter.start_row(0, list(history))
+    row = drafter.Row([*state.tokens[0], answer[0]], drafter)
     histogram: Counter[int] = Counter()
     drafted, chain, at, last = 0, True, 1, 0
     while at < len(answer):
-        tree = drafter.propose_row(0, history, budget)
-        if not isinstance(tree, TokenTree) or tree.tokens[0] != history[-1]:
-            raise DrafterError(
-                f"{type(drafter).__name__}.propose_row must return a TokenTree rooted at the "
-                f"pending token {history[-1]}, got {tree!r:.80}"
-            )
+        tree = rooted(row, budget, answer[at - 1])
         if state.shape == "chain":
             tree = tree.deepest_path()
         tree = tree.limited(budget + 1, len(answer) - at - 1, state.vocab_size)
@@ -163,9 +157,8 @@ def walk(
         drafted += len(tree) - 1
         histogram[last] += 1
         at += last
-        history.extend(emitted)
-        drafter.observe_row(0, RowRound(tree, path, emitted, None, None))
-    state.tokens[0] = history
+        row.advance(RowRound(tree, path, emitted))
+    state.tokens[0] += answer
     drafter.end(state)
     return Counts(histogram, drafted, chain, (last,))
 

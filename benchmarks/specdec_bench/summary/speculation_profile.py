@@ -50,7 +50,7 @@ class Measured:
 
 def draft_length(config: object) -> int:
     """Length of a draft that a method's options ask for; 0 where they do not say."""
-    return next((int(getattr(config, name)) for name in _LENGTHS if hasattr(config, name)), 0)
+    return next((int(found) for name in _LENGTHS if (found := getattr(config, name, None))), 0)
 
 
 def build_profile(acceptance: Acceptance, measured: Measured) -> dict[str, Any]:

@@ -224,14 +224,12 @@ def make_head(
     else:
         config = head_config(options, target.config, data.meta.draft_vocab_size)
         head = Eagle3Head(config)
-        head.set_vocabulary(data.d2t, data.t2d)
+        head.set_vocabulary(data.vocabulary)
         head.to(device)
     head.attach(embeddings, output)
     if options.init_from is None and head.lm_head is not None:
-        rows = output[: len(data.counts)]
-        rows = rows if data.t2d is None else rows[data.t2d.to(device)]
         with torch.no_grad():
-            head.lm_head.weight.copy_(rows)
+            head.lm_head.weight.copy_(output[data.vocabulary.ids.to(device)])
     head.owns_lm_head = True  # from here on it differs from the target's
     head.requires_grad_(True)
     if head.embed_tokens is not None:
@@ -244,9 +242,7 @@ def _loaded_head(source: str, target: Any, data: PreparedData, device: torch.dev
     head: Eagle3Head = load_head(
         source, target=fingerprint, dtype=torch.float32, device=device
     ).head
-    own = None if head.d2t is None else head.d2t.cpu()
-    same = own is None if data.d2t is None else own is not None and torch.equal(own, data.d2t)
-    if not same:
+    if head.vocabulary != data.vocabulary:
         raise ConfigError(
             f"--init-from {source!r} drafts from another vocabulary than --data names; prepare the "
             f"data with --draft-vocab-of {source!r}"

@@ -189,7 +189,7 @@ def _coverage(data: PreparedData) -> dict[int, float]:
     learnt = max(1, int(data.counts.sum()))
     found = {size: int(ranked[size - 1]) / learnt for size in sizes}
     # The chosen one also holds tokens that must be in it, so it is measured and not ranked.
-    found[data.meta.draft_vocab_size] = draft_vocab.coverage(data.counts, data.t2d)
+    found[data.meta.draft_vocab_size] = draft_vocab.coverage(data.counts, data.vocabulary)
     return dict(sorted(found.items()))
 
 

@@ -15,23 +15,18 @@ from torch import Tensor
 from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError
 from specdec.heads.checkpoints.load import load_head
+from specdec.heads.eagle3.draft_vocabulary import DraftVocabulary
 
 _ROOM_FOR_SPECIALS = 16  # all special ids are taken when they fill at most a 16th
 
 
-def build(
-    counts: Tensor, size: int, always: Iterable[int] = ()
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """The `size` most frequent tokens; equal counts go to the smaller id.
+def build(counts: Tensor, size: int, always: Iterable[int] = ()) -> DraftVocabulary:
+    """The `size` most frequent tokens, or all of them; equal counts go to the smaller id.
 
     Args:
         counts: int64 [V], how often the target says each token.
         size: D, entries of the draft vocabulary.
         always: Ids that belong to it however rare they are, EOS above all.
-
-    Returns:
-        d2t int64 [D], where target id = i + d2t[i] and target ids ascend; and t2d bool [V].
-        (None, None) when D >= V: every token is its own draft token.
 
     Raises:
         ConfigError: D is below 1 or below the number of `always`, or an id is outside V.
@@ -41,7 +36,7 @@ def build(
     if size < 1:
         raise ConfigError(f"--draft-vocab must be at least 1, got {size}")
     if size >= vocabulary:
-        return None, None
+        return DraftVocabulary.whole(vocabulary)
     first = sorted({int(token) for token in always})
     outside = [token for token in first if not 0 <= token < vocabulary]
     if outside:
@@ -55,14 +50,11 @@ def build(
     ranked[first] = torch.iinfo(torch.int64).max
     # Sorting is stable: of equal counts, unseen ones included, the smaller id comes first.
     order = torch.sort(ranked, descending=True, stable=True).indices
-    ids = order[:size].sort().values
-    t2d = torch.zeros(vocabulary, dtype=torch.bool)
-    t2d[ids] = True
-    return ids - torch.arange(size), t2d
+    return DraftVocabulary(order[:size].sort().values, vocabulary)
 
 
-def of_head(head: str, target: TargetFingerprint) -> tuple[Tensor | None, Tensor | None]:
-    """The draft vocabulary of a head that is there already, as `build` gives one.
+def of_head(head: str, target: TargetFingerprint) -> DraftVocabulary:
+    """The draft vocabulary of a head that is there already.
 
     Args:
         head: Folder or hub id.
@@ -77,20 +69,20 @@ def of_head(head: str, target: TargetFingerprint) -> tuple[Tensor | None, Tensor
             f"--draft-vocab-of {head!r}: the head's vocab_size is {found.config.vocab_size}, the "
             f"target's {target.vocab_size}; train a new head"
         )
-    return found.d2t, found.t2d
+    return found.vocabulary
 
 
-def coverage(counts: Tensor, t2d: Tensor | None) -> float:
+def coverage(counts: Tensor, vocabulary: DraftVocabulary) -> float:
     """Share of the counted tokens that the draft vocabulary holds, 0 to 1.
 
     Args:
-        counts: [V] int64, how often each token is to be learnt.
-        t2d: bool [V], or None for the whole vocabulary.
+        counts: int64 [V], how often each token is to be learnt.
+        vocabulary: Of a head.
     """
     total = int(counts.sum())
-    if t2d is None or total == 0:
-        return 1.0 if t2d is None else 0.0
-    return int(counts[t2d].sum()) / total
+    if vocabulary.is_whole or total == 0:
+        return 1.0 if vocabulary.is_whole else 0.0
+    return int(counts[vocabulary.ids].sum()) / total
 
 
 def always_ids(tokenizer: Any, stop_ids: Iterable[int], used: Tensor, size: int) -> list[int]:

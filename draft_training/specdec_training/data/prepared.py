@@ -23,6 +23,7 @@ from torch import Tensor
 
 from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.errors import ConfigError, SpecdecError
+from specdec.heads.eagle3.draft_vocabulary import DraftVocabulary
 
 FORMAT_VERSION = 1
 EXAMPLES, VOCABULARY, HELD_OUT, META = (
@@ -193,16 +194,14 @@ class PreparedData:
         examples: What is trained on.
         held_out: Prompts of rows that are not among the examples, to measure acceptance on.
         meta: What the data are.
-        d2t: int64 [D], target id = draft id + d2t[draft id]; None when D == V.
-        t2d: bool [V], which target tokens are in the draft vocabulary; None when D == V.
+        vocabulary: What a head is to draft among.
         counts: int64 [V], how often each token is to be predicted.
     """
 
     examples: ExampleList
     held_out: list[list[int]]
     meta: PreparedMeta
-    d2t: Tensor | None
-    t2d: Tensor | None
+    vocabulary: DraftVocabulary
     counts: Tensor
 
     @classmethod
@@ -239,9 +238,8 @@ class PreparedData:
         tensors = load_file(path / VOCABULARY)
         examples = ExampleList(_table(path / EXAMPLES))
         _check_examples(examples, meta)
-        d2t, t2d, counts = tensors.get("d2t"), tensors.get("t2d"), tensors["counts"]
-        _check_vocabulary(d2t, t2d, counts, meta)
-        return cls(examples, held_out, meta, d2t, t2d, counts)
+        vocabulary = _vocabulary(tensors, meta)
+        return cls(examples, held_out, meta, vocabulary, tensors["counts"])
 
 
 def _table(folder: Path) -> Any:
@@ -300,20 +298,13 @@ def _check_examples(examples: ExampleList, meta: PreparedMeta) -> None:
         )
 
 
-def _check_vocabulary(
-    d2t: Tensor | None, t2d: Tensor | None, counts: Tensor, meta: PreparedMeta
-) -> None:
-    size = meta.draft_vocab_size
+def _vocabulary(tensors: Mapping[str, Tensor], meta: PreparedMeta) -> DraftVocabulary:
+    counts = tensors["counts"]
     fits = counts.shape == (meta.vocab_size,) and counts.dtype == torch.int64
     if not fits or int(counts.sum()) != meta.loss_tokens:
         raise ConfigError(f"{VOCABULARY} does not count the examples' tokens")
-    if d2t is None or t2d is None:
-        if size != meta.vocab_size or d2t is not None or t2d is not None:
-            raise ConfigError(f"{VOCABULARY} lacks a map, and {size} is not the whole vocabulary")
-        return
-    if d2t.shape != (size,) or t2d.shape != (meta.vocab_size,) or t2d.dtype != torch.bool:
-        raise ConfigError(f"{VOCABULARY} has maps of other sizes than {size} and {meta.vocab_size}")
-    if d2t.dtype != torch.int64 or not torch.equal(
-        d2t + torch.arange(size), t2d.nonzero().flatten()
-    ):
-        raise ConfigError(f"{VOCABULARY}: d2t and t2d are not the same draft vocabulary")
+    sizes = meta.draft_vocab_size, meta.vocab_size
+    try:
+        return DraftVocabulary.read(tensors.get("d2t"), tensors.get("t2d"), *sizes)
+    except ConfigError as problem:
+        raise ConfigError(f"{VOCABULARY}: {problem}") from problem

@@ -36,8 +36,8 @@ def write_prepared(
         table: `datasets.Dataset` of the examples, as `Encoder.batch` gives them.
         prompts: Token ids of the held-out prompts.
         facts: What the examples do not tell: `target`, `chat_template`, `max_length`,
-            `draft_vocab`, `rows_read`, `skipped`; and `kept_vocabulary`, the (d2t, t2d) of a head,
-            or None to choose one.
+            `draft_vocab`, `rows_read`, `skipped`; and `kept_vocabulary`, that of a head, or
+            None to choose one.
 
     Raises:
         ConfigError: The draft vocabulary is too small.
@@ -47,17 +47,12 @@ def write_prepared(
     table.select_columns(["token_ids", "loss_mask"]).save_to_disk(str(folder / EXAMPLES))
     examples = ExampleList(datasets.load_from_disk(str(folder / EXAMPLES)))
     counts, used, tokens = _count(examples, target.vocab_size)
-    if facts["kept_vocabulary"] is not None:
-        d2t, t2d = facts["kept_vocabulary"]
-        size = target.vocab_size if d2t is None else len(d2t)
-    else:
+    vocabulary = facts["kept_vocabulary"]
+    if vocabulary is None:
         size = min(facts["draft_vocab"], target.vocab_size)
         always = draft_vocab.always_ids(target.tokenizer, target.stop_ids, used, size)
-        d2t, t2d = draft_vocab.build(counts, size, always)
-    tensors = {"counts": counts}
-    if d2t is not None and t2d is not None:
-        tensors |= {"d2t": d2t, "t2d": t2d}
-    save_file(tensors, folder / VOCABULARY)
+        vocabulary = draft_vocab.build(counts, size, always)
+    save_file({"counts": counts, **vocabulary.tensors()}, folder / VOCABULARY)
     (folder / HELD_OUT).write_text(json.dumps([list(prompt) for prompt in prompts]) + "\n")
     meta = PreparedMeta(
         format_version=FORMAT_VERSION,
@@ -73,8 +68,8 @@ def write_prepared(
         rows_read=facts["rows_read"],
         skipped=facts["skipped"],
         kinds=dict(sorted(kinds.items())),
-        draft_vocab_size=size,
-        draft_vocab_coverage=draft_vocab.coverage(counts, t2d),
+        draft_vocab_size=len(vocabulary.ids),
+        draft_vocab_coverage=draft_vocab.coverage(counts, vocabulary),
         data_hash=examples.hash(),
         vocab_hash=digest_of(folder / VOCABULARY).sha256,
         held_out_hash=digest_of(folder / HELD_OUT).sha256,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from specdec.heads.eagle3.head import Eagle3Head
+from specdec.heads.draft_head import DraftHead
 from specdec.heads.eagle3.ttt_attention import Spans
 from specdec_training.contracts import FeatureSource, TokenBatch
 from specdec_training.objective.losses import LossJob, LossKind, soft_target_loss
@@ -109,7 +109,7 @@ class HeadWithLoss(nn.Module):
         recompute: Keep no activations inside a step.
     """
 
-    def __init__(self, head: Eagle3Head, steps: int, recompute: bool = False) -> None:
+    def __init__(self, head: DraftHead, steps: int, recompute: bool = False) -> None:
         super().__init__()
         self.head = head
         self._steps, self._recompute = steps, recompute
@@ -133,7 +133,7 @@ class HeadWithLoss(nn.Module):
         if self.head.lm_head is None:
             raise RuntimeError("a head is trained with an output matrix of its own")
         # Autocast's bf16 is for products; the residual stream that starts here adds up in fp32.
-        features_BTH = self.head.features(aux_BTF).to(self.head.fc.weight.dtype)
+        features_BTH = self.head.features(aux_BTF).to(self.head.step_weight.dtype)
         # Of every TTT step, after the final norm: [B, T, H].
         states = list(
             self.head.unroll(token_ids, features_BTH, self._steps, spans, self._recompute, wanted)
@@ -148,8 +148,6 @@ def spans_of(batch: TokenBatch) -> list[list[tuple[int, int]]] | None:
     return None if all(found == [(0, width)] for found in spans) else spans
 
 
-def draft_ids_of(head: Eagle3Head) -> Tensor | None:
+def draft_ids_of(head: DraftHead) -> Tensor | None:
     """[D] target ids of the head's draft vocabulary, None when it drafts all."""
-    if head.d2t is None:
-        return None
-    return head.target_ids(torch.arange(len(head.d2t), device=head.d2t.device))
+    return None if head.t2d is None else head.t2d.nonzero().flatten()

@@ -103,7 +103,7 @@ class AcceptanceMeter:
         """Chain and tree, greedy and sampled at temperature 1.
 
         Args:
-            head: An `Eagle3Head` on the target's device.
+            head: A `DraftHead` on the target's device.
             step: Recorded in the result.
             brief: Only the first tokens of each text: enough for a head that knows nothing yet.
         """

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from specdec.heads.eagle3.head import Eagle3Head
+from specdec.heads.draft_head import DraftHead
 from specdec_training.contracts import FeatureSource, TokenBatch
 from specdec_training.objective.batch import (
     HeadWithLoss,
@@ -69,9 +69,9 @@ class TrainStep:
     """
 
     def __init__(
-        self, accelerator: Any, head: Eagle3Head, source: FeatureSource, options: TrainOptions
+        self, accelerator: Any, head: DraftHead, source: FeatureSource, options: TrainOptions
     ) -> None:
-        self.device = head.fc.weight.device
+        self.device = head.step_weight.device
         self.processes, self.rank = int(accelerator.num_processes), int(accelerator.process_index)
         self.plan = LossPlan(
             steps=options.ttt_steps or 1,
@@ -85,7 +85,8 @@ class TrainStep:
         self._accelerator, self._source, self._options = accelerator, source, options
         self._draft_ids = draft_ids_of(head)
         module = HeadWithLoss(head, self.plan.steps, options.recompute)
-        self.stepper = make_stepper(accelerator, module, head, make_optimizer(head, options))
+        weights = cast(nn.Module, head)  # which every head is, and a protocol cannot say
+        self.stepper = make_stepper(accelerator, module, weights, make_optimizer(weights, options))
 
     def __call__(
         self, batches: Sequence[TokenBatch], told: Told, seed: int, update: bool = True

@@ -14,7 +14,7 @@ from typing import Any
 
 from specdec.artifacts.atomic_files import replace_file, to_json
 from specdec.errors import ConfigError
-from specdec.heads.eagle3.head import Eagle3Head
+from specdec.heads.draft_head import DraftHead
 from specdec_training.contracts import FeatureSource, TokenBatch
 from specdec_training.data.batches import AnyExample, RowSampler, collate, own_batches
 from specdec_training.run.checkpoints import Checkpoint, CheckpointStore
@@ -47,7 +47,7 @@ class RunParts:
         provenance: What is written down of where the head comes from.
     """
 
-    head: Eagle3Head
+    head: DraftHead
     source: FeatureSource
     examples: Sequence[AnyExample]
     sampler: RowSampler

@@ -1,10 +1,10 @@
 """Draft model: a small model of the target's family writes ahead, the target verifies.
 
 Leviathan et al. (arXiv 2211.17192), Chen et al. (arXiv 2302.01318). By default the draft proposes
-its best tokens, a chain or, with `top_k` above 1, a trunk with siblings (after SpecInfer, arXiv
-2305.09781); the text is then that of the same seed without a draft. With `draft_sampling` it
-samples, and rejection keeps the target's law instead. The draft runs for all rows at once and stays
-on its device: a round costs `num_draft_tokens` forwards of it and no copy to the host.
+its likeliest tokens, a chain or, with `top_k` above 1, a dynamic tree (`growth`); the text is then
+that of the same seed without a draft. With `draft_sampling` it samples, and rejection keeps the
+target's law instead. The draft runs for all rows at once and stays on its device: a round costs
+`num_draft_tokens` forwards of it and no copy to the host.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from specdec.contracts import BatchState, Needs, RoundResult, Shape
 from specdec.drafters.draft_model.loading import ReadyDraft, check_draft, ready_draft
-from specdec.drafters.draft_model.runner import DraftRunner, RaggedRunner, SingleRunner
+from specdec.drafters.draft_model.runner import RaggedDraft, SingleDraft
+from specdec.drafters.growth import Growth, grow
 from specdec.errors import ConfigError, DraftWarning
 from specdec.method_options import MethodOptions, Range
-from specdec.round.tree import MAX_NODES, TokenTree, TreeBatch
+from specdec.round.tree import MAX_NODES, TreeBatch
 from specdec.targets.self_test import evaluating
 
 _FIRST_ROOM = 4096  # new tokens that the draft's cache is allocated for at once
@@ -41,7 +41,14 @@ class DraftModelConfig(MethodOptions):
     num_draft_tokens: Annotated[int, Range(1, MAX_NODES, tries=(1, 2, 3, 4, 5, 7, 10))] = 5
     """Tokens that the draft writes ahead in a round; one forward of the draft each."""
     top_k: Annotated[int, Range(1, MAX_NODES, tries=(1, 2, 4))] = 1
-    """Candidates at every level: the best one is continued, the others are its siblings."""
+    """Candidates below each continued node; 1 drafts a chain."""
+    beam: Annotated[int, Range(1, MAX_NODES)] = 1
+    """Nodes continued at every level; above 1, a level runs those above it again."""
+    nodes: Annotated[int | None, Range(1, MAX_NODES)] = None
+    """Nodes that are verified: the likeliest of all candidates; None for all."""
+    confidence_threshold: Annotated[float, Range(0, 1)] = 0.0
+    """Goes no deeper where the draft thinks that no path is as likely as this to come. Only on a
+    CPU: elsewhere it would have to wait for the numbers."""
     draft_sampling: bool = False
     """Sample the draft, and verify by rejection: exact in distribution, not seed by seed."""
     temperature: Annotated[float, Range(1e-6)] = 1.0
@@ -60,10 +67,11 @@ class DraftModelConfig(MethodOptions):
         if isinstance(self.draft, Path):
             object.__setattr__(self, "draft", str(self.draft))
         check_draft(self.draft)
-        if self.nodes > MAX_NODES:
+        if self.most_nodes > MAX_NODES:
             raise ConfigError(
-                f"draft_model drafts at most {MAX_NODES} nodes, num_draft_tokens * top_k, got "
-                f"num_draft_tokens={self.num_draft_tokens}, top_k={self.top_k}"
+                f"draft_model drafts at most {MAX_NODES} nodes, top_k for each of num_draft_tokens "
+                f"levels and beam nodes, got num_draft_tokens={self.num_draft_tokens}, "
+                f"top_k={self.top_k}, beam={self.beam}; set nodes="
             )
         if self.draft_sampling and self.top_k > 1:
             raise ConfigError(
@@ -71,39 +79,37 @@ class DraftModelConfig(MethodOptions):
             )
 
     @property
-    def nodes(self) -> int:
+    def most_nodes(self) -> int:
         """Nodes of a full tree below its root."""
-        return self.num_draft_tokens * self.top_k
+        beam = min(self.beam, self.top_k)
+        candidates = self.top_k * (1 + beam * (self.num_draft_tokens - 1))
+        return candidates if self.nodes is None else min(self.nodes, candidates)
 
 
 class DraftModel:
-    """Implements `Drafter` with a causal language model of its own cache.
-
-    A tree has one level for every draft token. Each level holds the trunk, then its siblings; only
-    the trunk goes on.
-    """
+    """Implements `Drafter` with a causal language model of its own cache."""
 
     Config = DraftModelConfig
     needs = Needs()
     host_needs = False
     shape: Shape = "any"
-    source_names = ("draft", "draft sibling")
+    source_names = ("draft",)
     sampling_option = "draft_sampling"
 
     def __init__(self, config: DraftModelConfig) -> None:
         self._config = config
-        self.max_nodes = config.nodes
-        self._draft: ReadyDraft
-        self._runner: DraftRunner
+        self.max_nodes = config.most_nodes
+        self._ready: ReadyDraft
+        self._draft: RaggedDraft | SingleDraft
+        self._state: Any
+        self._growth = Growth(config.num_draft_tokens)
         self._was_training = False
         self._generator: torch.Generator | None = None
         self._known: list[int] = []  # ids of each row that the draft's cache holds
         self._checked: list[int] = []  # ids of each row that the draft is known to have
         self._gone: set[int] = set()
         self._warned: set[str] = set()
-        self._stepped: int | None = None  # draft tokens of this round in the draft's cache
-        self._width = 1  # candidates at a level
-        self._shapes: dict[int, TreeBatch] = {}
+        self._stepped: int | None = None  # nodes of this round's chain in the draft's cache
 
     def start(self, state: BatchState) -> None:
         """Finds and checks the draft, and makes its cache.
@@ -112,31 +118,35 @@ class DraftModel:
             ConfigError: The draft cannot be loaded, or cannot draft.
             VocabularyMismatchError: Its token ids do not mean what the target's mean.
         """
-        config, device = self._config, state.pending.device
+        config, device, rows = self._config, state.pending.device, len(state.tokens)
         tokenizers = (config.tokenizer, config.draft_tokenizer)
-        self._draft = ready_draft(config.draft, tokenizers, state.vocab_size, device, state.memory)
-        if config.top_k > min(self._draft.vocab_size, state.vocab_size):
+        self._ready = ready_draft(config.draft, tokenizers, state.vocab_size, device, state.memory)
+        model, ragged = self._ready.model, self._ready.runs_ragged
+        if config.top_k > min(self._ready.vocab_size, state.vocab_size):
             raise ConfigError(
-                f"top_k must be at most the {self._draft.vocab_size} tokens of the draft, got "
+                f"top_k must be at most the {self._ready.vocab_size} tokens of the draft, got "
                 f"{config.top_k}"
             )
-        model, rows = self._draft.model, len(state.tokens)
-        longest = max(map(len, state.tokens)) + min(state.max_new_tokens, _FIRST_ROOM)
-        if self._draft.runs_ragged:
-            self._runner = RaggedRunner(model, rows, longest + config.num_draft_tokens + 1)
-        elif rows == 1:
-            self._runner = SingleRunner(model)
-        else:
+        if rows > 1 and not ragged:
             raise ConfigError(
                 f"draft {type(model).__name__} drafts for one row at a time, got {rows} rows: "
-                f"{self._draft.reason}; generate row by row, or choose a draft with plain attention"
+                f"{self._ready.reason}; generate row by row, or choose a draft with plain attention"
             )
+        self._draft = (RaggedDraft if ragged else SingleDraft)(model, state.vocab_size)
+        # A state goes one way: a draft without branches continues the likeliest node alone.
+        top_k = 1 if state.shape == "chain" else config.top_k
+        beam = config.beam if ragged else 1
+        self._growth = Growth(
+            config.num_draft_tokens, top_k, beam, config.most_nodes, config.confidence_threshold
+        )
+        longest = max(map(len, state.tokens)) + min(state.max_new_tokens, _FIRST_ROOM)
+        room = config.num_draft_tokens * min(beam, top_k) + 1
+        self._state = self._draft.begin(rows, longest + room)
         self._was_training = any(module.training for module in model.modules())
         self._known, self._checked = [0] * rows, [0] * rows
-        self._width = 1 if state.shape == "chain" else config.top_k
         if config.draft_sampling:
-            self._generator = torch.Generator(self._runner.device)
-            self._generator.manual_seed(_seed_of_generators(device, self._runner.device))
+            self._generator = torch.Generator(self._draft.device)
+            self._generator.manual_seed(_seed_of_generators(device, self._draft.device))
 
     def observe_prefill(
         self, rows: Sequence[int], token_ids: Tensor, features: Tensor | None, offset: int
@@ -147,58 +157,82 @@ class DraftModel:
     def propose(self, state: BatchState, budget: int) -> TreeBatch:
         """What the draft would write next in every row, one forward of it a level."""
         self._stepped = None
-        levels = self._levels(state, budget)
-        depth = max(levels, default=0)
+        rooms = self._rooms(state, budget)
+        depth = max(rooms)
         if depth == 0:
             return TreeBatch.roots(state.pending)
-        live = min(1 + depth * self._width, 1 + budget)
-        sizes = [min(1 + n * self._width, live) for n in levels]
-        trees = self._shape_of(live, state)
-        texts = [tokens if n else [] for tokens, n in zip(state.tokens, levels, strict=True)]
-        with evaluating(self._draft.model) if self._was_training else nullcontext():
-            drafted, laws = self._write_ahead(texts, depth, state.vocab_size)
-        self._known = [len(text) for text in texts]
-        self._stepped = depth - 1
-        nodes = torch.cat([state.pending[:, None], drafted.to(state.pending.device)], 1)[:, :live]
-        tokens = pad(nodes, (0, trees.size - live))
-        if laws is not None:
-            laws = pad(laws.to(state.pending.device), (0, 0, 1, trees.size - 1 - depth))
-        counts = torch.tensor(sizes, dtype=torch.int32, device=state.pending.device)
-        return trees.with_tokens(tokens, sizes=counts, draft_law=laws)
+        drafting = [room > 0 for room in rooms]
+        growth = replace(self._growth, depth=depth, nodes=min(budget, self._growth.nodes))
+        pending = state.pending.to(self._draft.device)
+        with evaluating(self._ready.model) if self._was_training else nullcontext():
+            first = self._catch_up(state.tokens, drafting)
+            if self._generator is None:
+                trees = grow(self._draft, self._state, first, pending, growth, drafting)
+            else:
+                trees = self._sampled(first, pending, depth, self._generator)
+        if growth.top_k == 1:
+            self._stepped = trees.max_depth - 1
+            sizes = trees.sizes.new_tensor([min(room + 1, trees.size) for room in rooms])
+            trees = trees.with_tokens(trees.tokens, sizes=sizes, scores=trees.scores,
+                                      draft_law=trees.draft_law)  # fmt: skip
+        return _moved(trees, state.pending.device)
 
     def observe(self, round_result: RoundResult) -> None:
-        """Keeps what the draft's cache holds of the accepted path; the rest is forgotten."""
-        if self._stepped is None:
+        """Keeps what the draft's cache holds of an accepted chain; the rest is forgotten."""
+        if self._stepped is None or not self._draft.keeps_drafts:
             return
-        width, deepest = self._width, self._stepped
         for row, path in enumerate(round_result.host.paths):
-            trunk = sum((node - 1) % width == 0 and (node - 1) // width < deepest for node in path)
-            self._known[row] += trunk
-        self._known = self._runner.go_back(self._known)
+            self._known[row] += min(len(path), self._stepped)
 
-    def _levels(self, state: BatchState, budget: int) -> list[int]:
-        """Draft tokens for every row; rows that get none now get none in this call."""
-        deepest = min(
-            self._config.num_draft_tokens,
-            -(-budget // self._width),
-            state.depth_limit,
-            self._runner.positions,
-        )
-        if deepest < 1:
-            return [0] * len(state.tokens)
-        levels = []
+    def _catch_up(self, texts: Sequence[Sequence[int]], drafting: Sequence[bool]) -> Tensor:
+        """Log-probabilities [B, V] after every text.
+
+        Every row reads as many ids, the newest ones: rewriting a slot with its own token is
+        harmless, and rows that advance alike need no upload of their lengths. Rows that do not
+        draft begin anew with nothing.
+        """
+        texts = [text if on else [] for text, on in zip(texts, drafting, strict=True)]
+        width = max(len(text) - n for text, n in zip(texts, self._known, strict=True) if text)
+        kept = [max(len(text) - width, 0) for text in texts]
+        new = [list(text[n:]) or [0] * width for text, n in zip(texts, kept, strict=True)]
+        padded = [ids + [0] * (width - len(ids)) for ids in new]
+        self._draft.hold(self._state, kept)
+        self._known = [len(text) for text in texts]
+        ids = torch.tensor(padded, device=self._draft.device)
+        return self._draft.commit(self._state, ids, None, [len(one) for one in new])
+
+    def _sampled(
+        self, first: Tensor, pending: Tensor, depth: int, generator: torch.Generator
+    ) -> TreeBatch:
+        """A chain that was drawn, with the law [B, T, V] that each token was drawn from."""
+        tokens, laws, below = [pending[:, None]], [torch.zeros_like(first)], first
+        root = torch.zeros_like(tokens[0])
+        for level in range(depth):
+            law = (below.float() / self._config.temperature).softmax(-1)
+            noise = torch.empty_like(law).exponential_(1, generator=generator)
+            tokens.append((law / noise).argmax(-1, keepdim=True))
+            laws.append(law)
+            if level + 1 < depth:
+                below = self._draft.expand(self._state, tokens[-1], root)[:, 0]
+        self._draft.rewind(self._state)
+        chains = TreeBatch.chains(torch.cat(tokens, 1))
+        return chains.with_tokens(chains.tokens, draft_law=torch.stack(laws, 1))
+
+    def _rooms(self, state: BatchState, budget: int) -> list[int]:
+        """Levels for every row; rows that the draft cannot follow get none from now on."""
+        deepest = min(self._growth.depth, budget, state.depth_limit, self._draft.positions)
+        rooms = []
         for row, tokens in enumerate(state.tokens):
-            remaining = state.max_new_tokens - state.emitted(row) - 1
-            count = min(deepest, remaining) if state.active[row] and row not in self._gone else 0
-            if count > 0 and not self._can_follow(row, tokens, deepest):
+            room = 0 if row in self._gone else max(min(deepest, state.room(row)), 0)
+            if room > 0 and not self._can_follow(row, tokens, deepest):
                 self._gone.add(row)
-                count = 0
-            levels.append(max(count, 0))
-        return levels
+                room = 0
+            rooms.append(room)
+        return rooms
 
     def _can_follow(self, row: int, tokens: list[int], deepest: int) -> bool:
         """Whether the draft knows all ids of a row and has positions for what it would write."""
-        size, positions = self._draft.vocab_size, self._runner.positions
+        size, positions = self._ready.vocab_size, self._draft.positions
         unknown = max(tokens[self._checked[row] :], default=0)
         self._checked[row] = len(tokens)
         if unknown >= size:
@@ -220,40 +254,14 @@ class DraftModel:
                 stacklevel=2,
             )
 
-    def _write_ahead(
-        self, texts: Sequence[Sequence[int]], depth: int, vocab_size: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """(tokens [B, depth * width], laws [B, depth, V] when sampled), on the draft's device."""
-        levels, laws = [], []
-        logits = self._runner.catch_up(texts, self._known)
-        for level in range(depth):
-            logits = logits[:, :vocab_size]  # ids that the target lacks are never proposed
-            if self._generator is None:
-                levels.append(logits.topk(self._width, -1).indices)
-            else:
-                law = (logits.float() / self._config.temperature).softmax(-1)
-                noise = torch.empty_like(law).exponential_(1, generator=self._generator)
-                levels.append((law / noise).argmax(-1, keepdim=True))
-                laws.append(law)
-            if level + 1 < depth:
-                logits = self._runner.step(levels[-1][:, 0])
-        return torch.cat(levels, 1), torch.stack(laws, 1) if laws else None
 
-    def _shape_of(self, live: int, state: BatchState) -> TreeBatch:
-        """The tree of `live` nodes for every row, without its tokens; uploaded once a call."""
-        found = self._shapes.get(live)
-        if found is None:
-            width, device = self._width, state.pending.device
-            trunk = [1 + level * width for level in range(-(-(live - 1) // width))]
-            below = [parent for parent in [0, *trunk[:-1]] for _ in range(width)]
-            sources = [0, *(int(node % width > 0) for node in range(live - 1))]
-            tree = TokenTree(
-                [0] * live, [-1, *below[: live - 1]], sources=sources if width > 1 else None
-            )
-            on_cpu = device.type == "cpu"  # no kernels or graphs to keep shapes for
-            found = TreeBatch.from_rows([tree] * len(state.tokens), device, bucket=not on_cpu)
-            self._shapes[live] = found
-        return found
+def _moved(trees: TreeBatch, device: torch.device) -> TreeBatch:
+    """The trees on the target's device, where the draft has another."""
+    if trees.tokens.device == device:
+        return trees
+    scores, law = (None if x is None else x.to(device) for x in (trees.scores, trees.draft_law))
+    tokens, parents, sizes = (x.to(device) for x in (trees.tokens, trees.parents, trees.sizes))
+    return TreeBatch(tokens, parents, sizes, trees.max_depth, scores, draft_law=law)
 
 
 def _seed_of_generators(*devices: torch.device) -> int:

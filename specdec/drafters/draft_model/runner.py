@@ -1,16 +1,17 @@
-"""Runs a draft model behind a cache of its own: catches up with the text, steps, and goes back.
+"""Drafts with a model behind a cache of its own, level by level, as `DraftSteps` says.
 
-All of it stays on the draft's device: between the steps of a round nothing is read from it. A draft
-that can hold rows of different length runs all rows at once, and what was stepped over and then
-rejected lies beyond the committed lengths, so going back costs no copy. A draft that folds tokens
-into a state, or whose attention needs aligned rows, runs one row: its state is put back after every
-round and reads the accepted tokens again.
+All of it stays on the draft's device: between the levels of a round nothing is read from it. A
+draft that can hold rows of different length runs all rows at once, and what was stepped over and
+then rejected lies beyond the verified lengths, so going back costs no copy. A draft that folds
+tokens into a state, or whose attention needs aligned rows, runs one row and drafts chains: its
+state is put back after every round and reads the accepted tokens again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,148 +29,191 @@ _SHORT = 16  # tokens a row that are caught up in one forward with logits at all
 _PREFILL_CHUNK = 2048  # tokens a forward over a long text; its mask grows with the square
 
 
-class DraftRunner(Protocol):
-    """A draft model and its cache, for the rows of one call.
-
-    Attributes:
-        device: Where the draft runs.
-        positions: Longest text that it has positions for.
-    """
-
-    device: torch.device
-    positions: int
-
-    def catch_up(self, texts: Sequence[Sequence[int]], known: Sequence[int]) -> Tensor:
-        """Runs what is new in every text; logits [B, V] after its last token.
-
-        Args:
-            texts: Known ids of each row, at least one longer than what the cache holds of it; an
-                empty text takes no part, and its row forgets what it held.
-            known: Leading ids of each row that the cache holds, as `go_back` said.
-        """
-        ...
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Runs one more token [B] of every row; logits [B, V] after it."""
-        ...
-
-    def go_back(self, lengths: Sequence[int]) -> list[int]:
-        """Ends a round of which each row keeps this many ids; returns how many the cache holds."""
-        ...
-
-
-class RaggedRunner:
-    """All rows at once, over a `TreeCache`.
+class _Draft:
+    """What both kinds of draft share.
 
     Args:
-        model: A model whose self-test chose tree mode.
-        rows: Rows of the batch.
-        capacity: Slots to allocate at first.
+        model: A model whose self-test chose the mode of the kind.
+        vocab_size: Ids that may be drafted.
 
     Attributes:
-        cache: Keys and values of each row's text.
         device: Where the draft runs.
         positions: Longest text that it has positions for.
     """
 
-    def __init__(self, model: Any, rows: int, capacity: int) -> None:
+    def __init__(self, model: Any, vocab_size: int) -> None:
         self.model, self.device = model, input_device(model)
         self.positions = max_positions(model.config)
-        self.cache = TreeCache(rows, self.device, capacity)
-        self._target = HFTarget(model, Prompt(None, None, []), self.cache)
+        self._vocab_size = vocab_size
 
-    def catch_up(self, texts: Sequence[Sequence[int]], known: Sequence[int]) -> Tensor:
-        """As `DraftRunner` says.
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        """The same ids."""
+        return draft_ids
 
-        Every row gets the same number of tokens, the newest ones: rewriting a slot with its own
-        token is harmless, and rows that advance alike need no upload of their lengths.
-        """
-        width = max(len(text) - n for text, n in zip(texts, known, strict=True) if text)
-        kept = [max(len(text) - width, 0) for text in texts]
-        if kept != self.cache.host_lengths:
-            self.cache.set_lengths(kept)
-        new = [list(text[n:]) or [0] * width for text, n in zip(texts, kept, strict=True)]
-        counts = [len(tokens) for tokens in new]
-        padded = [tokens + [0] * (width - len(tokens)) for tokens in new]
-        ids = torch.tensor(padded, device=self.device)
+    def _log_probs(self, logits: Tensor) -> Tensor:
+        """Of the ids that the target has, too; others are never proposed."""
+        wide = torch.promote_types(torch.float32, logits.dtype)
+        return logits[..., : self._vocab_size].log_softmax(-1, dtype=wide)
+
+
+@dataclass
+class RaggedState:
+    """Where the drafting of a batch stands.
+
+    Attributes:
+        cache: Keys and values of each row's verified ids, then of the levels being drafted.
+        target: The draft behind it.
+        verified: Verified ids of each row.
+        last: [B, 1] the last of them.
+        levels: Tokens and parents [B, W] of the levels drafted since.
+    """
+
+    cache: TreeCache
+    target: HFTarget
+    verified: list[int]
+    last: Tensor
+    levels: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+class RaggedDraft(_Draft):
+    """All rows at once, over a `TreeCache`; for a model whose self-test chose tree mode."""
+
+    keeps_drafts = True
+
+    def begin(self, rows: int, capacity: int) -> RaggedState:
+        """As `DraftSteps` says."""
+        cache = TreeCache(rows, self.device, capacity)
+        target = HFTarget(self.model, Prompt(None, None, []), cache)
+        last = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
+        return RaggedState(cache, target, [0] * rows, last)
+
+    def hold(self, state: RaggedState, lengths: Sequence[int]) -> None:
+        """Says how many leading ids of each row the cache holds, those of a draft included."""
+        state.verified = list(lengths)
+        if state.verified != state.cache.host_lengths:
+            state.cache.set_lengths(state.verified)
+
+    def commit(
+        self, state: RaggedState, tokens: Tensor, features: Tensor | None, counts: Sequence[int]
+    ) -> Tensor:
+        """As `DraftSteps` says; rows that stand still must not, but may begin anew (`hold`)."""
+        width = tokens.shape[1]
         if width > _SHORT or min(counts) < width:
-            prompt = Prompt(ids, None, counts)
-            target = HFTarget(self.model, prompt, self.cache, prefill_chunk=_PREFILL_CHUNK)
-            return target.prefill().logits[:, 0]
-        return self._forward(TreeBatch.chains(ids))
+            prompt = Prompt(tokens, None, list(counts))
+            target = HFTarget(self.model, prompt, state.cache, prefill_chunk=_PREFILL_CHUNK)
+            logits = target.prefill().logits[:, 0]
+            ends = torch.tensor(counts, device=tokens.device)[:, None] - 1
+            state.last = tokens.gather(1, ends)
+        else:
+            logits, state.last = self._run(state, TreeBatch.chains(tokens)), tokens[:, -1:]
+        state.verified = list(state.cache.host_lengths)
+        return self._log_probs(logits)
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """As `DraftRunner` says."""
-        return self._forward(TreeBatch.roots(tokens))
+    def expand(self, state: RaggedState, tokens: Tensor, parents: Tensor) -> Tensor:
+        """As `DraftSteps` says; below several nodes, all levels are run again."""
+        state.levels.append((tokens, parents))
+        if all(level.shape[1] == 1 for level, _ in state.levels):
+            return self._log_probs(self._run(state, TreeBatch.roots(tokens[:, 0])))[:, None]
+        state.cache.set_lengths([length - 1 for length in state.verified])
+        logits = state.target.forward_tree(_drafted(state)).logits
+        return self._log_probs(logits[:, -tokens.shape[1] :])
 
-    def go_back(self, lengths: Sequence[int]) -> list[int]:
-        """As `DraftRunner` says; the slots beyond are overwritten by the next round."""
-        return list(lengths)
+    def rewind(self, state: RaggedState) -> None:
+        """As `DraftSteps` says; the slots beyond are overwritten by the next round."""
+        state.levels = []
+        state.cache.set_lengths(state.verified)
 
-    def _forward(self, chains: TreeBatch) -> Tensor:
-        logits = self._target.forward_tree(chains).logits[:, -1]
-        self.cache.set_lengths([length + chains.size for length in self.cache.host_lengths])
+    def _run(self, state: RaggedState, chains: TreeBatch) -> Tensor:
+        """Logits [B, V] after tokens that every row goes on with."""
+        logits = state.target.forward_tree(chains).logits[:, -1]
+        state.cache.set_lengths([length + chains.size for length in state.cache.host_lengths])
         return logits
 
 
-class SingleRunner:
-    """One row, over the model's own cache, which is put back after every round.
+def _drafted(state: RaggedState) -> TreeBatch:
+    """All levels as trees below the last verified id."""
+    tokens, parents = [state.last], [torch.full_like(state.last, -1)]
+    above = 0  # where the level above begins
+    for level, below in state.levels:
+        parents.append(below + above)
+        above = sum(part.shape[1] for part in tokens)
+        tokens.append(level)
+    nodes = torch.cat(tokens, 1)
+    sizes = torch.full_like(nodes[:, 0], nodes.shape[1], dtype=torch.int32)
+    return TreeBatch(nodes, torch.cat(parents, 1).to(torch.int32), sizes, len(state.levels))
 
-    Args:
-        model: A model whose self-test chose chain mode.
+
+@dataclass
+class SingleState:
+    """Where the drafting of one row stands.
 
     Attributes:
-        device: Where the draft runs.
-        positions: Longest text that it has positions for.
+        cache: The model's own, holding the verified ids; None before the first of them.
+        kwargs: What the model is called with.
+        held: Verified ids.
+        fed: Ids in the cache as it is now.
+        first_positions: Position ids of the first forward, where the model takes them.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.device = model, input_device(model)
-        self.positions = max_positions(model.config)
-        self._kwargs: dict[str, Any] = {}
-        self._cache: StateCache | None = None
-        self._held = self._fed = 0  # ids in the state that is held, and in the present one
-        self._first_positions: Tensor | None = None
+    cache: StateCache | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    held: int = 0
+    fed: int = 0
+    first_positions: Tensor | None = None
 
-    def catch_up(self, texts: Sequence[Sequence[int]], known: Sequence[int]) -> Tensor:
-        """As `DraftRunner` says, for one row."""
-        ids = torch.tensor([list(texts[0][known[0] :])], device=self.device)
-        if self._cache is None:
-            self._cache, logits = self._begin(ids)
-        else:
-            self._cache.put_back()
-            self._fed = self._held
-            logits = self._forward(ids)
-        self._held = self._fed
-        self._cache.hold()
-        return logits
 
-    def _begin(self, ids: Tensor) -> tuple[StateCache, Tensor]:
-        """The cache after the prompt, and logits [1, V] there."""
+class SingleDraft(_Draft):
+    """One row in chains, over the model's own cache; for a model that self-tested as a chain."""
+
+    keeps_drafts = False
+
+    def begin(self, rows: int, capacity: int) -> SingleState:
+        """As `DraftSteps` says; the cache comes with the first ids."""
+        return SingleState()
+
+    def hold(self, state: SingleState, lengths: Sequence[int]) -> None:
+        """Nothing: the state holds the verified ids and no others."""
+
+    def commit(
+        self, state: SingleState, tokens: Tensor, features: Tensor | None, counts: Sequence[int]
+    ) -> Tensor:
+        """As `DraftSteps` says."""
+        logits = self._begin(state, tokens) if state.cache is None else self._run(state, tokens)
+        state.held = state.fed
+        if state.cache is not None:
+            state.cache.hold()
+        return self._log_probs(logits)
+
+    def expand(self, state: SingleState, tokens: Tensor, parents: Tensor) -> Tensor:
+        """As `DraftSteps` says, for levels of one node."""
+        return self._log_probs(self._run(state, tokens))[:, None]
+
+    def rewind(self, state: SingleState) -> None:
+        """As `DraftSteps` says."""
+        if state.cache is not None:
+            state.cache.put_back()
+        state.fed = state.held
+
+    def _begin(self, state: SingleState, ids: Tensor) -> Tensor:
+        """Makes the cache; logits [1, V] after the prompt."""
         config, kwargs = prepared_call(self.model, ids, torch.ones_like(ids))
         name, cache = cache_argument(kwargs)
-        own = StateCache(cache, [0])
-        self._kwargs = {**kwargs, name: own.cache}
-        self._first_positions = kwargs.get("position_ids")
-        self._fed = ids.shape[1]
-        output = prefill_as_plain(self.model, ids, config, self._kwargs)
-        return own, output.logits[:, -1]
+        state.cache = StateCache(cache, [0])
+        state.kwargs = {**kwargs, name: state.cache.cache}
+        state.first_positions = kwargs.get("position_ids")
+        state.fed = ids.shape[1]
+        output = prefill_as_plain(self.model, ids, config, state.kwargs)
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """As `DraftRunner` says."""
-        return self._forward(tokens[:, None])
-
-    def go_back(self, lengths: Sequence[int]) -> list[int]:
-        """As `DraftRunner` says: the state stays where the round began."""
-        return [self._held]
-
-    def _forward(self, ids: Tensor) -> Tensor:
+    def _run(self, state: SingleState, ids: Tensor) -> Tensor:
+        """Logits [1, V] after ids [1, n] that come next."""
         new, positions = ids.shape[1], None
-        if self._first_positions is not None:
-            order = torch.arange(self._fed, self._fed + new, device=self.device)
-            positions = self._first_positions[..., :1] + order
-        kwargs = {**self._kwargs, "attention_mask": None, "position_ids": positions}
+        if state.first_positions is not None:
+            order = torch.arange(state.fed, state.fed + new, device=self.device)
+            positions = state.first_positions[..., :1] + order
+        kwargs = {**state.kwargs, "attention_mask": None, "position_ids": positions}
         inputs = step_inputs(self.model, ids, kwargs, heads=1)
         logits: Tensor = self.model(**inputs, return_dict=True).logits[:, -1]
-        self._fed += new
+        state.fed += new
         return logits

@@ -14,14 +14,13 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from specdec.errors import ConfigError
-from specdec.heads.eagle3.config import default_aux_layers
+from specdec.heads.eagle3.config import LEAST_FOR_DEFAULT, default_aux_layers
 
 Counting = Literal["output", "hidden_states"]
 """What a number means: the output of that layer, or Hugging Face's index of hidden states."""
 
 _MOST_IDS = 16
 _MOST_LAYERS = 4096
-_LEAST_FOR_DEFAULT = 7  # below it the default rule names a layer twice
 
 # Target classes of SGLang 0.5.23 whose `set_eagle3_layers_to_capture` was read. The first group
 # adds one to every number; the second does so only when the first number is 1; GPT-OSS does so
@@ -35,21 +34,6 @@ _SGLANG_ADDS_ONE = frozenset(
 )  # fmt: skip
 _SGLANG_ADDS_ONE_AFTER_ONE = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe_lite"})
 _SGLANG_ADDS_ONE_BELOW_LAST = frozenset({"gpt_oss"})
-
-
-def default_rule(num_layers: int) -> tuple[int, ...]:
-    """The layers of a checkpoint that names none, as every trainer and both engines take them.
-
-    Raises:
-        ConfigError: The target is too small: the rule would name a layer twice.
-    """
-    if num_layers < _LEAST_FOR_DEFAULT:
-        raise ConfigError(
-            "aux_output_layers are not in the checkpoint, and the default rule (1, n/2 - 1, n - 4) "
-            f"gives distinct layers from {_LEAST_FOR_DEFAULT} layers on; the target has "
-            f"{num_layers}; say which layers the head was trained on"
-        )
-    return default_aux_layers(num_layers)
 
 
 def read_ids(
@@ -131,7 +115,7 @@ def sglang_ids(layers: Sequence[int], model_type: str | None, num_layers: int) -
         ConfigError: No numbers make this class of targets feed these layers, or it is not known.
     """
     wanted = tuple(layers)
-    if num_layers >= _LEAST_FOR_DEFAULT and wanted == default_rule(num_layers):
+    if num_layers >= LEAST_FOR_DEFAULT and wanted == default_aux_layers(num_layers):
         return None
     if model_type is None:
         raise ConfigError(

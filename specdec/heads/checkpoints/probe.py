@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.heads.checkpoints.aux_layers import default_rule
-from specdec.heads.eagle3.config import Eagle3Config
+from specdec.heads.eagle3.config import LEAST_FOR_DEFAULT, Eagle3Config, default_aux_layers
 from specdec.heads.eagle3.head import Eagle3Head
 
 STEPS = 3
@@ -95,8 +94,8 @@ def candidates(config: Eagle3Config, num_layers: int, layers_known: bool) -> lis
         choices.setdefault(tuple(layer + 1 for layer in stated), "one higher")
         choices.setdefault(tuple(layer - 1 for layer in stated), "one lower")
         choices.setdefault(stated[::-1], "in reverse")
-    if num_layers >= 7 and len(stated) == 3:
-        usual = default_rule(num_layers)
+    if num_layers >= LEAST_FOR_DEFAULT and len(stated) == 3:
+        usual = default_aux_layers(num_layers)
         choices.setdefault(usual, "default rule")
         choices.setdefault(tuple(layer + 1 for layer in usual), "default, one higher")
         choices.setdefault(tuple(layer - 1 for layer in usual), "default, one lower")
@@ -171,7 +170,7 @@ def _with(head: Eagle3Head, candidate: Candidate) -> Eagle3Head:
 def _draft(head: Eagle3Head, text: Tensor, aux: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
     """Hits and log-probabilities, [STEPS, n], at the slots whose tokens are all the target's."""
     first, last = max(prompt - 2, 0), text.shape[1] - 1 - STEPS
-    ids = head.target_ids(torch.arange(head.config.draft_vocab_size, device=text.device))
+    ids = head.vocabulary.ids.to(text.device)
     hits, log_probs = [], []
     for step, logits in enumerate(head.train_logits(text, head.features(aux), STEPS)):
         wanted = text[0, first + 2 + step : last + 2 + step]

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from specdec.errors import ConfigError
-from specdec.heads.checkpoints.aux_layers import counts_apart, default_rule, read_ids, sglang_reads
+from specdec.heads.checkpoints.aux_layers import counts_apart, read_ids, sglang_reads
 from specdec.heads.checkpoints.parsed import Context, Parsed, flag, whole
 from specdec.heads.checkpoints.rope import of_one_layer, read_rope
 from specdec.heads.checkpoints.strict_files import TensorInfo
 from specdec.heads.checkpoints.tensor_sizes import read_sizes, read_target_width
 from specdec.heads.checkpoints.tensors import canonical_names, structure
+from specdec.heads.eagle3.config import LEAST_FOR_DEFAULT, default_aux_layers
 
 DIALECTS = ("specforge", "safeailab", "speculators", "modelopt", "nemo")
 """Formats of head checkpoints, by the project that writes them."""
@@ -324,7 +325,7 @@ def _read_layers(
         parsed.settings["aux_output_layers"] = next(iter(found.values()))
         parsed.stated.add("aux_output_layers")
     elif context.num_layers is not None and not context.layers_given:
-        layers = default_rule(context.num_layers)
+        layers = _unstated_layers(context.num_layers)
         parsed.assume(
             "aux_output_layers",
             layers,
@@ -338,6 +339,17 @@ def _read_layers(
             f"num_aux_hidden_states is {count!r:.60}, and {layers_read or 'the default three'} are "
             "the layers that config.json names"
         )
+
+
+def _unstated_layers(num_layers: int) -> tuple[int, ...]:
+    """What every trainer and both engines take; a small target has no such rule."""
+    if num_layers < LEAST_FOR_DEFAULT:
+        raise ConfigError(
+            "aux_output_layers are not in the checkpoint, and the default rule (1, n/2 - 1, n - 4) "
+            f"gives distinct layers from {LEAST_FOR_DEFAULT} layers on; the target has "
+            f"{num_layers}; say which layers the head was trained on"
+        )
+    return default_aux_layers(num_layers)
 
 
 def _count_layers(raw: Mapping[str, Any], parsed: Parsed, context: Context) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from specdec.errors import ConfigError
 from specdec.heads.checkpoints.strict_files import TensorInfo
 from specdec.heads.eagle3.config import Eagle3Config
-from specdec.heads.eagle3.draft_ids import checked_target_ids
+from specdec.heads.eagle3.draft_vocabulary import DraftVocabulary
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes that a head's weights may have."""
@@ -46,7 +46,6 @@ _JOINED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
-_LEAST_TELLING = 16  # draft ids from which on a vocabulary without neighbours is no accident
 
 
 def canonical(name: str) -> str | None:
@@ -215,47 +214,6 @@ def _check_vocabulary(infos: Mapping[str, TensorInfo], config: Eagle3Config) -> 
             )
 
 
-def vocabulary(
-    d2t: Tensor | None, t2d: Tensor | None, config: Eagle3Config
-) -> tuple[Tensor | None, Tensor | None]:
-    """The draft vocabulary as a head keeps it: offsets [D] int64 and mask [V] bool, or none.
-
-    Raises:
-        ConfigError: `d2t` holds no offsets, or `t2d` names other tokens.
-    """
-    order = torch.arange(config.draft_vocab_size)
-    if config.draft_vocab_size == config.vocab_size:
-        # Some trainers write both even so; then they must say nothing.
-        if d2t is not None and bool(d2t.any()):
-            raise ConfigError(
-                f"d2t must be all 0 where draft_vocab_size {config.draft_vocab_size} is vocab_size"
-            )
-        return None, None
-    if d2t is None:
-        raise ConfigError("tensor 'd2t' is missing")
-    strict = bool((d2t.diff() > 0).all())
-    mask = None if t2d is None else t2d.cpu().bool()
-    inside = strict and int(d2t[0]) >= 0 and int(d2t[-1]) < config.vocab_size
-    if inside and _are_ids(d2t.long(), mask, len(order)):
-        raise ConfigError(
-            "d2t holds absolute ids, and it must hold offsets: the id of the target minus the id "
-            "of the draft; subtract 0, 1, 2, ... from it"
-        )
-    ids = checked_target_ids(d2t, config)
-    wanted = torch.zeros(config.vocab_size, dtype=torch.bool)
-    wanted[ids] = True
-    if mask is not None and not torch.equal(mask, wanted):
-        raise ConfigError("t2d and d2t name different tokens; one of them is another head's")
-    return ids - order, wanted
-
-
-def _are_ids(d2t: Tensor, mask: Tensor | None, count: int) -> bool:
-    """Whether ascending numbers are ids: the mask says so, or no vocabulary has so many gaps."""
-    if mask is not None:
-        return int(mask.sum()) == count and bool(mask[d2t].all())
-    return count >= _LEAST_TELLING
-
-
 def _hint(names: list[str]) -> str:
     for part, kind in _OTHER_HEADS.items():
         if any(part in name for name in names):
@@ -282,7 +240,7 @@ def state(
     """The state of an `Eagle3Head` from tensors under our names, all floats in one dtype.
 
     Raises:
-        ConfigError: As `vocabulary`.
+        ConfigError: As `DraftVocabulary.read`.
     """
     dtype = dtype or tensors["fc.weight"].dtype
     found = {
@@ -293,8 +251,9 @@ def state(
             names = [f"{_LAYER}{part}.{kind}" for part in parts]
             if names[0] in found:
                 found[f"{_LAYER}{joined}.{kind}"] = torch.cat([found.pop(name) for name in names])
-    d2t, t2d = vocabulary(tensors.get("d2t"), tensors.get("t2d"), config)
-    return found if d2t is None else {**found, "d2t": d2t, "t2d": t2d}
+    sizes = config.draft_vocab_size, config.vocab_size
+    vocabulary = DraftVocabulary.read(tensors.get("d2t"), tensors.get("t2d"), *sizes)
+    return found | vocabulary.tensors()
 
 
 def separate(tensors: Mapping[str, Tensor], config: Eagle3Config) -> dict[str, Tensor]:

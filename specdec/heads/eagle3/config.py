@@ -25,6 +25,9 @@ MOST = {
 }
 """The largest value of each size that is believed; checked before anything is allocated."""
 
+LEAST_FOR_DEFAULT = 7
+"""Layers of a target from which on all trainers and engines mean the same default layers."""
+
 _MOST_LAYERS_READ = 16
 _MOST_TARGET_LAYERS = 4096
 
@@ -145,7 +148,7 @@ def default_aux_layers(num_layers: int) -> tuple[int, ...]:
     engines take before and Hugging Face after the final norm; the first of them is the lowest,
     where the tokens themselves are still to be seen (docs/training.md compares).
     """
-    if num_layers >= 7:
+    if num_layers >= LEAST_FOR_DEFAULT:
         return (1, num_layers // 2 - 1, num_layers - 4)
     if num_layers < 2:
         return (-1,)

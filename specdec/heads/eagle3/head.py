@@ -11,6 +11,7 @@ it through a tree (`begin`, `commit`, `expand`); a test holds both to the same n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -24,8 +25,8 @@ from transformers.activations import ACT2FN
 from specdec.caches.tree_cache import TreeCache
 from specdec.errors import ConfigError
 from specdec.heads.eagle3.config import Eagle3Config
-from specdec.heads.eagle3.draft_ids import checked_target_ids
 from specdec.heads.eagle3.draft_masks import ancestors_of_level, last_slots_see, level_sees
+from specdec.heads.eagle3.draft_vocabulary import DraftVocabulary
 from specdec.heads.eagle3.layer import Eagle3Layer, RotaryTable
 from specdec.heads.eagle3.norm import RmsNorm, rms_norm
 from specdec.heads.eagle3.stepped import SteppedLayer
@@ -117,30 +118,32 @@ class Eagle3Head(nn.Module):
         self._rotary = RotaryTable(config)
 
     @property
+    def step_weight(self) -> Tensor:
+        """As `DraftHead` says."""
+        return self.layer.mlp.gate_up_proj.weight
+
+    @property
     def layer(self) -> Eagle3Layer:
         """The decoder layer."""
         return cast(Eagle3Layer, self.layers[0])
 
-    def set_vocabulary(self, d2t: Tensor | None, t2d: Tensor | None) -> None:
-        """Takes over a draft vocabulary: offsets [D] int64 and mask [V] bool, or none.
-
-        Raises:
-            ConfigError: They do not belong together, or are not offsets.
-        """
-        if (d2t is None) != (self.d2t is None):
+    def set_vocabulary(self, vocabulary: DraftVocabulary) -> None:
+        """Takes over a draft vocabulary; raises `ConfigError` for one of other sizes."""
+        wanted = self.config.draft_vocab_size, self.config.vocab_size
+        if (len(vocabulary.ids), vocabulary.size) != wanted:
             raise ConfigError(
-                f"d2t must be given just when draft_vocab_size {self.config.draft_vocab_size} is "
-                f"below vocab_size {self.config.vocab_size}"
+                f"the head drafts among {wanted[0]} of {wanted[1]} tokens, and its vocabulary "
+                f"holds {len(vocabulary.ids)} of {vocabulary.size}; take the one that belongs to it"
             )
-        if d2t is None or self.d2t is None or self.t2d is None:
-            return
-        ids = checked_target_ids(d2t, self.config)
-        mask = torch.zeros(self.config.vocab_size, dtype=torch.bool)
-        mask[ids] = True
-        if t2d is not None and not torch.equal(mask, t2d.cpu().bool()):
-            raise ConfigError("t2d and d2t name different tokens")
-        self.d2t.copy_(d2t)
-        self.t2d.copy_(mask)
+        if self.d2t is not None and self.t2d is not None:
+            self.d2t.copy_(vocabulary.offsets)
+            self.t2d.copy_(vocabulary.mask)
+
+    @property
+    def vocabulary(self) -> DraftVocabulary:
+        """Its draft vocabulary."""
+        order = torch.arange(self.config.draft_vocab_size, device=self.fc.weight.device)
+        return DraftVocabulary(self.target_ids(order).cpu(), self.config.vocab_size)
 
     def attach(self, embeddings: Tensor, output_embeddings: Tensor | None = None) -> None:
         """Shares the target's embeddings [V, H], and its output matrix where the head has none.
@@ -169,6 +172,16 @@ class Eagle3Head(nn.Module):
             rows = rows if self.t2d is None else rows[self.t2d.to(rows.device)]
             self.lm_head = nn.Linear(rows.shape[1], len(rows), bias=False, device="meta")
             self.lm_head.weight = nn.Parameter(rows.to(self.fc.weight).clone())
+
+    def unattached(self) -> Eagle3Head:
+        """As `DraftHead` says; the parameters are shared, so it drafts with what is learnt."""
+        own = copy.copy(self)
+        own._modules = dict(self._modules)
+        if not self.owns_embeddings:
+            own.embed_tokens = None
+        if not self.owns_lm_head:
+            own.lm_head = None
+        return own
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         """Ids of the target for ids of the draft vocabulary."""
@@ -243,7 +256,7 @@ class Eagle3Head(nn.Module):
     def train_logits(
         self, token_ids: Tensor, features: Tensor, steps: int, spans: Spans | None = None
     ) -> Iterator[Tensor]:
-        """As `DraftHead` says; a trainer with little memory works on `unroll` instead."""
+        """Logits [B, T, D] of every training step, from `unroll`."""
         for normed in self.unroll(token_ids, features, steps, spans):
             yield self.logits(normed)
 
@@ -258,16 +271,20 @@ class Eagle3Head(nn.Module):
         return HeadState(layer, cache, [0] * rows, empty, empty, empty)
 
     def commit(
-        self, state: HeadState, tokens: Tensor, features: Tensor, counts: Sequence[int]
+        self, state: HeadState, tokens: Tensor, features: Tensor | None, counts: Sequence[int]
     ) -> Tensor:
         """Takes verified slots in; log-probabilities [B, D] of what follows each row's last one.
 
         Args:
             state: Of this batch, without drafted levels.
-            tokens: [B, n] int64, the token *after* each slot, right-padded.
+            tokens: [B, n] int64, the token *after* each slot, right-padded. Ids that the target has
+                no embedding for are taken for the nearest one.
             features: [B, n, H] of the slots.
             counts: Slots of each row, 0 for a row that stands still.
         """
+        if features is None:
+            raise ValueError("an EAGLE-3 head drafts from features, got None")
+        tokens = tokens.clamp(0, self.config.vocab_size - 1)
         cache, width = state.cache, tokens.shape[1]
         ends = None  # of each row; None where all slots are taken in
         if min(counts) < width:
