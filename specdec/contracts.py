@@ -15,6 +15,7 @@ from torch import Tensor
 from specdec.round.pickers import Picks
 from specdec.round.tree import TreeBatch
 from specdec.round.verify import HostVerdict, Verdict
+from specdec.stats import RoundRecord
 
 Shape = Literal["tree", "chain", "any"]
 
@@ -271,10 +272,14 @@ class TargetModel(Protocol):
 
 
 class BudgetPolicy(Protocol):
-    """Decides how many nodes a round may verify."""
+    """Decides how many nodes a round may verify, and learns from what that brought."""
 
     def nodes(self, state: BatchState) -> int:
         """Nodes beyond the root for the coming round; 0 means no speculation."""
+        ...
+
+    def observe(self, record: RoundRecord) -> None:
+        """Learns from a finished round: nodes, emitted tokens, seconds by stage."""
         ...
 
 
@@ -287,3 +292,6 @@ class FixedBudget:
     def nodes(self, state: BatchState) -> int:
         """`size`."""
         return self.size
+
+    def observe(self, record: RoundRecord) -> None:
+        """Learns nothing."""

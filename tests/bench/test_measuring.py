@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from specdec.api import _ATTRIBUTE
+from specdec.cost.curve import CurveMeter
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench import RunOptions, run
 from specdec_bench.measure.arms import Workbench, parse_arm
-from specdec_bench.measure.costs import CurveMeter
 from specdec_bench.measure.loaded import is_on_cpu, torch_threads
 from specdec_bench.measure.measuring import PeakMemory
 from specdec_bench.measure.runner import _Budget

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.api import augment, capability
+from specdec.cost.curve import CurveMeter
 from specdec.errors import ConfigError
 from specdec.heads.checkpoints.load import locate_head
 from specdec.hf.compat import input_device
@@ -28,7 +29,6 @@ from specdec_bench.measure.arms import (
     make_arm,
     parse_arm,
 )
-from specdec_bench.measure.costs import CurveMeter
 from specdec_bench.measure.global_state import as_before
 from specdec_bench.measure.loaded import (
     Loaded,
@@ -325,7 +325,7 @@ class _Run:
             for length in unit.record.prompt_tokens
         ]
         prefix = sum(lengths) // len(lengths)
-        return CurveMeter(bench.model, *key[:2], prefix, prompt_tokens=key[2])
+        return CurveMeter(bench.model, setting.batch, prefix)
 
     def _sampling(
         self,

@@ -12,18 +12,19 @@ from typing import Any, Protocol
 
 import torch
 
+from specdec.cost.curve import CurveMeter
 from specdec.errors import SpecdecError
 from specdec.hf.compat import input_device
 from specdec.loading import sentence
 from specdec_bench.checks.text import ReferenceModel, check_text, promises_text
 from specdec_bench.measure.arms import Arm, ArmSpec, GenerateArm, Workbench
-from specdec_bench.measure.costs import CurveMeter
 from specdec_bench.measure.measuring import instrumented, timed, view, warm_up
 from specdec_bench.measure.schedule import Stopping, Timings, order
 from specdec_bench.measure.units import Unit, text_hash
 from specdec_bench.results.files import RecordWriter
 from specdec_bench.results.records import (
     CheckRecord,
+    CurveRecord,
     Record,
     Results,
     Setting,
@@ -102,7 +103,12 @@ class SettingRun:
                     self._look(arm, unit)
                 self._tick()
         if curve is not None:
-            self.writer.append(curve.record())
+            setting, found = self.bench.setting, curve.curve().seconds
+            seconds = {str(q): taken for q, taken in found.items()}
+            longest = setting.prompt_tokens or 0
+            self.writer.append(
+                CurveRecord(setting.dtype, setting.batch, seconds, longest, curve.prefix)
+            )
 
     def time(self, stopping: Stopping) -> str:
         """Times repeats of all units until `stopping` has a reason; returns it.

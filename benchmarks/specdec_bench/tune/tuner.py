@@ -19,11 +19,11 @@ from specdec.api import augment, capability
 from specdec.artifacts.atomic_files import make_folder
 from specdec.artifacts.places import DRAFT_HEAD, DRAFT_MODEL, Kind, locate
 from specdec.artifacts.target_fingerprint import TargetFingerprint
+from specdec.cost.curve import measure_cost
 from specdec.cost.tuned_file import TunedChoice, TunedFile, conditions, write_tuned
 from specdec.errors import ConfigError, SpecdecError
 from specdec.loading import TOY, check_model, load_model, load_tokenizer
 from specdec_bench.measure.arms import Workbench
-from specdec_bench.measure.costs import measure_curve
 from specdec_bench.measure.loaded import clear_generation_config, end_ids, is_on_cpu, torch_threads
 from specdec_bench.measure.units import Maker
 from specdec_bench.results.provenance import provenance
@@ -167,7 +167,8 @@ def _curve(model: Any, setting: Setting) -> CurveRecord:
     """t(q); flat where no tree can be timed, so that real answers alone decide."""
     if not verifies_trees(model):
         return CurveRecord(setting.dtype, setting.batch, {})
-    return measure_curve(model, setting.dtype, setting.batch, _CURVE_SECONDS)
+    found = measure_cost(model, _CURVE_SECONDS, setting.batch).seconds
+    return CurveRecord(setting.dtype, setting.batch, {str(q): s for q, s in found.items()})
 
 
 def _choose(race: Race, every: Sequence[Forecast], options: TuneOptions) -> TunedChoice:
