@@ -184,6 +184,11 @@ class Drafter(Protocol):
     attribute `sampling_option`: the name of the switch among the method's options that makes it do
     so. Without the attribute, or with the switch off, a law is not looked at, because sampled
     drafts keep the law of the text but not the text that the seed gives.
+
+    What else callers may ask of a class, through `specdec.registry.methods`: `draft_kind`, for one
+    with an option `draft`, is what that names (`specdec.artifacts.places.DRAFT_HEAD` or
+    `DRAFT_MODEL`); `cpu_sizes` are options for where every node of a forward costs; `priors` says
+    how many tokens a forward emits at some sizes, so that they can be chosen by what a node costs.
     """
 
     needs: Needs

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from specdec.api import augment, last_stats
+from specdec.artifacts.places import DRAFT_HEAD, head_path
 from specdec.config import SpecConfig
-from specdec.cost import curve
-from specdec.demo import head_path
+from specdec.cost.curve import measure_cost
+from specdec.cost.sizes import choose_sizes
 from specdec.errors import SpecdecError
 from specdec.generate.call import introduce
 from specdec.registry import methods
 
-_SMALL_LOOKAHEAD: Mapping[str, int] = {"window": 3, "ngram": 3, "guesses": 3}
 _PROBE_SECONDS = 0.5
-_HEAD_SIZES_ON_CPU: Mapping[str, Any] = {"depth": 16, "top_k": 1, "confidence_threshold": 0.01}
 
 
 @dataclass(frozen=True)
@@ -100,31 +99,29 @@ def choose_arms(model: Any) -> tuple[list[Arm], dict[str, str]]:
 
 
 def _options_of(method: str, model: Any) -> Mapping[str, Any]:
-    """What a method needs to be told."""
-    if method == "lookahead":
-        return lookahead_sizes(model)
-    return bundled_head_options(model.device, {}) if method == "eagle3" else {}
+    """What a method needs to be told: its head, or sizes that should pay on this device."""
+    if methods.draft_kind(method) is DRAFT_HEAD:
+        return bundled_head_options(method, model.device, {})
+    if not methods.priors(method):
+        return {}
+    choice = choose_sizes(measure_cost(model, _PROBE_SECONDS), method)
+    return choice.options if choice.method == method else methods.cpu_sizes(method)
 
 
-def bundled_head_options(device: torch.device, named: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `eagle3` on the toy: its head, and its sizes where none is named.
-
-    On a CPU every node costs, and the head can be asked how sure it is: it drafts chains, as deep
-    as it is sure. Elsewhere the method's own sizes are for the purpose.
+def bundled_head_options(
+    method: str, device: torch.device, named: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Options of a method with a draft head on the toy: its head, and sizes where none is named.
 
     Args:
-        device: Of the toy.
+        method: Its name.
+        device: Of the toy; on a CPU every node costs, elsewhere the method's own sizes are for the
+            purpose.
         named: What the user chose.
     """
-    sizes = {"depth", "top_k", "beam", "nodes", "confidence_threshold"}
-    own = {} if device.type != "cpu" or sizes & named.keys() else _HEAD_SIZES_ON_CPU
+    sizes = {name for name, option in methods.options(method).items() if option.range is not None}
+    own = {} if device.type != "cpu" or sizes & named.keys() else methods.cpu_sizes(method)
     return {"draft": str(head_path()), **own, **named}
-
-
-def lookahead_sizes(model: Any) -> Mapping[str, Any]:
-    """Sizes that should pay on this device; small ones where none does."""
-    choice = curve.choose_lookahead(curve.measure_cost(model, _PROBE_SECONDS))
-    return choice.options if choice.method == "lookahead" else _SMALL_LOOKAHEAD
 
 
 class Race:

@@ -1,4 +1,4 @@
-"""Measures what a forward over q tokens costs here, and picks lookahead sizes that pay.
+"""Measures what a forward over q tokens costs here.
 
 The verification cost is the whole question on a given device: a GPU or a bf16 CPU verifies many
 tokens at the price of one, an fp32 CPU does not.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,23 +27,6 @@ _ALWAYS = 2  # sizes up to this one are measured however slow the model is
 _WARMING, _WARMING_SECONDS = 8, 0.1  # the first that is reached
 _IN_A_ROW = 4
 _TICK = 1e-9  # seconds; no clock tells less
-_MIN_GAIN = 1.05  # predicted speed-up below which speculation is not worth its variance
-
-LOOKAHEAD_PRIORS: Mapping[tuple[int, int, int], float] = {
-    (1, 2, 1): 1.25,
-    (1, 3, 1): 1.39,
-    (2, 3, 2): 1.55,
-    (3, 3, 3): 1.69,
-    (2, 4, 2): 1.74,
-    (3, 4, 3): 1.83,
-    (5, 4, 5): 2.07,
-    (7, 5, 7): 2.21,
-    (10, 5, 10): 2.47,
-    (15, 5, 15): 2.55,
-}
-"""Tokens per forward by (window, ngram, guesses), measured with a 260K-parameter story model on
-openings as in docs/benchmarks.md#recipes: fluent prose that repeats itself little, so a cautious
-guess."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,28 +134,3 @@ def measure_cost(model: Any, seconds: float = 1.0, batch: int = 1) -> CostCurve:
     meter = CurveMeter(model, batch)
     meter.measure(seconds)
     return meter.curve()
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A method with its options, and the speed-up that it was chosen for."""
-
-    method: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    predicted: float = 1.0
-
-
-def choose_lookahead(curve: CostCurve) -> Choice:
-    """The lookahead sizes with the best predicted speed-up, or `none` when none pays.
-
-    The prediction divides the acceptance length of `LOOKAHEAD_PRIORS` by the measured cost; it
-    knows nothing about the user's text.
-    """
-    best = Choice("none")
-    for (window, ngram, guesses), acceptance in LOOKAHEAD_PRIORS.items():
-        nodes = (window + guesses) * (ngram - 1)
-        predicted = acceptance / curve.ratio(nodes)
-        if predicted > max(best.predicted, _MIN_GAIN):
-            options = {"window": window, "ngram": ngram, "guesses": guesses}
-            best = Choice("lookahead", options, predicted)
-    return best

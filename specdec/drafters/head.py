@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from specdec.artifacts.places import DRAFT_HEAD
 from specdec.contracts import BatchState, Needs, RoundResult, Shape, TargetFacts
 from specdec.errors import ConfigError
 from specdec.heads.eagle3.head import Eagle3Head, HeadState
@@ -95,6 +96,11 @@ class Eagle3:
     host_needs = False
     shape: Shape = "any"
     source_names = ("draft",)
+    draft_kind = DRAFT_HEAD
+    # The head can be asked how sure it is: it drafts chains, as deep as it is sure.
+    cpu_sizes: ClassVar[Mapping[str, Any]] = {
+        "depth": 16, "top_k": 1, "confidence_threshold": 0.01,
+    }  # fmt: skip
 
     def __init__(self, config: Eagle3DraftConfig) -> None:
         self._config = config

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from specdec.errors import ConfigError, SpecdecError
-from specdec_bench.measure.units import Unit
+from specdec_bench.contracts import Unit
 from specdec_bench.results.records import Setting, UnitRecord
 from specdec_bench.server.arm import ServerArm
 from specdec_bench.server.dialects import Reply, rounds_of

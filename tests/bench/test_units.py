@@ -15,10 +15,11 @@ from specdec.demo import load_tokenizer
 from specdec.errors import ConfigError
 from specdec.sources.suffix_index import NO_MATCH
 from specdec.sources.suffix_store import SuffixStore
-from specdec_bench.measure.arms import Workbench, fill_stores
+from specdec_bench.contracts import Unit, Workbench
+from specdec_bench.measure.arms import fill_stores
 from specdec_bench.measure.options import RunOptions
 from specdec_bench.measure.runner import default_arms, settings_of
-from specdec_bench.measure.units import MIXED, Maker, Unit, padded, text_hash
+from specdec_bench.measure.units import MIXED, Maker, padded, text_hash
 from specdec_bench.results.records import Setting
 from specdec_bench.tasks import Prompt
 

@@ -7,8 +7,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import specdec
 from specdec.api import capability
 from specdec.contracts import BatchState, FixedBudget
-from specdec.cost.curve import CostCurve, choose_lookahead, measure_cost
+from specdec.cost.curve import CostCurve, measure_cost
 from specdec.cost.predict import RoundCosts, predict
+from specdec.cost.sizes import choose_sizes
 from specdec.demo import load_target, load_tokenizer
 from specdec.generate import decode
 from specdec.stats import RoundRecord
@@ -53,9 +54,9 @@ def test_a_curve_is_measured_in_every_batch() -> None:
 
 
 def test_a_flat_curve_gets_large_sizes_and_a_steep_one_none() -> None:
-    flat = choose_lookahead(CostCurve(dict.fromkeys(SIZES, 1.0)))
-    steep = choose_lookahead(CostCurve({size: float(size) for size in SIZES}))
-    middle = choose_lookahead(CostCurve({size: 1 + 0.05 * size for size in SIZES}))
+    flat = choose_sizes(CostCurve(dict.fromkeys(SIZES, 1.0)), "lookahead")
+    steep = choose_sizes(CostCurve({size: float(size) for size in SIZES}), "lookahead")
+    middle = choose_sizes(CostCurve({size: 1 + 0.05 * size for size in SIZES}), "lookahead")
     assert flat.method == "lookahead"
     assert flat.options["window"] >= 10
     assert steep.method == "none"

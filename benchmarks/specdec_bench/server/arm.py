@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.errors import ConfigError, SpecdecError
-from specdec_bench.measure.units import Unit
+from specdec_bench.contracts import Unit
 from specdec_bench.results.records import PassRecord, Setting
 from specdec_bench.server.dialects import Asked, Dialect, Reply, connect, rounds_of
 from specdec_bench.server.http import Endpoint

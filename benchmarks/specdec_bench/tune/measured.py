@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 
 from specdec.cost.predict import RoundCosts, predict
 from specdec.stats import RoundRecord
-from specdec_bench.measure.arms import ArmSpec, GenerateArm, Workbench
-from specdec_bench.measure.units import SHORTEST, Unit
+from specdec_bench.arm_names import ArmSpec
+from specdec_bench.contracts import Unit, Workbench
+from specdec_bench.measure.arms import GenerateArm
+from specdec_bench.measure.units import SHORTEST
 from specdec_bench.results.records import CurveRecord
 from specdec_bench.summary.passes import cost_curve
 from specdec_bench.tune.grid import Candidate

@@ -23,7 +23,7 @@ from specdec.cost.curve import measure_cost
 from specdec.cost.tuned_file import TunedChoice, TunedFile, conditions, write_tuned
 from specdec.errors import ConfigError, SpecdecError
 from specdec.loading import TOY, check_model, load_model, load_tokenizer
-from specdec_bench.measure.arms import Workbench
+from specdec_bench.contracts import Workbench
 from specdec_bench.measure.loaded import clear_generation_config, end_ids, is_on_cpu, torch_threads
 from specdec_bench.measure.units import Maker
 from specdec_bench.results.provenance import provenance
@@ -248,11 +248,11 @@ def _load(options: TuneOptions) -> Any:
     return load_model(options.target, options.dtype, options.device)
 
 
-def _drafts(options: TuneOptions, model: Any) -> dict[str, Callable[[], Any]]:
+def _drafts(options: TuneOptions, model: Any) -> dict[Kind, Callable[[], Any]]:
     """Method -> its head or draft model, made when first asked for."""
-    found: dict[str, Callable[[], Any]] = {}
+    found: dict[Kind, Callable[[], Any]] = {}
     if options.head is not None or options.target == TOY:
-        found["eagle3"] = lambda: options.head or TOY
+        found[DRAFT_HEAD] = lambda: options.head or TOY
     if options.draft is not None:
         made: list[Any] = []
 
@@ -263,5 +263,5 @@ def _drafts(options: TuneOptions, model: Any) -> dict[str, Callable[[], Any]]:
                 clear_generation_config(made[0])
             return made[0]
 
-        found["draft_model"] = draft
+        found[DRAFT_MODEL] = draft
     return found

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from specdec.artifacts.places import DRAFT_MODEL
 from specdec.contracts import BatchState, Needs, RoundResult, Shape
 from specdec.drafters.draft_model.loading import ReadyDraft, check_draft, ready_draft
 from specdec.drafters.draft_model.runner import DraftRunner, RaggedRunner, SingleRunner
@@ -89,6 +90,7 @@ class DraftModel:
     shape: Shape = "any"
     source_names = ("draft", "draft sibling")
     sampling_option = "draft_sampling"
+    draft_kind = DRAFT_MODEL
 
     def __init__(self, config: DraftModelConfig) -> None:
         self._config = config
