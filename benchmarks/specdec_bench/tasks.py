@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.errors import ConfigError
-from specdec_bench.json_rows import Row, is_rows, read_rows, shown, stem
+from specdec_bench.rows import Row, is_rows, read_rows, shown, stem
 
 SMOKE = "smoke"
 """Name of the bundled prompts."""

@@ -28,6 +28,23 @@ FLOORS = (
 )
 TRAINING = ROOT / "draft_training" / "specdec_training"
 TRAINING_FLOORS = ("contracts", "data", "features", "objective", "run", "commands")
+BENCH = ROOT / "benchmarks" / "specdec_bench"
+BENCH_FLOORS = (
+    {"output_files", "printable", "results", "rows", "default_arms"},
+    {"arm_names", "tasks"},
+    {"contracts"},
+    {"checks", "summary"},
+    {"paired", "report"},
+    {"measure"},
+    {"gate", "replay", "tune"},
+)
+# Side packages, and those of ours that each may import.
+PACKAGES = {
+    "specdec_kernels": set[str](),
+    "specdec_integrations": {"specdec"},
+    "specdec_training": {"specdec", "specdec_kernels"},
+    "specdec_bench": {"specdec", "specdec_integrations"},
+}
 WITHOUT_TRANSFORMERS = ("round", "loop", "contracts", "stats", "registry", "generate/stop_rules")
 WITHOUT_TORCH = ("sources", "errors")
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load"}
@@ -105,6 +122,29 @@ def test_imports_of_the_trainer_go_down(path: Path) -> None:
     assert others <= set(below), f"{path} imports {others - set(below)}, which is not below"
 
 
+@pytest.mark.parametrize(
+    "path", sorted(BENCH.rglob("*.py")), ids=lambda p: str(p.relative_to(BENCH))
+)
+def test_imports_of_the_harness_go_down(path: Path) -> None:
+    own = path.relative_to(BENCH).with_suffix("").parts[0]
+    if own == "__init__":
+        return
+    floor = next(at for at, folders in enumerate(BENCH_FLOORS) if own in folders)
+    below = set().union(*BENCH_FLOORS[:floor])
+    names = {name.removeprefix("specdec_bench.").split(".")[0] for name in imports(path)
+             if name.startswith("specdec_bench.")}  # fmt: skip
+    assert names - {own} <= below, f"{path} imports {names - {own} - below}, which is not below"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_side_packages_import_only_what_is_below_them(package: str) -> None:
+    ours = {"specdec", *PACKAGES}
+    folder = next(ROOT.glob(f"*/{package}"))
+    for path in folder.rglob("*.py"):
+        others = {name.split(".")[0] for name in imports(path)} & ours - {package}
+        assert others <= PACKAGES[package], f"{path} imports {others - PACKAGES[package]}"
+
+
 def test_the_top_level_is_small() -> None:
     assert len(list((ROOT / "specdec").glob("*.py"))) <= 10
     rooms = {room(module_name(path)) for path in CORE}
@@ -165,11 +205,6 @@ def test_core_does_not_know_transformers(place: str) -> None:
 def test_sources_do_not_know_torch(place: str) -> None:
     for path in files_of(place):
         assert not [name for name in imports(path) if name.split(".")[0] == "torch"], path
-
-
-def test_kernels_know_nothing_of_us() -> None:
-    for path in (ROOT / "kernels").rglob("*.py"):
-        assert not [name for name in imports(path) if name.split(".")[0] == "specdec"], path
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -20,7 +20,6 @@ from specdec.demo import load_target, load_tokenizer
 from specdec.drafters.row import RowDrafter, RowRound
 from specdec.errors import ConfigError, DrafterError, SpecdecError
 from specdec.round.tree import TokenTree
-from specdec_bench.json_rows import read_rows
 from specdec_bench.replay.command import run_replay
 from specdec_bench.replay.encoding import Encoder, encoder_of
 from specdec_bench.replay.methods import parse_methods
@@ -33,6 +32,7 @@ from specdec_bench.replay.traces import (
     read_answers,
     read_counters,
 )
+from specdec_bench.rows import read_rows
 from specdec_bench.summary.speculation_profile import check_profile
 
 SHARED = Path("../shared/data")
@@ -312,7 +312,7 @@ def test_a_truncated_trace_is_refused(tmp_path: Path) -> None:
     packed = gzip.compress(lines.encode())
     path = tmp_path / "t.jsonl.gz"
     path.write_bytes(packed[:-20])
-    with pytest.raises(ConfigError, match=r"t\.jsonl\.gz is cut off or damaged after line"):
+    with pytest.raises(ConfigError, match=r"t\.jsonl\.gz: it is cut off or damaged after line"):
         read_answers(path, Reading())
     path.write_text(lines[:-10])  # a torn last line, unpacked
     with pytest.raises(ConfigError, match="line 3000 is not JSON"):

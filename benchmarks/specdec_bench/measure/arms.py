@@ -128,7 +128,7 @@ def make_arm(spec: ArmSpec, bench: Workbench) -> Arm:
         ConfigError: It needs a draft that was not given.
     """
     if spec.method == SERVER:
-        from specdec_bench.server.arm import ServerArm
+        from specdec_bench.measure.server_arm import ServerArm
 
         server: Arm = ServerArm.of(spec.options["url"], bench.model, bench.tokenizer, bench.setting)
         return server

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.errors import ConfigError
-from specdec_bench.json_rows import Row, read_rows, shown, stem
+from specdec_bench.rows import Row, read_rows, shown, stem
 from specdec_bench.tasks import Prompt, load_tasks, spoken
 
 Message = tuple[str, str]
