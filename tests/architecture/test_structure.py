@@ -1,12 +1,15 @@
 """The shape of the code base: import direction, size limits, forbidden names, public API."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from specdec.registry import _BUILT_IN
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE_ROOTS = ("specdec", "kernels", "draft_training", "integrations", "benchmarks")
@@ -246,6 +249,35 @@ def test_forbidden_calls(path: Path) -> None:
 def test_only_convert_reads_legacy_weights() -> None:
     users = {p for p in library_files() if "specdec.heads.checkpoints.legacy" in set(imports(p))}
     assert users == {ROOT / "specdec" / "cli" / "heads.py"}
+
+
+# Where methods are named as what they are: their files, their table, and declared defaults.
+NAMED_METHODS = {
+    "specdec/registry.py": "the table of methods",
+    "specdec/config.py": "the default method",
+    "specdec/drafters": "their own files",
+    "specdec/heads": "eagle3 is a word of the file formats there",
+    "draft_training": "the trainer of that kind of head",
+    "benchmarks/training_throughput.py": "a word of another trainer's configuration",
+    "benchmarks/specdec_bench/default_arms.py": "what is measured when nobody names arms",
+    "benchmarks/specdec_bench/tune": "until its grids are what options declare",
+    "benchmarks/tune_cost.py": "the same",
+}
+
+
+@pytest.mark.parametrize("path", library_files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_method_is_named_outside_its_own_file(path: Path) -> None:
+    place = str(path.relative_to(ROOT))
+    if any(place == known or place.startswith(f"{known}/") for known in NAMED_METHODS):
+        return
+    names = set(_BUILT_IN) - {"none"}  # which is no method but the loop without one
+    pattern = re.compile(rf"({'|'.join(names)})([:+].*)?")
+    literals = {
+        node.value
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert not [text for text in literals if pattern.fullmatch(text)]
 
 
 def test_public_api_is_small() -> None:
