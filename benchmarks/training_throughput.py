@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # speculators compiles its loss on import
@@ -29,13 +30,12 @@ import torch
 import tyro
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec.heads.eagle3.config import Eagle3Config
 from specdec.heads.eagle3.draft_vocabulary import DraftVocabulary
 from specdec.heads.eagle3.head import Eagle3Head
-from specdec_bench.paired import ratio
+from specdec_bench.paired import ratio, time_arms
 from specdec_training.data.batches import collate
 from specdec_training.features.online import OnlineFeatures
 from specdec_training.objective.losses import LossKind
@@ -79,14 +79,6 @@ class Options:
 
 Step = Callable[[Tensor], None]
 """One optimiser step on [rows, length] token ids."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row of tokens, as the trainer takes it."""
-
-    token_ids: tuple[int, ...]
-    loss_mask: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -142,18 +134,17 @@ class Problem:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.options.bf16)
 
 
-def adamw(module: torch.nn.Module, fused: bool) -> torch.optim.AdamW:
-    """AdamW over what learns."""
+def optimiser(module: torch.nn.Module, norm: float, fused: bool) -> Callable[[], None]:
+    """Clips the gradients of what learns, steps AdamW, and forgets them."""
     learning = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(learning, lr=1e-3, betas=(0.9, 0.95), fused=fused or None)
+    adam = torch.optim.AdamW(learning, lr=1e-3, betas=(0.9, 0.95), fused=fused or None)
 
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(learning, norm)
+        adam.step()
+        adam.zero_grad()
 
-def clipped_step(module: torch.nn.Module, adam: torch.optim.AdamW, norm: float) -> None:
-    """Clips the gradients, steps, and forgets them."""
-    learning = [p for p in module.parameters() if p.requires_grad]
-    torch.nn.utils.clip_grad_norm_(learning, norm)
-    adam.step()
-    adam.zero_grad()
+    return step
 
 
 def specdec_arm(problem: Problem, folder: str) -> Step:
@@ -176,7 +167,7 @@ def specdec_arm(problem: Problem, folder: str) -> Step:
 
     def step(tokens: Tensor) -> None:
         rows = zip(tokens.tolist(), problem.answered(tokens).tolist(), strict=True)
-        examples = [Example(tuple(row), tuple(mask)) for row, mask in rows]
+        examples = [SimpleNamespace(token_ids=row, loss_mask=mask) for row, mask in rows]
         batch = collate([(i,) for i in range(len(examples))], examples, tokens.shape[1])
         learn([batch], Told(), seed=0)
 
@@ -205,7 +196,9 @@ def specforge_arm(problem: Problem, folder: str) -> Step:
     draft.t2d.copy_(problem.mask)
     draft.d2t.copy_(problem.offsets)
     net = peer.OnlineEagle3Model(draft, length=problem.options.ttt, attention_backend="sdpa")
-    own, adam = BF16Optimizer(net, lr=1e-3), adamw(net, fused=True)
+    # Its own optimiser clips, too, and forgets the gradients.
+    same = problem.options.same_optimiser
+    update = optimiser(net, 0.5, fused=True) if same else BF16Optimizer(net, lr=1e-3).step
 
     def step(tokens: Tensor) -> None:
         aux, last = problem.read(tokens)
@@ -222,10 +215,7 @@ def specforge_arm(problem: Problem, folder: str) -> Step:
                 hidden_states=aux,
             )[0]
         sum(0.8**i * loss for i, loss in enumerate(losses)).backward()
-        if problem.options.same_optimiser:
-            clipped_step(net, adam, 0.5)
-        else:
-            own.step()  # clips, and forgets the gradients
+        update()
 
     return step
 
@@ -257,7 +247,7 @@ def speculators_arm(problem: Problem, folder: str) -> Step:
     net.load_vocab_mappings(problem.mask, problem.offsets)
     net.load_verifier_weights()
     net.lm_head.weight.requires_grad_(True)
-    adam = adamw(net, fused=options.same_optimiser)
+    update = optimiser(net, 1.0, fused=options.same_optimiser)
     loss_config = resolve_loss_config("kl_div", "eager")
     before: dict[str, Tensor] = {}
     problem.target.model.norm.register_forward_pre_hook(
@@ -281,7 +271,7 @@ def speculators_arm(problem: Problem, folder: str) -> Step:
                 loss_config=loss_config,
             )[1]
         loss.backward()
-        clipped_step(net, adam, 1.0)
+        update()
 
     return step
 
@@ -293,20 +283,16 @@ def main() -> None:
     """Measures and prints the table."""
     options = tyro.cli(Options, description=__doc__)
     torch.set_num_threads(1)
-    names = [name for name in ARMS if find_spec(name) is not None]
-    seconds: dict[str, list[list[float]]] = {name: [] for name in names}
+
+    def segment(step: Step) -> None:
+        for batch in torch.randint(_VOCAB, (options.steps, options.rows, options.length)):
+            step(batch)
+
     with tempfile.TemporaryDirectory() as folder:
         problem = Problem.make(options)
-        steps = {name: ARMS[name](problem, folder) for name in names}
-        for segment in tqdm(range(-1, options.segments), desc="alternating segments"):
-            shift = segment % len(names)
-            for name in names[shift:] + names[:shift]:
-                batches = torch.randint(_VOCAB, (options.steps, options.rows, options.length))
-                start = time.process_time()
-                for batch in batches:
-                    steps[name](batch)
-                if segment >= 0:  # the first warms up
-                    seconds[name].append([time.process_time() - start])
+        steps = {name: arm(problem, folder) for name, arm in ARMS.items() if find_spec(name)}
+        arms = {name: lambda _, step=step: segment(step) for name, step in steps.items()}
+        seconds = time_arms(arms, 1, options.segments, time.process_time)
     tokens = options.rows * options.length * options.steps * options.segments
     kind = "bf16 autocast" if options.bf16 else "fp32"
     sizes = f"{options.rows} x {options.length} tokens, {options.prompt} of a row without a loss"
@@ -314,9 +300,9 @@ def main() -> None:
     print(f"\n{sizes}, TTT {options.ttt}, {kind}, {adam} optimiser, one thread\n")
     print("| trainer | tokens per CPU-second | specdec's speed over it (95 % interval) |")
     print("|---|---|---|")
-    for name in names:
-        gain = ratio(seconds[name], seconds["specdec"])
-        print(f"| {name} | {tokens / sum(sum(s) for s in seconds[name]):,.0f} | {gain} |")
+    for name, [taken] in seconds.items():
+        gain = ratio([taken], seconds["specdec"])
+        print(f"| {name} | {tokens / sum(taken):,.0f} | {gain} |")
 
 
 if __name__ == "__main__":

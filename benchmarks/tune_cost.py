@@ -25,10 +25,10 @@ import torch
 import tyro
 
 import specdec
+from specdec.artifacts.places import DRAFT_HEAD, head_path
 from specdec.cost.tuned_file import TunedChoice
-from specdec.demo import head_path
 from specdec.loading import TOY, load_model, load_tokenizer
-from specdec_bench.measure.arms import Workbench
+from specdec_bench.contracts import Workbench
 from specdec_bench.measure.loaded import clear_generation_config, end_ids
 from specdec_bench.measure.units import Maker
 from specdec_bench.results.records import CurveRecord, Setting
@@ -92,7 +92,7 @@ def make_bench(options: Options) -> Bench:
     ends, setting = frozenset(end_ids(model)), Setting(options.dtype)
     clear_generation_config(model)
     specdec.augment(model, "none")
-    workbench = Workbench(model, tokenizer, setting, {"eagle3": lambda: str(head_path())})
+    workbench = Workbench(model, tokenizer, setting, {DRAFT_HEAD: lambda: str(head_path())})
     maker = Maker(
         model, tokenizer, setting, workbench.sampling(), options.max_new_tokens, ends,
         only_counted=True,

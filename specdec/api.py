@@ -16,8 +16,9 @@ from types import MethodType
 from typing import Any, TypeVar
 
 from specdec.audit.broken_weights import check_weights
-from specdec.config import SpecConfig
-from specdec.cost.curve import choose_lookahead, measure_cost
+from specdec.config import DEFAULT_METHODS, SpecConfig
+from specdec.cost.curve import measure_cost
+from specdec.cost.sizes import choose_sizes
 from specdec.cost.tuned_file import read_tuned
 from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.generate.call import introduce
@@ -121,9 +122,8 @@ def augment(
     else:
         settings = config if config is not None else _settings(method, options)
     if settings.method is None and settings.options:
-        raise ConfigError(
-            f"option {next(iter(settings.options))!r} needs a method, for example 'lookahead'"
-        )
+        example, given = DEFAULT_METHODS["tree"], next(iter(settings.options))
+        raise ConfigError(f"option {given!r} needs a method, for example {example!r}")
     test = WatchedTest()
     found = test.verdict(compat.unwrap(model))
     if settings.method is None:
@@ -295,10 +295,10 @@ def _rows(model: Any, kwargs: Mapping[str, Any]) -> int:
 def _with_default_method(model: Any, settings: SpecConfig, found: Capability) -> SpecConfig:
     if found.mode == "plain":  # it may be so for as long as the model is in training mode alone
         found = probe(compat.unwrap(model))
-    if found.mode != "tree":  # what lookahead wins as a chain has not been measured
-        return replace(settings, method="prompt_lookup" if found.mode == "chain" else "none")
-    curve = measure_cost(compat.unwrap(model))
-    choice = choose_lookahead(curve)
+    method = DEFAULT_METHODS[found.mode]
+    if not methods.priors(method):
+        return replace(settings, method=method)
+    choice = choose_sizes(measure_cost(compat.unwrap(model)), method)
     return replace(settings, method=choice.method, options=choice.options)
 
 

@@ -11,6 +11,14 @@ from specdec.errors import ConfigError
 from specdec.round.tree import MAX_NODES
 from specdec.stats import RoundRecord
 
+DEFAULT_METHODS: Mapping[str, str] = {
+    "tree": "lookahead",
+    "chain": "prompt_lookup",
+    "plain": "none",
+}
+"""Method where none is named, by how the target is verified; what lookahead wins as a chain has not
+been measured."""
+
 
 @dataclass(frozen=True)
 class SpecConfig:
@@ -18,7 +26,7 @@ class SpecConfig:
 
     Attributes:
         method: Drafting method, or None for the default: lookahead with sizes chosen by a cost
-            probe of about a second on this device (`specdec.cost.curve`).
+            probe of about a second on this device (`specdec.cost`).
         options: Options of the method, by name.
         budget: Nodes beyond the root that a round may verify, 4,096 at most; None for the method's
             own size.

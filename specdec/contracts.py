@@ -15,6 +15,7 @@ from torch import Tensor
 from specdec.round.pickers import Picks
 from specdec.round.tree import TreeBatch
 from specdec.round.verify import HostVerdict, Verdict
+from specdec.stats import RoundRecord
 
 Shape = Literal["tree", "chain", "any"]
 
@@ -192,6 +193,11 @@ class Drafter(Protocol):
     attribute `sampling_option`: the name of the switch among the method's options that makes it do
     so. Without the attribute, or with the switch off, a law is not looked at, because sampled
     drafts keep the law of the text but not the text that the seed gives.
+
+    What else callers may ask of a class, through `specdec.registry.methods`: `draft_kind`, for one
+    with an option `draft`, is what that names (`specdec.artifacts.places.DRAFT_HEAD` or
+    `DRAFT_MODEL`); `cpu_sizes` are options for where every node of a forward costs; `priors` says
+    how many tokens a forward emits at some sizes, so that they can be chosen by what a node costs.
     """
 
     needs: Needs
@@ -280,10 +286,14 @@ class TargetModel(Protocol):
 
 
 class BudgetPolicy(Protocol):
-    """Decides how many nodes a round may verify."""
+    """Decides how many nodes a round may verify, and learns from what that brought."""
 
     def nodes(self, state: BatchState) -> int:
         """Nodes beyond the root for the coming round; 0 means no speculation."""
+        ...
+
+    def observe(self, record: RoundRecord) -> None:
+        """Learns from a finished round: nodes, emitted tokens, seconds by stage."""
         ...
 
 
@@ -296,3 +306,6 @@ class FixedBudget:
     def nodes(self, state: BatchState) -> int:
         """`size`."""
         return self.size
+
+    def observe(self, record: RoundRecord) -> None:
+        """Learns nothing."""

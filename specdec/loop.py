@@ -181,7 +181,7 @@ class _Rounds:
             self.drafter.observe(result)
 
     def report(self, result: RoundResult) -> None:
-        """Counts the round and tells whoever watches."""
+        """Counts the round, lets the budget learn from it, and tells whoever watches."""
         self._tell(result, self.call.stats.rounds + 1)
 
     def _advance(self, result: RoundResult) -> None:
@@ -196,6 +196,7 @@ class _Rounds:
         record = RoundRecord(index, result.trees.size, host.tokens, host.paths, seconds, trees)
         if index:
             call.stats.add_round(record, host, self.drafter.source_names)
+            call.budget.observe(record)
         for observer in call.observers:
             observer(result, record)
         going = [self.state.emitted(row) for row, on in enumerate(self.state.active) if on]

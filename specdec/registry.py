@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -19,6 +19,7 @@ from specdec.errors import ConfigError
 from specdec.method_options import MethodOptions, Option, declared
 
 if TYPE_CHECKING:  # names are checked before torch is imported
+    from specdec.artifacts.places import Kind
     from specdec.contracts import Drafter
 
 _BUILT_IN: Mapping[str, str] = {
@@ -133,12 +134,29 @@ class Registry:
         """The options that a method declares, by name."""
         return declared(getattr(self.load(name), "Config", NoOptions))
 
+    def sampling_option(self, name: str) -> str | None:
+        """The switch among a method's options that makes it sample its drafts, if it has one."""
+        option = getattr(self.load(name), "sampling_option", None)
+        return option if isinstance(option, str) else None
+
     def samples_drafts(self, name: str, options: Mapping[str, Any]) -> bool:
         """Whether the method samples its drafts, by its class and by the switch of its options."""
-        option = getattr(self.load(name), "sampling_option", None)
-        if not isinstance(option, str):
+        option = self.sampling_option(name)
+        if option is None:
             return False
         return getattr(self.configure(name, options), option, False) is True
+
+    def draft_kind(self, name: str) -> Kind | None:
+        """What the method's option `draft` names, by its class; None for drafts from text alone."""
+        return getattr(self.load(name), "draft_kind", None)
+
+    def cpu_sizes(self, name: str) -> Mapping[str, Any]:
+        """Options for where every node of a forward costs, by the method's class."""
+        return getattr(self.load(name), "cpu_sizes", {})
+
+    def priors(self, name: str) -> Sequence[tuple[Mapping[str, Any], float]]:
+        """Some sizes of the method with the tokens a forward that they emit, by its class."""
+        return getattr(self.load(name), "priors", ())
 
     def create(self, name: str, options: Mapping[str, Any]) -> Drafter:
         """A fresh drafter for one call; raises `ConfigError` as `configure` does."""

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from specdec.errors import ConfigError
-from specdec_bench.json_rows import Row, is_rows, read_rows, shown, stem
+from specdec_bench.rows import Row, is_rows, read_rows, shown, stem
 
 SMOKE = "smoke"
 """Name of the bundled prompts."""
 
 _PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED"  # how SPEED-Bench marks texts left out
-_IDS = ("question_id", "task_id", "id")
+IDS = ("question_id", "task_id", "id")
+"""Fields that may name a row; the first that is there counts."""
 _FIELDS = ("prompt", "question", "turns", "messages")
 _CLUSTER_DIGITS = 12
 
@@ -193,17 +194,26 @@ def _prompt(row: Row, name: str, benchmark: _Benchmark, fallback: str) -> Prompt
             )
     if isinstance(row.value.get("chat"), bool) and benchmark.chat is None:
         chat = row.value["chat"]
-    cluster = hashlib.sha256(turns[0].strip().encode("utf-8")).hexdigest()[:_CLUSTER_DIGITS]
     own = row.value.get("category")
     if own is not None:
         own = row.text("category", own)
     if benchmark.category is not None and own is not None:
         own = benchmark.category(own)
-    return Prompt(f"{name}/{_row_id(row)}", cluster, own or fallback, turns, chat)
+    return Prompt(f"{name}/{row_id(row)}", cluster_of(turns[0]), own or fallback, turns, chat)
 
 
-def _row_id(row: Row) -> str:
-    for field in _IDS:
+def cluster_of(prompt: str) -> str:
+    """Equal for prompts that begin with the same text."""
+    return hashlib.sha256(prompt.strip().encode("utf-8")).hexdigest()[:_CLUSTER_DIGITS]
+
+
+def row_id(row: Row) -> str:
+    """What a row calls itself, or else its number.
+
+    Raises:
+        ConfigError: Its name is no text and no whole number.
+    """
+    for field in IDS:
         value = row.value.get(field)
         if value is None:
             continue

@@ -14,7 +14,9 @@ import torch
 import specdec
 from specdec.artifacts.terminal import columns, facts, say
 from specdec.cli.options import DoctorOptions
-from specdec.cost.curve import choose_lookahead, measure_cost
+from specdec.config import DEFAULT_METHODS
+from specdec.cost.curve import measure_cost
+from specdec.cost.sizes import choose_sizes
 from specdec.hf.names import CACHE, tested_range
 from specdec.loading import check_model, context_length, load_model, pick_device
 from specdec.method_options import MethodOptions
@@ -144,6 +146,6 @@ def _show_cost(model: Any) -> None:
         rows.append([f"{tokens:>6}", f"{1000 * seconds:.2f}", f"{curve.ratio(tokens):.2f}x"])
     say("cost of a forward over some tokens (relative: tokens a round at which it breaks even)")
     say("\n".join("  " + line for line in columns(rows)))
-    choice = choose_lookahead(curve)
+    choice = choose_sizes(curve, DEFAULT_METHODS["tree"])
     chosen = ", ".join(f"{name} {value}" for name, value in choice.options.items())
     say(f"default method here: {choice.method}{f' ({chosen})' if chosen else ''}")

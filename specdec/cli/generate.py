@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from specdec.api import augment, last_stats
-from specdec.artifacts.places import TOY
+from specdec.artifacts.places import DRAFT_HEAD, TOY
 from specdec.artifacts.terminal import bar, facts, say, wrapped
 from specdec.cli.options import GenerateOptions
 from specdec.cli.reading import chat_lines, check_input, prompt_text
@@ -28,6 +28,7 @@ from specdec.loading import (
     method_options,
     sentence,
 )
+from specdec.registry import methods
 from specdec.round.noise import kept_generators
 from specdec.stats import GenerationStats
 
@@ -49,7 +50,8 @@ def run_generate(options: GenerateOptions) -> int:
     check_model(options.model)
     tokenizer = load_tokenizer(options.model)
     pairs = options.option
-    own_head = options.method == "eagle3" and options.model in (None, TOY)
+    drafts_with = None if options.method is None else methods.draft_kind(options.method)
+    own_head = drafts_with is DRAFT_HEAD and options.model in (None, TOY)
     if own_head and not any(pair.partition("=")[0].strip() == "draft" for pair in pairs):
         pairs = (f"draft={TOY}", *pairs)  # the toy has a head of its own
     chosen = method_options(options.method, pairs, tokenizer)

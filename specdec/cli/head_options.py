@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from specdec.artifacts.arguments import Flag, arg, each
+from specdec.artifacts.arguments import Flag, N, arg, each
 
 _Settings = Annotated[tuple[str, ...], *each("NAME=VALUE", "none")]
 
@@ -27,7 +27,7 @@ class InspectOptions:
     """Prompts of --probe: a line each, or JSON Lines with "prompt" or "text"."""
     set: _Settings = ()
     """Flag of the head that wins over the checkpoint, for example norm_before_residual=true."""
-    new_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 48
+    new_tokens: Annotated[int, N] = 48
     """Tokens of the target's own text that --probe compares with, for each prompt."""
     dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
     """Arithmetic of --probe; auto takes the target's own."""

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from specdec.api import augment, last_stats
+from specdec.artifacts.places import DRAFT_HEAD, head_path
 from specdec.config import SpecConfig
-from specdec.cost import curve
-from specdec.demo import head_path
+from specdec.cost.curve import measure_cost
+from specdec.cost.sizes import choose_sizes
 from specdec.errors import SpecdecError
 from specdec.generate.call import introduce
 from specdec.registry import methods
 
-_SMALL_LOOKAHEAD: Mapping[str, int] = {"window": 3, "ngram": 3, "guesses": 3}
 _PROBE_SECONDS = 0.5
 
 
@@ -99,16 +99,13 @@ def choose_arms(model: Any) -> tuple[list[Arm], dict[str, str]]:
 
 
 def _options_of(method: str, model: Any) -> Mapping[str, Any]:
-    """What a method needs to be told."""
-    if method == "lookahead":
-        return lookahead_sizes(model)
-    return {"draft": str(head_path())} if method == "eagle3" else {}
-
-
-def lookahead_sizes(model: Any) -> Mapping[str, Any]:
-    """Sizes that should pay on this device; small ones where none does."""
-    choice = curve.choose_lookahead(curve.measure_cost(model, _PROBE_SECONDS))
-    return choice.options if choice.method == "lookahead" else _SMALL_LOOKAHEAD
+    """What a method needs to be told: its head, or sizes that should pay on this device."""
+    if methods.draft_kind(method) is DRAFT_HEAD:
+        return {"draft": str(head_path())}
+    if not methods.priors(method):
+        return {}
+    choice = choose_sizes(measure_cost(model, _PROBE_SECONDS), method)
+    return choice.options if choice.method == method else methods.cpu_sizes(method)
 
 
 class Race:

@@ -1,4 +1,4 @@
-"""Measures what a forward over q tokens costs here, and picks lookahead sizes that pay.
+"""Measures what a forward over q tokens costs here.
 
 The verification cost is the whole question on a given device: a GPU or a bf16 CPU verifies many
 tokens at the price of one, an fp32 CPU does not.
@@ -6,11 +6,10 @@ tokens at the price of one, an fp32 CPU does not.
 
 from __future__ import annotations
 
-import bisect
 import statistics
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,96 +21,117 @@ from specdec.targets.prompts import Prompt
 from specdec.targets.self_test import evaluating
 from specdec.targets.tree_target import HFTarget
 
-_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+"""Tokens a row at which t(q) is measured: those that trees are padded to."""
 _PREFIX = 64
-_MIN_GAIN = 1.05  # predicted speed-up below which speculation is not worth its variance
-
-LOOKAHEAD_PRIORS: Mapping[tuple[int, int, int], float] = {
-    (1, 2, 1): 1.25,
-    (1, 3, 1): 1.39,
-    (2, 3, 2): 1.55,
-    (3, 3, 3): 1.69,
-    (2, 4, 2): 1.74,
-    (3, 4, 3): 1.83,
-    (5, 4, 5): 2.07,
-    (7, 5, 7): 2.21,
-    (10, 5, 10): 2.47,
-    (15, 5, 15): 2.55,
-}
-"""Tokens per forward by (window, ngram, guesses), measured with a 260K-parameter story model on
-openings as in docs/benchmarks.md#recipes: fluent prose that repeats itself little, so a cautious
-guess."""
+_ALWAYS = 2  # sizes up to this one are measured however slow the model is
+_WARMING, _WARMING_SECONDS = 8, 0.1  # the first that is reached
+_IN_A_ROW = 4
+_TICK = 1e-9  # seconds; no clock tells less
 
 
 @dataclass(frozen=True, slots=True)
 class CostCurve:
-    """Median seconds of a target forward over q tokens, at batch 1 and a short prefix."""
+    """t(q): typical seconds of a target forward over q tokens a row, by q."""
 
     seconds: Mapping[int, float]
 
-    def ratio(self, nodes: int) -> float:
-        """Cost of verifying `nodes` tokens relative to one, linear between measured sizes."""
-        sizes = sorted(self.seconds)
-        right = min(max(bisect.bisect_left(sizes, nodes), 1), len(sizes) - 1)
-        low, high = sizes[right - 1], sizes[right]
-        slope = (self.seconds[high] - self.seconds[low]) / (high - low)
-        return (self.seconds[low] + slope * (nodes - low)) / self.seconds[1]
+    def ratio(self, size: float) -> float:
+        """t(size) / t(1): linear between measured sizes, and on beyond the last two.
+
+        1 where fewer than two sizes were measured.
+        """
+        points = sorted(self.seconds.items())
+        if len(points) < 2 or points[0][0] != 1 or points[0][1] <= 0:
+            return 1.0
+        right = next((i for i, (q, _) in enumerate(points) if q >= size), len(points) - 1)
+        (low, t_low), (high, t_high) = points[max(right, 1) - 1], points[max(right, 1)]
+        at_size = t_low + (t_high - t_low) * (size - low) / (high - low)
+        return at_size / points[0][1]
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A method with its options, and the speed-up that it was chosen for."""
+class CurveMeter:
+    """Times target forwards over growing trees, a little at a time.
 
-    method: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    predicted: float = 1.0
+    Sizes take turns, and the measurement can be spread over other work, so that a busy machine
+    slows all alike. On a CPU with one thread the clock is processor time, which waiting for the
+    processor does not lengthen. The model's own cache and generator are left alone.
 
-
-@torch.no_grad()
-def measure_cost(model: Any, seconds: float = 1.0) -> CostCurve:
-    """Times tree forwards of growing size on the model's device, for about `seconds`.
-
-    Sizes are interleaved, so that a busy machine slows all of them alike; the model's cache and
-    generator are left alone.
+    Args:
+        model: The target; verified by trees (`specdec.targets.self_test(model).mode == "tree"`).
+        batch: Rows.
+        prefix: Tokens of each row before the forward, as far as the model has room for them.
     """
-    config, device = model.config.get_text_config(), input_device(model)
-    longest = _PREFIX + max(_SIZES)
-    positions = min(longest, getattr(config, "max_position_embeddings", None) or longest)
-    prefix = min(_PREFIX, positions // 2)
-    ids = torch.arange(prefix, device=device)[None] % config.vocab_size
-    cache = TreeCache(1, device, capacity=longest)
-    target = HFTarget(model, Prompt(ids, None, [prefix]), cache)
-    trees = {
-        q: TreeBatch.from_rows([TokenTree.chain(0, [0] * (q - 1))], device, size=q)
-        for q in _SIZES
-        if prefix + q <= positions
-    }
-    times: dict[int, list[float]] = {q: [] for q in trees}
-    with evaluating(model):
-        target.prefill()
+
+    def __init__(self, model: Any, batch: int = 1, prefix: int = _PREFIX) -> None:
+        self._model, self._batch = model, batch
+        self._target, self.prefix, room = _prefilled_parts(model, batch, prefix)
+        self._times: dict[int, list[float]] = {q: [] for q in SIZES if q <= room}
+        self._read = False
+        self._clock = time.perf_counter
+        if input_device(model).type == "cpu" and torch.get_num_threads() == 1:
+            self._clock = time.process_time
+
+    @torch.no_grad()
+    def measure(self, seconds: float) -> None:
+        """Goes on for about so long; a slow model takes longer, but skips the larger sizes."""
         start = time.perf_counter()
-        while len(times[1]) < 3 or time.perf_counter() - start < seconds:
-            for q, tree in trees.items():
-                if q > 2 and time.perf_counter() - start > 2 * seconds:
-                    break  # a slow model: the curve goes on linearly from what there is
-                begin = time.perf_counter()
-                target.forward_tree(tree).logits.argmax(-1).tolist()  # waits for the device
-                times[q].append(time.perf_counter() - begin)
-    # The first run of a size warms up.
-    return CostCurve({q: statistics.median(t[1:] or t) for q, t in times.items() if t})
+        late = start + 2 * seconds
+        with evaluating(self._model):
+            if not self._read:
+                self._target.prefill()
+                self._read = True
+            while True:
+                for q, taken in self._times.items():
+                    if q > _ALWAYS and time.perf_counter() > late:
+                        break
+                    taken += self._in_a_row(q, late)
+                if time.perf_counter() - start >= seconds:
+                    return
+
+    def curve(self) -> CostCurve:
+        """Medians of what was measured."""
+        return CostCurve({q: _typical(taken) for q, taken in self._times.items() if taken})
+
+    def _in_a_row(self, size: int, late: float) -> list[float]:
+        """Seconds of forwards of one size that follow others of the same size; one when it is late.
+
+        As in a decoding loop, where every tree brings its own masks. After a larger size it takes
+        a small model several forwards until the processor's caches hold what they hold then.
+        """
+        device = input_device(self._model)
+        times: list[float] = []
+        began, warming = time.perf_counter(), 0
+        while not times or (len(times) < _IN_A_ROW and time.perf_counter() < late):
+            rows = [TokenTree.chain(0, [0] * (size - 1))] * self._batch
+            tree = TreeBatch.from_rows(rows, device, bucket=False)
+            begin = self._clock()
+            self._target.forward_tree(tree).logits.argmax(-1).tolist()  # waits for the device
+            taken = self._clock() - begin
+            if warming and (warming >= _WARMING or time.perf_counter() - began > _WARMING_SECONDS):
+                times.append(taken)
+            warming += 1
+        return times
 
 
-def choose_lookahead(curve: CostCurve) -> Choice:
-    """The lookahead sizes with the best predicted speed-up, or `none` when none pays.
+def _typical(seconds: Sequence[float]) -> float:
+    """The median, or the mean where most forwards are shorter than a tick of the clock."""
+    return statistics.median(seconds) or max(statistics.fmean(seconds), _TICK)
 
-    The prediction divides the acceptance length of `LOOKAHEAD_PRIORS` by the measured cost; it
-    knows nothing about the user's text.
-    """
-    best = Choice("none")
-    for (window, ngram, guesses), acceptance in LOOKAHEAD_PRIORS.items():
-        nodes = (window + guesses) * (ngram - 1)
-        predicted = acceptance / curve.ratio(nodes)
-        if predicted > max(best.predicted, _MIN_GAIN):
-            options = {"window": window, "ngram": ngram, "guesses": guesses}
-            best = Choice("lookahead", options, predicted)
-    return best
+
+def _prefilled_parts(model: Any, batch: int, prefix: int) -> tuple[HFTarget, int, int]:
+    """A target over a prompt that is still to be run, its length, and the positions after it."""
+    config, device = model.config.get_text_config(), input_device(model)
+    longest = prefix + max(SIZES)
+    positions = min(longest, getattr(config, "max_position_embeddings", None) or longest)
+    prefix = min(prefix, max(positions - max(SIZES), positions // 2))
+    ids = torch.arange(prefix, device=device)[None].expand(batch, -1) % config.vocab_size
+    cache = TreeCache(batch, device, capacity=longest)
+    return HFTarget(model, Prompt(ids, None, [prefix] * batch), cache), prefix, positions - prefix
+
+
+def measure_cost(model: Any, seconds: float = 1.0, batch: int = 1) -> CostCurve:
+    """t(q) behind a short prefix, measured all at once for about `seconds`; see `CurveMeter`."""
+    meter = CurveMeter(model, batch)
+    meter.measure(seconds)
+    return meter.curve()

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from specdec.artifacts.places import DRAFT_HEAD
 from specdec.contracts import BatchState, Needs, RoundResult, Shape, TargetFacts
 from specdec.drafters.growth import Growth, grow
 from specdec.errors import ConfigError
@@ -111,6 +112,7 @@ class Eagle3:
     host_needs = False
     shape: Shape = "any"
     source_names = ("draft",)
+    draft_kind = DRAFT_HEAD
 
     def __init__(self, config: Eagle3DraftConfig) -> None:
         self._config = config

@@ -1,12 +1,15 @@
 """The shape of the code base: import direction, size limits, forbidden names, public API."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from specdec.registry import _BUILT_IN
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE_ROOTS = ("specdec", "kernels", "draft_training", "integrations", "benchmarks")
@@ -28,6 +31,23 @@ FLOORS = (
 )
 TRAINING = ROOT / "draft_training" / "specdec_training"
 TRAINING_FLOORS = ("contracts", "data", "features", "objective", "run", "commands")
+BENCH = ROOT / "benchmarks" / "specdec_bench"
+BENCH_FLOORS = (
+    {"output_files", "printable", "results", "rows", "default_arms"},
+    {"arm_names", "tasks"},
+    {"contracts"},
+    {"checks", "summary"},
+    {"paired", "report"},
+    {"measure"},
+    {"gate", "replay", "tune"},
+)
+# Side packages, and those of ours that each may import.
+PACKAGES = {
+    "specdec_kernels": set[str](),
+    "specdec_integrations": {"specdec"},
+    "specdec_training": {"specdec", "specdec_kernels"},
+    "specdec_bench": {"specdec", "specdec_integrations"},
+}
 WITHOUT_TRANSFORMERS = ("round", "loop", "contracts", "stats", "registry", "generate/stop_rules")
 WITHOUT_TORCH = ("sources", "errors")
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load"}
@@ -105,6 +125,29 @@ def test_imports_of_the_trainer_go_down(path: Path) -> None:
     assert others <= set(below), f"{path} imports {others - set(below)}, which is not below"
 
 
+@pytest.mark.parametrize(
+    "path", sorted(BENCH.rglob("*.py")), ids=lambda p: str(p.relative_to(BENCH))
+)
+def test_imports_of_the_harness_go_down(path: Path) -> None:
+    own = path.relative_to(BENCH).with_suffix("").parts[0]
+    if own == "__init__":
+        return
+    floor = next(at for at, folders in enumerate(BENCH_FLOORS) if own in folders)
+    below = set().union(*BENCH_FLOORS[:floor])
+    names = {name.removeprefix("specdec_bench.").split(".")[0] for name in imports(path)
+             if name.startswith("specdec_bench.")}  # fmt: skip
+    assert names - {own} <= below, f"{path} imports {names - {own} - below}, which is not below"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_side_packages_import_only_what_is_below_them(package: str) -> None:
+    ours = {"specdec", *PACKAGES}
+    folder = next(ROOT.glob(f"*/{package}"))
+    for path in folder.rglob("*.py"):
+        others = {name.split(".")[0] for name in imports(path)} & ours - {package}
+        assert others <= PACKAGES[package], f"{path} imports {others - PACKAGES[package]}"
+
+
 def test_the_top_level_is_small() -> None:
     assert len(list((ROOT / "specdec").glob("*.py"))) <= 10
     rooms = {room(module_name(path)) for path in CORE}
@@ -167,11 +210,6 @@ def test_sources_do_not_know_torch(place: str) -> None:
         assert not [name for name in imports(path) if name.split(".")[0] == "torch"], path
 
 
-def test_kernels_know_nothing_of_us() -> None:
-    for path in (ROOT / "kernels").rglob("*.py"):
-        assert not [name for name in imports(path) if name.split(".")[0] == "specdec"], path
-
-
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     """All functions of a module."""
     for node in ast.walk(tree):
@@ -211,6 +249,35 @@ def test_forbidden_calls(path: Path) -> None:
 def test_only_convert_reads_legacy_weights() -> None:
     users = {p for p in library_files() if "specdec.heads.checkpoints.legacy" in set(imports(p))}
     assert users == {ROOT / "specdec" / "cli" / "heads.py"}
+
+
+# Where methods are named as what they are: their files, their table, and declared defaults.
+NAMED_METHODS = {
+    "specdec/registry.py": "the table of methods",
+    "specdec/config.py": "the default method",
+    "specdec/drafters": "their own files",
+    "specdec/heads": "eagle3 is a word of the file formats there",
+    "draft_training": "the trainer of that kind of head",
+    "benchmarks/training_throughput.py": "a word of another trainer's configuration",
+    "benchmarks/specdec_bench/default_arms.py": "what is measured when nobody names arms",
+    "benchmarks/specdec_bench/tune": "until its grids are what options declare",
+    "benchmarks/tune_cost.py": "the same",
+}
+
+
+@pytest.mark.parametrize("path", library_files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_method_is_named_outside_its_own_file(path: Path) -> None:
+    place = str(path.relative_to(ROOT))
+    if any(place == known or place.startswith(f"{known}/") for known in NAMED_METHODS):
+        return
+    names = set(_BUILT_IN) - {"none"}  # which is no method but the loop without one
+    pattern = re.compile(rf"({'|'.join(names)})([:+].*)?")
+    literals = {
+        node.value
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert not [text for text in literals if pattern.fullmatch(text)]
 
 
 def test_public_api_is_small() -> None:

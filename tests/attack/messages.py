@@ -168,7 +168,6 @@ _INPUT_FILE = (
     r"^\d+\.\d % \(\d+ of \d+\) of the rows are bad, more than --max-bad-fraction",
     r"^no example is left to train on; the reasons stand above$",
     r"^the input '.*' (holds no \.jsonl|is none of \.jsonl)",
-    r"^--train-tokenizer has no text to learn from",
     r"^'.*' (is no JSON list|has no rows|is too large)",
     r"^\S+ has no rows",
     r"^the prompt is (empty|too long)",

@@ -86,8 +86,8 @@ USAGE: Sequence[tuple[str, ...]] = (
     ("bench", "run", "--tasks", "nope"), ("bench", "run", "--tasks", "mt_bench"),
     ("bench", "tune", "--output", "t.json", "--methods", "nope"),
     ("bench", "tune", "--output", "t.json", "--methods", ","),
-    ("bench", "replay", "ANSWERS", "--methods", "nope"),
-    ("bench", "replay", "ANSWERS", "--methods", "suffix:x=1"),
+    ("bench", "replay", "ANSWERS", "--tokenizer", "demo", "--methods", "nope"),
+    ("bench", "replay", "ANSWERS", "--tokenizer", "demo", "--methods", "suffix:x=1"),
     ("data", "regenerate", "--input", "demo", "--output", "o.jsonl", "--method", "nope"),
     ("data", "prepare", "--input", "demo", "--output", "o", "--template-option", "x"),
     ("data", "prepare", "--input", "ROWS", "--output", "o", "--target", "demo",
@@ -114,7 +114,7 @@ BASES = {
     "inspect": "HEAD",
     "bench run": _MEASURE.removeprefix("bench run ") + " --target=MODEL --arms=hf",
     "bench tune": "--target=MODEL --output=t.json --methods=none",
-    "bench replay": "ANSWERS",
+    "bench replay": "ANSWERS --tokenizer=demo",
     "bench gate": "RESULTS RESULTS",
 }
 """Command -> options with which it does little."""
@@ -174,14 +174,13 @@ FILE_TAKERS = (
     _PREPARE + " --input=NAME",
     _PREPARE + " --input=ROWS --chat-template=NAME",
     "inspect HEAD --target=MODEL --probe --new-tokens=8 --prompts=NAME",
-    "bench replay NAME",
+    "bench replay NAME --tokenizer=demo",
     _MEASURE + " --target=MODEL --arms=hf --tasks=NAME",
     "bench report NAME --output=o",
     "bench gate RESULTS NAME",
     "data doctor --target=demo --data=NAME",
     _TRAIN + " --data=DATA --deepspeed=NAME",
-    "bench replay ANSWERS --prompts=NAME",
-    "bench replay ANSWERS --train-tokenizer=300 --tokenizer-text=NAME",
+    "bench replay ANSWERS --tokenizer=demo --prompts=NAME",
     _ANSWER + " --input=NAME",
     _TRAIN + " --data=NAME",
     "data features --output=o --data=NAME",
@@ -196,7 +195,7 @@ OUTPUT_TAKERS = (
     "data features --data=DATA --output=NAME",
     "train --data=DATA --max-steps=0 --output=NAME",
     "bench run --target=MODEL --arms=hf --limit=1 --max-new-tokens=16 --pairs=1 --output=NAME",
-    "bench replay ANSWERS --output=NAME",
+    "bench replay ANSWERS --tokenizer=demo --output=NAME",
     "bench report RESULTS --output=NAME",
     "convert HEAD -- NAME",
     _TUNE + " --target=MODEL --output=NAME",
@@ -204,7 +203,8 @@ OUTPUT_TAKERS = (
 """What writes."""
 
 QUIET_TAKERS = ("doctor", GENERATE + " --method=none", "--help", "--version", "inspect HEAD",
-                "bench gate RESULTS RESULTS", "bench replay ANSWERS", "nope")  # fmt: skip
+                "bench gate RESULTS RESULTS",
+                "bench replay ANSWERS --tokenizer=demo", "nope")  # fmt: skip
 """Run with a standard output that takes nothing."""
 
 HOMES = ("/dev/null", "/proc/none", "a\nb", "relative", "LOCKED", "", None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from specdec.artifacts.places import DRAFT_HEAD, DRAFT_MODEL
 from specdec.errors import SpecdecError
 from specdec_bench.results.records import PassRecord
 from specdec_bench.summary.acceptance import Acceptance, Counts, acceptance_of
@@ -15,6 +16,7 @@ from specdec_bench.summary.speculation_profile import (
     Measured,
     build_profile,
     check_profile,
+    save_profile,
     write_profile,
 )
 
@@ -114,10 +116,11 @@ def test_the_profile(tmp_path: Path) -> None:
     acceptance = Acceptance.of({"1": 40, "2": 30, "3": 30}, drafted=300)
     other = Acceptance.of({"1": 10})
     measured = Measured(
-        "eagle3", 3, "/somewhere/private/org/model", "C:\\heads\\mine", {"code": other}, {"n": 1}
-    )
+        "eagle3", 3, "/somewhere/private/org/model", "C:\\heads\\mine", {"code": other}, {"n": 1},
+        DRAFT_HEAD,
+    )  # fmt: skip
     path = tmp_path / "speculation_profile.json"
-    write_profile(path, build_profile(acceptance, measured))
+    save_profile(path, build_profile(acceptance, measured))
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found["schema_version"] == "1.0"
     assert found["marginal_accept_rates"] == [0.6, 0.3, 0.0]
@@ -135,14 +138,23 @@ def test_the_profile(tmp_path: Path) -> None:
 
 def test_which_profiles_may_be_extrapolated() -> None:
     chain, tree = Acceptance.of({"2": 1}), Acceptance.of({"2": 1}, 8, chain=False)
-    for acceptance, method, wanted in [
-        (chain, "eagle3", "chain_analytic"),
-        (chain, "draft_model", "chain_analytic"),
-        (tree, "eagle3", "measured_per_k"),
-        (chain, "prompt_lookup", "measured_per_k"),
+    for acceptance, drafts_with, wanted in [
+        (chain, DRAFT_HEAD, "chain_analytic"),
+        (chain, DRAFT_MODEL, "chain_analytic"),
+        (tree, DRAFT_HEAD, "measured_per_k"),
+        (chain, None, "measured_per_k"),
     ]:
-        profile = build_profile(acceptance, Measured(method, 4))
+        profile = build_profile(acceptance, Measured("x", 4, drafts_with=drafts_with))
         assert profile["accept_length_model"] == wanted
+
+
+def test_a_profile_is_as_long_as_what_was_accepted(tmp_path: Path) -> None:
+    counted = {"code": [Counts({"4": 3}), Counts({"1": 1})], "maths": [Counts({})]}
+    write_profile(tmp_path / "new" / "p.json", Measured("x", 2), counted)
+    found = json.loads((tmp_path / "new" / "p.json").read_text(encoding="utf-8"))
+    assert found["num_speculative_tokens"] == 3
+    assert found["acceptance_length_histogram"] == {"1": 1, "4": 3}
+    assert list(found["per_category"]) == ["code"], "maths has no round"
 
 
 def test_a_profile_that_would_be_cut_short() -> None:
@@ -167,7 +179,7 @@ def test_a_profile_that_contradicts_itself_is_not_written(
     profile = build_profile(Acceptance.of({"1": 40, "2": 30, "3": 30}), Measured("eagle3", 3))
     profile[field] = value
     with pytest.raises(SpecdecError, match=message):
-        write_profile(tmp_path / "p.json", profile)
+        save_profile(tmp_path / "p.json", profile)
     assert not list(tmp_path.iterdir())
     del profile[field]
     with pytest.raises(SpecdecError):

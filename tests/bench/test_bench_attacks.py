@@ -13,9 +13,9 @@ from transformers.utils import logging
 
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench import RunOptions, read_results, run
-from specdec_bench.measure.arms import parse_arm
+from specdec_bench.arm_names import parse_arm
+from specdec_bench.contracts import Unit
 from specdec_bench.measure.command import run_run
-from specdec_bench.measure.units import Unit
 from specdec_bench.output_files import check_replaceable
 from specdec_bench.printable import printable
 from specdec_bench.replay.options import ReplayOptions, check_replay_options

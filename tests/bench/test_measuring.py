@@ -15,16 +15,16 @@ import pytest
 import torch
 
 from specdec.api import _ATTRIBUTE
+from specdec.cost.curve import CurveMeter
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench import RunOptions, run
-from specdec_bench.measure.arms import Workbench, parse_arm
-from specdec_bench.measure.costs import CurveMeter
+from specdec_bench.arm_names import parse_arm
+from specdec_bench.contracts import Unit, Workbench
 from specdec_bench.measure.loaded import is_on_cpu, torch_threads
 from specdec_bench.measure.measuring import PeakMemory
 from specdec_bench.measure.runner import _Budget
 from specdec_bench.measure.schedule import Stopping, Timings
 from specdec_bench.measure.terminal_table import print_results
-from specdec_bench.measure.units import Unit
 from specdec_bench.results.provenance import weights_hash
 from specdec_bench.results.records import PassRecord, TimeRecord, UnitRecord
 from specdec_bench.summary.passes import Passes

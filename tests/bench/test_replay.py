@@ -3,14 +3,16 @@
 import gzip
 import json
 import random
+import sysconfig
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import specdec
 from specdec.config import SpecConfig
@@ -19,10 +21,10 @@ from specdec.drafters.row import DraftRow, RowDrafter, RowRound
 from specdec.errors import ConfigError, DrafterError, SpecdecError
 from specdec.round.tree import TokenTree
 from specdec_bench.replay.command import run_replay
+from specdec_bench.replay.encoding import Encoder, encoder_of
 from specdec_bench.replay.methods import parse_methods
 from specdec_bench.replay.options import ReplayOptions
 from specdec_bench.replay.replay import Encoded, _state, encode, figures, replay, walk
-from specdec_bench.replay.tokenizer import Encoder, existing, trained, training_texts
 from specdec_bench.replay.traces import (
     Answer,
     Reading,
@@ -30,6 +32,7 @@ from specdec_bench.replay.traces import (
     read_answers,
     read_counters,
 )
+from specdec_bench.rows import read_rows
 from specdec_bench.summary.speculation_profile import check_profile
 
 SHARED = Path("../shared/data")
@@ -135,7 +138,7 @@ def test_replay_counts_what_the_loop_counts(method: str, options: dict[str, Any]
     config = SpecConfig(method.partition(":")[0], options)
     text = model.generate(ids, specdec=config, max_new_tokens=60, do_sample=False, pad_token_id=0)
     wanted = specdec.last_stats(model)
-    encoder = existing("demo", with_template=False)
+    encoder = encoder_of("demo", with_template=False)
     recorded = Encoded(answer(prompt, ""), ids[0].tolist(), text[0, ids.shape[1] :].tolist(), 0)
     counts = replay([recorded], parse_methods([method])[0], encoder)[0].counts
     assert counts.histogram == wanted.histogram
@@ -144,27 +147,17 @@ def test_replay_counts_what_the_loop_counts(method: str, options: dict[str, Any]
 
 def test_methods_on_text_that_repeats() -> None:
     prompt, text = "one two three four five. ", "one two three four five. one two"
-    counts = one("textbook_lookup:max_ngram=3,num_draft_tokens=5", prompt, text)
+    lookup = "prompt_lookup:max_ngram=3,num_draft_tokens=5,tokens_per_match=5"
+    counts = one(lookup, prompt, text)
     # "o" from the prefill; " t" alone is ambiguous nowhere, so every later round accepts five.
     assert sum(n * times for n, times in counts.histogram.items()) == len(text) - 1
     assert counts.histogram[6] >= 4
     assert counts.chain
-    pool = one("ngram_pool:ngram=4,guesses=3", prompt, text)
-    assert max(pool.histogram) == 4
     noise = "".join(random.Random(0).choices("abc", k=300))
     assert not one("suffix", noise[:200], noise[200:]).chain
     assert one("suffix", noise[:200], noise[200:], chains=True).chain
     nothing = one("prompt_lookup", "abc", "defghijk")
     assert (nothing.histogram, nothing.drafted) == ({1: 7}, 0)
-
-
-def test_the_lookups_differ_where_text_ends_in_a_loop() -> None:
-    periodic = one(
-        "prompt_lookup:max_ngram=3,num_draft_tokens=10,tokens_per_match=10", "x", "ab" * 30
-    )
-    textbook = one("textbook_lookup:max_ngram=3,num_draft_tokens=10", "x", "ab" * 30)
-    assert max(periodic.histogram) == 11
-    assert sum(periodic.histogram.values()) < sum(textbook.histogram.values())
 
 
 def test_loops_are_cut_unless_they_are_kept() -> None:
@@ -196,21 +189,21 @@ def test_a_store_never_holds_an_answer_to_the_same_prompt() -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("lookahead", "cannot be replayed: its window.*ngram_pool replays the pool"),
+        ("lookahead", "cannot be replayed: it guesses with what the target says"),
         ("jacobi", "cannot be replayed: it guesses with what the target says"),
         ("recycling", "cannot be replayed: it needs the target's next best candidates"),
         ("eagle3", "cannot be replayed: it needs forwards of a model"),
         ("draft_model", "cannot be replayed: it needs forwards of a model"),
         ("none", "cannot be replayed: it drafts nothing"),
-        ("sufix", "unknown method 'sufix'; those that can be replayed are prompt_lookup, suffix,"),
-        ("prompt_lookup+store", "only suffix has a store"),
-        ("suffix:store=/tmp/x", "would let it see its own answer"),
+        ("none", "those that can be are prompt_lookup, suffix"),
+        ("hf_prompt_lookup", "it is none of specdec's drafting methods"),
+        ("server:http://localhost:8000", "it is none of specdec's drafting methods"),
+        ("sufix", "unknown method 'sufix'; choose one of"),
+        ("prompt_lookup+store", "prompt_lookup has no store"),
+        ("suffix:store=/tmp/x", "store keeps texts from answer to answer"),
         ("prompt_lookup:max_ngram=0", "max_ngram must be a whole number from 1 to 64"),
         ("prompt_lookup:ngram=3", "has no option 'ngram'"),
-        ("textbook_lookup:n=3", "takes max_ngram=N, num_draft_tokens=N"),
-        ("textbook_lookup:max_ngram=0", "max_ngram >= 1"),
-        ("ngram_pool:ngram=1", "ngram >= 2"),
-        ("suffix:budget=0", "budget must be from 1"),
+        ("suffix:budget=-1", "budget must be a whole number"),
         ("suffix,suffix", "named twice"),
     ],
 )
@@ -220,17 +213,13 @@ def test_methods_that_are_refused(method: str, message: str) -> None:
 
 
 def test_methods_as_they_are_written() -> None:
-    found = parse_methods(["prompt_lookup:max_ngram=5,budget=4, suffix", "ngram_pool"], 3, 7)
+    found = parse_methods(["prompt_lookup:max_ngram=5,budget=4, suffix", "suffix+store"])
     assert [one.name for one in found] == [
-        "prompt_lookup:max_ngram=5,budget=4", "suffix", "ngram_pool",
+        "prompt_lookup:max_ngram=5,budget=4", "suffix", "suffix+store",
     ]  # fmt: skip
-    lookup = {"max_ngram": 5, "num_draft_tokens": 7, "tokens_per_match": 7}
-    assert (found[0].options, found[0].budget, found[1].options) == (lookup, 4, {})
+    assert (found[0].options, found[0].budget, found[1].options) == ({"max_ngram": 5}, 4, {})
+    assert (found[1].store, found[2].store) == (False, True)
     assert [one.name for one in parse_methods([])] == ["prompt_lookup", "suffix"]
-    with pytest.raises(ConfigError, match="--ngram and --draft are for"):
-        parse_methods(["suffix"], ngram=3)
-    with pytest.raises(ConfigError, match="min_ngram must be at most max_ngram"):
-        parse_methods(["prompt_lookup:min_ngram=4"], ngram=3)
 
 
 def test_a_registered_drafter_can_be_replayed() -> None:
@@ -327,7 +316,7 @@ def test_a_truncated_trace_is_refused(tmp_path: Path) -> None:
     packed = gzip.compress(lines.encode())
     path = tmp_path / "t.jsonl.gz"
     path.write_bytes(packed[:-20])
-    with pytest.raises(ConfigError, match=r"t\.jsonl\.gz is cut off or damaged after line"):
+    with pytest.raises(ConfigError, match=r"t\.jsonl\.gz: it is cut off or damaged after line"):
         read_answers(path, Reading())
     path.write_text(lines[:-10])  # a torn last line, unpacked
     with pytest.raises(ConfigError, match="line 3000 is not JSON"):
@@ -360,18 +349,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     output = tmp_path / "new" / "out.jsonl"
     options = ReplayOptions(
         files=(TRACES / "medusa_vicuna_7b_mt_bench.jsonl.gz",),
-        methods=("prompt_lookup,ngram_pool",),
+        methods=("prompt_lookup,suffix",),
         prompts=SHARED / "prompts" / "mt_bench.jsonl",
-        train_tokenizer=1024,
+        tokenizer="demo",
         limit=9,
         output=output,
     )
     assert run_replay(options) == 0
     said = capsys.readouterr().out
     assert "18 answers to 9 prompts" in said
-    assert "BPE of 1,024 tokens, trained on these very texts" in said
+    assert "tokenizer: demo" in said
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert lines[0]["methods"]["ngram_pool"]["method"] == "ngram_pool"
+    assert lines[0]["methods"]["suffix"] == {"method": "suffix", "options": {}, "budget": None}
+    assert lines[0]["tokenizer"]["name"] == "demo"
     assert len(lines[0]["files"]["medusa_vicuna_7b_mt_bench.jsonl.gz"]) == 64
     assert lines[-1] == {"kind": "end", "records": len(lines) - 1}
     assert len(lines) == 2 + 2 * 18
@@ -392,6 +382,7 @@ def test_the_profile_of_the_first_method(
     options = ReplayOptions(
         files,
         methods=("prompt_lookup:num_draft_tokens=4", "suffix"),
+        tokenizer="demo",
         output=tmp_path / "out.jsonl",
         profile=tmp_path / "new" / "profile.json",
         keep_loops=True,
@@ -412,7 +403,10 @@ def test_the_profile_of_the_first_method(
     assert str(tmp_path) not in json.dumps(found)
     for change, words in (
         ({"output": None}, "already there; --overwrite"),
-        ({"output": None, "counters": True, "methods": ()}, "--profile needs positions"),
+        (
+            {"output": None, "counters": True, "methods": (), "tokenizer": None},
+            "--profile needs positions",
+        ),
         ({"output": None, "profile": files[0], "overwrite": True}, "which is needed"),
         ({"output": tmp_path / "p", "profile": tmp_path / "p"}, "which is needed"),
     ):
@@ -424,14 +418,11 @@ def test_the_profile_of_the_first_method(
     ("options", "message"),
     [
         (ReplayOptions(), "no FILE"),
-        (ReplayOptions((Path("a"), Path("a"))), "a is given twice"),
-        (ReplayOptions((Path("absent.jsonl"),)), "no file 'absent.jsonl'"),
+        (ReplayOptions((Path("a"), Path("a"))), "--files names .* twice"),
+        (ReplayOptions((Path("absent.jsonl"),), tokenizer="demo"), "no file 'absent.jsonl'"),
         (ReplayOptions((Path("a"),), limit=0), "--limit must be from 1"),
-        (ReplayOptions((Path("a"),), train_tokenizer=100), "--train-tokenizer must be from 257"),
-        (ReplayOptions((Path("a"),), tokenizer="demo", train_tokenizer=500), "not both"),
-        (ReplayOptions((Path("a"),), tokenizer_text=("x",)), "which is missing"),
+        (ReplayOptions((Path("a"),)), "no --tokenizer; name that of the model .*, or demo"),
         (ReplayOptions((Path("a"),), counters=True, methods=("suffix",)), "replays nothing"),
-        (ReplayOptions((Path("a"),), chat_template=True, train_tokenizer=500), "has no template"),
     ],
 )
 def test_options_that_are_refused(options: ReplayOptions, message: str) -> None:
@@ -441,23 +432,21 @@ def test_options_that_are_refused(options: ReplayOptions, message: str) -> None:
 
 def test_tokenizers_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no chat template"):
-        existing("demo", with_template=True)
+        encoder_of("demo", with_template=True)
     with pytest.raises(SpecdecError, match=r"--tokenizer: there is no folder .*absent"):
-        existing(str(tmp_path / "absent"), with_template=False)
-    with pytest.raises(ConfigError, match="cannot read --tokenizer-text"):
-        list(training_texts([str(tmp_path / "absent.txt")], 10))
-    with pytest.raises(ConfigError, match="no text to learn from"):
-        trained(300, [""], "x")
-    (tmp_path / "long.txt").write_text("x" * 1000)
-    assert list(training_texts([str(tmp_path / "long.txt")], 10)) == ["x" * 10]
+        encoder_of(str(tmp_path / "absent"), with_template=False)
 
 
-def test_any_text_survives_a_trained_tokenizer() -> None:
-    encoder = trained(300, ["hello hello"], "x")
-    assert encoder.size <= 300
-    assert encoder.encode("hello") != encoder.encode("hallo")
-    assert len(encoder.encode("\u4f60\u597d \U0001f600\n\x00")) > 3
-    assert encoder.arrange((("user", "a"), ("assistant", "b"))) == encoder.encode("a\nb")
+def test_a_conversation_is_arranged_by_lines_or_by_the_template(tmp_path: Path) -> None:
+    said = (("user", "a"), ("assistant", "b"))
+    plain = encoder_of("demo", with_template=False)
+    assert plain.arrange(said) == plain.encode("a\nb")
+    tokenizer = load_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    templated = encoder_of(str(tmp_path), with_template=True)
+    assert templated.arrange(said) == plain.encode("user: a;assistant: b;")
 
 
 @needs_data
@@ -472,11 +461,8 @@ def test_medusa_counters_give_the_published_figures(capsys: pytest.CaptureFixtur
 
 @needs_data
 def test_prompt_lookup_on_recorded_answers_gives_known_figures() -> None:
-    """A byte-level BPE of 4,096 tokens, trained on the beginnings of five kinds of text."""
-    sources = ["train/oasst_pythia12b_1k_prompts.jsonl.gz", "train/gsm8k_train.jsonl.gz",
-               "train/tinyshakespeare.txt", "prompts/mbpp.jsonl"]  # fmt: skip
-    texts = training_texts([*(str(SHARED / name) for name in sources), "stdlib"], 3_000_000)
-    encoder = trained(4096, texts, "test")
+    """With a byte-level BPE of 4,096 tokens, trained on the beginnings of five kinds of text."""
+    encoder = byte_level_bpe(4096, five_kinds_of_text(3_000_000))
     prompts = load_prompts(SHARED / "prompts" / "mt_bench.jsonl")
     cases = [
         ("deepseek_v3_0324_oasst_lottery", Reading(limit=150), 1.33),
@@ -485,9 +471,59 @@ def test_prompt_lookup_on_recorded_answers_gives_known_figures() -> None:
         ("gsm8k_model_solutions",
          Reading(limit=200, answer_field="175b_verification.solution"), 1.49),
     ]  # fmt: skip
-    method = parse_methods(["prompt_lookup"], ngram=3, draft=10)[0]
+    sizes = "max_ngram=3,num_draft_tokens=10,tokens_per_match=10"
+    method = parse_methods([f"prompt_lookup:{sizes}"])[0]
     for name, reading, wanted in cases:
         answers = encode(read_answers(TRACES / f"{name}.jsonl.gz", reading), encoder)
         found = figures(replay(answers, method, encoder))
         assert abs(found.tau.value - wanted) <= 0.02, name
         assert found.tau.low < wanted < found.tau.high, name
+
+
+def byte_level_bpe(size: int, texts: list[str]) -> Encoder:
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    size = tokenizer.get_vocab_size()
+    return Encoder("test", "0" * 64, size, ids, lambda said: ids("\n".join(t for _, t in said)))
+
+
+def five_kinds_of_text(characters: int) -> list[str]:
+    """The beginning of each: answers, school maths, Shakespeare, short programs, Python itself."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    library = [
+        path.read_text(encoding="utf-8", errors="ignore")
+        for path in sorted(folder.rglob("*.py"))
+        if not left_out & set(path.relative_to(folder).parts)
+    ]
+    rows = [
+        ["\n".join(strings(row.value)) for row in read_rows(SHARED / name)]
+        for name in ("train/oasst_pythia12b_1k_prompts.jsonl.gz", "train/gsm8k_train.jsonl.gz",
+                     "prompts/mbpp.jsonl")
+    ]  # fmt: skip
+    rows.insert(2, [(SHARED / "train/tinyshakespeare.txt").read_text(encoding="utf-8")])
+    kept = []
+    for texts in [*rows, library]:
+        left = characters
+        for text in texts:
+            kept.append(text[: max(left, 0)])
+            left -= len(text)
+    return [text for text in kept if text]
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings(part)

@@ -9,8 +9,8 @@ import pytest
 from rich.cells import cell_len
 
 from bench.fake_results import ARMS, PROVENANCE, Fake, FakeArm, sampled, with_arm
+from specdec_bench.arm_names import parse_arm
 from specdec_bench.measure import command
-from specdec_bench.measure.arms import parse_arm
 from specdec_bench.measure.options import RunOptions
 from specdec_bench.measure.setting_run import not_promised
 from specdec_bench.measure.terminal_table import print_results

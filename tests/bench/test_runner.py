@@ -17,12 +17,14 @@ from specdec.errors import ConfigError, SpecdecError
 from specdec.round.tree import TreeBatch
 from specdec.round.verify import verify
 from specdec_bench import RunOptions, read_results, run
-from specdec_bench.measure.arms import GenerateArm, Workbench, parse_arm
+from specdec_bench.arm_names import parse_arm
+from specdec_bench.contracts import Unit, Workbench
+from specdec_bench.measure.arms import GenerateArm
 from specdec_bench.measure.command import run_run
 from specdec_bench.measure.loaded import Loaded
 from specdec_bench.measure.measuring import BurstWatch, warm_up
 from specdec_bench.measure.schedule import Stopping, Timings, order
-from specdec_bench.measure.units import Unit, text_hash
+from specdec_bench.measure.units import text_hash
 from specdec_bench.results.records import Results, Setting, TimeRecord, UnitRecord
 from specdec_bench.summary.summarize import summarize
 
@@ -193,7 +195,7 @@ def test_repeats_of_one_prompt_never_see_an_earlier_answer(
         ("lookahead:keep_pool=true", "keep_pool keeps texts"),
         ("suffix:store=folder", "store keeps texts"),
         ("recycling:keep_matrix=yes", "keep_matrix keeps texts"),
-        ("jacobi+store", "only suffix"),
+        ("jacobi+store", "jacobi has no store"),
         ("guess", "unknown method 'guess'"),
         ("", "unknown method ''"),
         ("prompt_lookup:length=3", "no option 'length'"),

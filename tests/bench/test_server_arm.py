@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from specdec.errors import ConfigError, SpecdecError
-from specdec_bench.measure.units import Unit
+from specdec_bench.contracts import Unit
+from specdec_bench.measure.server_arm import ServerArm
 from specdec_bench.results.records import Setting, UnitRecord
-from specdec_bench.server.arm import ServerArm
-from specdec_bench.server.dialects import Reply, rounds_of
 from specdec_bench.summary.acceptance import acceptance_of
+from specdec_integrations.servers.dialects import Reply, rounds_of
 
 ROUNDS = [[5], [6, 7, 8], [9], [10, 11]]  # the first is the prefill's
 TEXT = [token for part in ROUNDS for token in part]
@@ -427,7 +427,7 @@ def test_a_server_that_keeps_prompts_is_known_by_it() -> None:
 
 
 def test_a_cache_that_can_no_longer_be_cleared_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec_bench.server.memory._WAIT", 0.05)
+    monkeypatch.setattr("specdec_integrations.servers.prefix_cache._WAIT", 0.05)
     fake = sglang(clears="/flush_cache")
     with serving(fake) as url:
         server = arm(url)

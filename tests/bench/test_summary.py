@@ -6,7 +6,10 @@ from dataclasses import replace
 import pytest
 
 from bench.fake_results import ARMS, PROVENANCE, Fake, FakeArm, sampled, with_arm
-from specdec_bench.results.records import Results, Setting
+from specdec.cost.curve import CostCurve
+from specdec.cost.predict import RoundCosts
+from specdec_bench.results.records import CurveRecord, PassRecord, Results, Setting
+from specdec_bench.summary.passes import cost_curve, round_costs
 from specdec_bench.summary.summarize import noisy_clocks, summarize
 from specdec_bench.summary.types import ArmFigures, SettingFigures, Summary
 
@@ -264,6 +267,17 @@ def test_predicted_is_compared_with_measured(quiet: Summary) -> None:
     found = arm(no_curve, EAGLE).costs
     assert found is not None
     assert (found.predicted, found.residual) == (None, None)
+
+
+def test_the_rounds_of_an_arm_are_summed_without_the_prefill() -> None:
+    passed = PassRecord(
+        0, "u", "x", {"1": 10}, 10, 0, True, {"prefill": 1.0, "draft": 4.0}, 9.0, 1.0, [],
+        sizes={"1": 5, "8": 5},
+    )  # fmt: skip
+    assert round_costs([passed, passed]) == RoundCosts(20, 2.0, {"draft": 8.0}, {1: 10, 8: 10})
+    assert round_costs([]) == RoundCosts(0, 0, {}, {})
+    record = CurveRecord("float32", 1, {"1": 2.0, "16": 6.0})
+    assert cost_curve(record) == CostCurve({1: 2.0, 16: 6.0})
 
 
 def test_one_prompt_one_repeat() -> None:

@@ -185,7 +185,9 @@ def test_bad_files(tmp_path: Path) -> None:
     whole = gzip.compress(b'{"prompt": "fine"}\n' * 3000 + json.dumps({"prompt": "x"}).encode())
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match=r"cut\.jsonl\.gz is cut off or damaged after line \d+"):
+    with pytest.raises(
+        ConfigError, match=r"cut\.jsonl\.gz: it is cut off or damaged after line \d+"
+    ):
         load_tasks([str(cut)])
     broken = bytearray(whole)
     broken[-5] ^= 0xFF  # of the checksum

@@ -15,9 +15,10 @@ import specdec.loop
 from specdec.audit.exactness import audit, reference_model, replay_noise
 from specdec.demo import load_target, load_tokenizer
 from specdec.errors import ConfigError, SpecdecError
+from specdec_bench.arm_names import parse_arm
 from specdec_bench.checks import text as text_module
 from specdec_bench.checks.teacher_forced import LARGEST_RATIO, Judged, Requests, judge
-from specdec_bench.checks.text import ReferenceModel, check_text, promises_text
+from specdec_bench.checks.text import ReferenceModel, check_text
 from specdec_bench.results.records import Setting, UnitRecord
 
 VOCAB, NEW, SEED = 256, 48, 5
@@ -308,8 +309,16 @@ def test_one_reference_a_model() -> None:
 
 
 def test_who_promises_the_text() -> None:
-    assert promises_text("hf_assisted", {}, 0.0)
-    assert promises_text("eagle3", {}, 0.8)
-    assert not promises_text("hf_prompt_lookup", {}, 0.8)
-    assert not promises_text("draft_model", {"draft_sampling": True}, 0.8)
-    assert promises_text("draft_model", {"draft_sampling": True}, 0.0)
+    for name, temperature, wanted in (
+        ("hf", 0.8, True),
+        ("hf_assisted", 0.0, True),
+        ("hf_assisted", 0.8, False),
+        ("hf_prompt_lookup", 0.8, False),
+        ("server:http://localhost:8000", 0.8, False),
+        ("loop0", 0.8, True),
+        ("eagle3", 0.8, True),
+        ("draft_model", 0.8, True),
+        ("draft_model:draft_sampling=true", 0.8, False),
+        ("draft_model:draft_sampling=true", 0.0, True),
+    ):
+        assert parse_arm(name).promises_text(temperature) is wanted, name

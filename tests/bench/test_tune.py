@@ -58,7 +58,7 @@ def model() -> Iterator[Any]:
 @cache
 def make_bench(model: Any, batch: int) -> Bench:
     tokenizer, setting = load_tokenizer("demo"), Setting(batch=batch)
-    drafts = {"eagle3": lambda: str(head_path())}
+    drafts = {DRAFT_HEAD: lambda: str(head_path())}
     workbench = Workbench(model, tokenizer, setting, drafts)
     maker = Maker(model, tokenizer, setting, workbench.sampling(), 56, frozenset())
     units, _ = maker.make(0, load_tasks(["smoke"], limit=3 * batch))
@@ -577,7 +577,7 @@ def test_targets_without_trees_are_judged_by_real_answers(short: None) -> None:
 
 
 def test_a_method_that_cannot_run_says_why(bench: Bench) -> None:
-    broken = replace(bench.workbench, drafts={"eagle3": lambda: "/nowhere/at/all"})
+    broken = replace(bench.workbench, drafts={DRAFT_HEAD: lambda: "/nowhere/at/all"})
     search = tune_search.Search(Bench(broken, bench.units, CURVE), "eagle3")
     assert search.run() == []
     assert "/nowhere/at/all" in search.skipped

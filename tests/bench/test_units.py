@@ -1,4 +1,4 @@
-"""Units and costs: what is counted of a text, who is batched with whom, what theory predicts."""
+"""Units: what is counted of a text, who is batched with whom, whose store holds what."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from specdec.demo import load_tokenizer
 from specdec.errors import ConfigError
 from specdec.sources.suffix_index import NO_MATCH
 from specdec.sources.suffix_store import SuffixStore
-from specdec_bench.measure.arms import Workbench, fill_stores
-from specdec_bench.measure.costs import RoundCosts, cost_ratio, measure_curve, predict
-from specdec_bench.measure.loaded import Loaded
+from specdec_bench.contracts import Unit, Workbench
+from specdec_bench.measure.arms import fill_stores
 from specdec_bench.measure.options import RunOptions
 from specdec_bench.measure.runner import default_arms, settings_of
-from specdec_bench.measure.units import MIXED, Maker, Unit, padded, text_hash
-from specdec_bench.results.records import CurveRecord, PassRecord, Setting
+from specdec_bench.measure.units import MIXED, Maker, padded, text_hash
+from specdec_bench.results.records import Setting
 from specdec_bench.tasks import Prompt
 
 END = 99
@@ -237,46 +236,6 @@ def test_padding_is_on_the_left() -> None:
     ids, mask = padded([[1, 2, 3], [4]], Script({}))
     assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-
-
-CURVE = CurveRecord("float32", 1, {"1": 2.0, "2": 2.2, "8": 4.0, "16": 6.0})
-
-
-@pytest.mark.parametrize(
-    ("size", "ratio"), [(1, 1.0), (2, 1.1), (5, 1.55), (8, 2.0), (12, 2.5), (24, 4.0)]
-)
-def test_costs_between_and_beyond_what_was_measured(size: int, ratio: float) -> None:
-    assert cost_ratio(CURVE, size) == pytest.approx(ratio)
-
-
-def passed(arm: str, rounds: int, sizes: dict[str, int], **stages: float) -> PassRecord:
-    return PassRecord(
-        0, "u", arm, {"1": rounds}, rounds, 0, True, {"prefill": 1.0, **stages}, 9.0, 1.0, [],
-        sizes=sizes,
-    )  # fmt: skip
-
-
-def test_the_prediction_is_the_formula() -> None:
-    base = RoundCosts.of([passed("loop0", 30, {"1": 30}, forward=60.0, verify=3.0)])
-    arm = RoundCosts.of(
-        [passed("x", 10, {"1": 5, "8": 5}, draft=4.0, forward=999.0, verify=2.0, commit=1.0)]
-    )
-    # Rounds of the arm: 0.4 draft, 1.5 forwards of 2 s, 0.3 of the rest.
-    assert predict(arm, base, CURVE) == pytest.approx((1 + 30 * 2.1) / (1 + 10 * (0.4 + 3 + 0.3)))
-    # On a GPU verify waits for the forward and grows with it.
-    on_device = (1 + 30 * 2.1) / (1 + 10 * (0.4 + 1.5 * 2.1 + 0.1))
-    assert predict(arm, base, CURVE, on_device=True) == pytest.approx(on_device)
-    assert predict(base, base, CURVE) == pytest.approx(1.0)
-    assert predict(RoundCosts.of([]), base, CURVE) is None
-
-
-def test_a_curve_is_measured_in_every_batch() -> None:
-    loaded = Loaded(RunOptions(), "float32")
-    for batch in (1, 2):
-        curve = measure_curve(loaded.model, "float32", batch, seconds=0.01)
-        assert (curve.dtype, curve.batch) == ("float32", batch)
-        assert {"1", "2"} <= set(curve.seconds)
-        assert all(0 < seconds < 10 for seconds in curve.seconds.values())
 
 
 def test_sweeps_are_combined_and_defaults_fit_the_target() -> None:

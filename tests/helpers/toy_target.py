@@ -192,6 +192,9 @@ class Game:
         assert self.budget is not None
         return self.budget[len(self.rounds) % len(self.budget)]
 
+    def observe(self, record: RoundRecord) -> None:
+        """As `BudgetPolicy` says."""
+
     def play(self, drafter: Drafter, *prompts: Text) -> list[list[Played | None]]:
         """Decodes; the rows of every round, None for those that have ended."""
         batch = len(prompts)

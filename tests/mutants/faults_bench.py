@@ -70,4 +70,12 @@ BENCH = (
         "return tuple(count / self.rounds for count in self._survivors()[:-1])",
         f"{_TESTS}/test_acceptance.py::test_the_identity_holds_for_any_histogram",
     ),
+    Fault(
+        "a_budget_is_told_nothing",
+        "a controller that cannot learn",
+        "specdec/loop.py",
+        "            call.budget.observe(record)\n",
+        "",
+        "tests/unit/test_cost.py::test_a_budget_learns_once_a_round_and_changes_the_speed_alone",
+    ),
 )

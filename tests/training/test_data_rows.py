@@ -14,6 +14,7 @@ import datasets
 import pytest
 from data_helpers import CHATML, chat_format, chat_row, write_rows
 
+from specdec.artifacts import json_lines
 from specdec.errors import ConfigError
 from specdec_training.data import row_files
 from specdec_training.data.bad_rows import REASONS, BadRow, Tally
@@ -233,7 +234,7 @@ def test_a_folder_and_several_inputs(tmp_path: Path) -> None:
 def test_a_line_that_is_too_long_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_files, "MOST_LINE_BYTES", 50)
+    monkeypatch.setattr(json_lines, "MOST_LINE_BYTES", 50)
     rows = [{"text": "a"}, {"text": "b" * 200}, {"text": "c"}, {"text": "d" * 90}]
     found = read(write_rows(tmp_path / "a.jsonl", rows))
     assert [one.row is not None for one in found] == [True, False, True, False]

@@ -112,6 +112,9 @@ def test_rounds_without_a_budget_are_caught_up(
             rounds.append(budgets[len(rounds) % len(budgets)])
             return rounds[-1]
 
+        def observe(self, record: RoundRecord) -> None:
+            pass
+
     from specdec.generate import decode
 
     monkeypatch.setattr(decode, "FixedBudget", lambda size: Policy())

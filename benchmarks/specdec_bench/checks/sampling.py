@@ -46,7 +46,7 @@ class SampledArm:
     Attributes:
         name: For the record.
         sample: Answers a prompt from a seed.
-        promised: It promises plain's text (see `checks.text.promises_text`), exactly: fp32 or fp64.
+        promised: It promises plain's text (see `ArmSpec.promises_text`), exactly: fp32 or fp64.
     """
 
     name: str

@@ -9,8 +9,8 @@ prefix that the arm itself wrote. A verifier that lets an unchecked token throug
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -18,7 +18,8 @@ from specdec.audit.exactness import reference_model
 from specdec.errors import ConfigError, SpecdecError
 from specdec.hf.compat import attention_name
 from specdec_bench.checks.teacher_forced import Requests, judge
-from specdec_bench.results.records import Setting, UnitRecord
+from specdec_bench.contracts import Unit
+from specdec_bench.results.records import Setting
 from specdec_bench.results.values import Verdict
 
 Finding = tuple[Verdict, dict[str, int], tuple[int, int] | None, float | None]
@@ -27,44 +28,6 @@ Finding = tuple[Verdict, dict[str, int], tuple[int, int] | None, float | None]
 _HALF = ("bfloat16", "float16")
 _WHOLE = ("float32", "float64")
 _FP64_OVER_HALF = 4.5  # memory of the reference over that of the model, with room to work in
-
-
-class CheckedUnit(Protocol):
-    """What the check needs of a unit."""
-
-    @property
-    def record(self) -> UnitRecord:
-        """Its record."""
-        ...
-
-    @property
-    def prompt_ids(self) -> Sequence[Sequence[int]]:
-        """Prompt of each row."""
-        ...
-
-    @property
-    def text_ids(self) -> Sequence[Sequence[int]]:
-        """Plain's new tokens of each row."""
-        ...
-
-
-def promises_text(method: str, options: Mapping[str, Any], temperature: float) -> bool:
-    """Whether an arm promises plain's text, so that `check_text` can judge it.
-
-    Greedy decoding does, and our methods do with the same seed. Hugging Face's assisted decoding
-    and a sampled draft model keep the distribution only (`--check-sampling` tests that), and
-    another process draws its own noise.
-
-    Args:
-        method: Name of the arm without its options, for example "hf_assisted" or "eagle3".
-        options: Options of the arm.
-        temperature: Of the setting.
-    """
-    if temperature == 0:
-        return True
-    if method in ("hf_prompt_lookup", "hf_assisted", "server"):
-        return False
-    return not (method == "draft_model" and options.get("draft_sampling"))
 
 
 class ReferenceModel:
@@ -136,7 +99,7 @@ def _fits(model: Any) -> bool:
 def check_text(
     reference: ReferenceModel,
     model: Any,
-    unit: CheckedUnit,
+    unit: Unit,
     emitted: Sequence[Sequence[int]],
     setting: Setting,
 ) -> Finding:
@@ -204,7 +167,7 @@ def _wrong_from(
     return "wrong", _counts(exact=total - wrong, wrong=wrong), parted[0], None
 
 
-def _check_rule(reference: ReferenceModel, model: Any, unit: CheckedUnit, setting: Setting) -> None:
+def _check_rule(reference: ReferenceModel, model: Any, unit: Unit, setting: Setting) -> None:
     """Raises unless plain's own text passes; sampled texts are tried each, greedy ones once."""
     if reference.trusts(setting):
         return
@@ -219,14 +182,14 @@ def _check_rule(reference: ReferenceModel, model: Any, unit: CheckedUnit, settin
         reference.trust(setting)
 
 
-def _requests(unit: CheckedUnit, setting: Setting) -> Requests:
+def _requests(unit: Unit, setting: Setting) -> Requests:
     return Requests(unit.prompt_ids, unit.record.seed, setting.temperature)
 
 
 def _by_regret(
     reference: ReferenceModel,
     model: Any,
-    unit: CheckedUnit,
+    unit: Unit,
     rows: Sequence[Sequence[int]],
     firsts: Sequence[int | None],
     setting: Setting,

@@ -5,16 +5,16 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from specdec.api import augment, restore
-from specdec.demo import head_path
+from specdec.artifacts.places import DRAFT_HEAD, DRAFT_MODEL, Kind, head_path
 from specdec.loading import TOY, load_model
 from specdec_bench.checks.text import ReferenceModel
-from specdec_bench.drafts import first_layers
 from specdec_bench.measure.options import RunOptions
 
 
@@ -79,18 +79,17 @@ def clear_generation_config(model: Any) -> None:
 
 
 def head_of(options: RunOptions) -> str | None:
-    """Draft head of the eagle3 arms: as given, or the toy's."""
+    """Draft head of the arms that take one: as given, or the toy's."""
     return options.head or (str(head_path()) if options.target == TOY else None)
 
 
-def drafts_of(options: RunOptions, loaded: Loaded | None) -> dict[str, Callable[[], Any]]:
-    """Method -> its head or draft model, made when first asked for."""
-    is_toy = options.target == TOY
+def drafts_of(options: RunOptions, loaded: Loaded | None) -> dict[Kind, Callable[[], Any]]:
+    """What arms draft with, made when first asked for."""
     made: list[Any] = []
-    found: dict[str, Callable[[], Any]] = {}
+    found: dict[Kind, Callable[[], Any]] = {}
     head = head_of(options)
     if head is not None:
-        found["eagle3"] = lambda: head
+        found[DRAFT_HEAD] = lambda: head
 
     def draft() -> Any:
         if loaded is None:
@@ -104,6 +103,19 @@ def drafts_of(options: RunOptions, loaded: Loaded | None) -> dict[str, Callable[
             made.append(model)
         return made[0]
 
-    if options.draft is not None or is_toy:
-        found |= {"draft_model": draft, "hf_assisted": draft}
+    if options.draft is not None or options.target == TOY:
+        found[DRAFT_MODEL] = draft
     return found
+
+
+def first_layers(model: Any, layers: int = 1) -> Any:
+    """The target with its first `layers` layers only; embeddings, norm and head are copies.
+
+    Where no smaller model of the family is at hand. Nobody trained it as a draft, so it agrees with
+    the target less than a real one would.
+    """
+    config = deepcopy(model.config)
+    config.num_hidden_layers = layers
+    draft = type(model)(config).to(model.dtype).eval()
+    draft.load_state_dict(model.state_dict(), strict=False)
+    return draft

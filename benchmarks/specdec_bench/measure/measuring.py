@@ -17,8 +17,8 @@ import torch
 from specdec.errors import SpecdecError
 from specdec.hf.compat import input_device
 from specdec.stats import RoundRecord
-from specdec_bench.measure.arms import Arm, GenerateArm, Workbench
-from specdec_bench.measure.units import Unit
+from specdec_bench.contracts import Arm, Unit, Workbench
+from specdec_bench.measure.arms import GenerateArm
 from specdec_bench.results.records import PassRecord, ViewRecord
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

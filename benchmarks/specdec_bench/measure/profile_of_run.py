@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
+from specdec.artifacts.places import DRAFT_HEAD, DRAFT_MODEL
 from specdec.errors import SpecdecError
 from specdec.registry import methods
-from specdec_bench.measure.arms import ArmSpec, parse_arm
-from specdec_bench.results.records import PassRecord, Results, repeated_arm
-from specdec_bench.summary.acceptance import Acceptance, Counts
-from specdec_bench.summary.speculation_profile import (
-    Measured,
-    build_profile,
-    draft_length,
-    write_profile,
-)
+from specdec_bench.arm_names import SERVER, ArmSpec, parse_arm
+from specdec_bench.results.records import Results, repeated_arm
+from specdec_bench.summary.acceptance import Counts
+from specdec_bench.summary.speculation_profile import Measured, draft_length, write_profile
 
 
 def write_run_profile(path: Path, results: Results) -> str:
@@ -35,37 +30,30 @@ def write_run_profile(path: Path, results: Results) -> str:
     """
     index = _first_single(results)
     arm = _first_drafting(results, index)
-    units = [unit for (setting, _), unit in results.units.items() if setting == index]
-    passes = {unit.unit: results.passes.get((index, unit.unit, arm.name)) for unit in units}
-    categories = dict.fromkeys(unit.category for unit in units)
-    by_category = {
-        name: [p for u in units if u.category == name and (p := passes[u.unit]) is not None]
-        for name in categories
-    }
-    whole = _acceptance([found for found in passes.values() if found is not None])
-    setting, facts = results.header.settings[index], results.header.provenance
-    config = results.header.config
-    drafts = {"eagle3": "head", "draft_model": "draft", "hf_assisted": "draft"}
+    by_category: dict[str, list[Counts]] = {}
+    for (setting, name), unit in results.units.items():
+        found = results.passes.get((index, name, arm.name)) if setting == index else None
+        if found is not None:
+            counts = Counts(found.histogram, found.drafted, found.chain)
+            by_category.setdefault(unit.category, []).append(counts)
+    conditions, facts = results.header.settings[index], results.header.provenance
+    draft = {DRAFT_HEAD: "head", DRAFT_MODEL: "draft", None: ""}[arm.draft_kind]
     measured = Measured(
         method=arm.method,
-        num_speculative_tokens=max(_length(arm), whole.positions, 1),
+        num_speculative_tokens=_length(arm),
         target=str(facts.get("target")),
-        draft=config.get(drafts[arm.method]) if arm.method in drafts else None,
-        by_category={
-            name: _acceptance(found)
-            for name, found in by_category.items()
-            if any(one.histogram for one in found)
-        },
+        draft=results.header.config.get(draft),
         conditions={
             "dataset": ", ".join(facts.get("tasks", [])),
-            "dtype": setting.dtype,
-            "batch": setting.batch,
-            "temperature": setting.temperature,
+            "dtype": conditions.dtype,
+            "batch": conditions.batch,
+            "temperature": conditions.temperature,
             "device": facts.get("device_name"),
             "arm": arm.name,
         },
+        drafts_with=arm.draft_kind if arm.is_ours else None,
     )
-    write_profile(path.expanduser(), build_profile(whole, measured))
+    write_profile(path, measured, by_category)
     return arm.name
 
 
@@ -94,15 +82,9 @@ def _first_drafting(results: Results, index: int) -> ArmSpec:
     raise SpecdecError("no profile: no arm of this run drafted anything whose rounds are counted")
 
 
-def _acceptance(passes: Sequence[PassRecord]) -> Acceptance:
-    return Acceptance.of_requests([Counts(p.histogram, p.drafted, p.chain) for p in passes])
-
-
 def _length(arm: ArmSpec) -> int:
     """Length of a draft that the arm's options ask for; 0 where they do not say."""
-    if arm.method not in methods.names():
-        return int(next(iter(arm.options.values()), 0)) if arm.method.startswith("hf") else 0
-    options = dict(arm.options)
-    if arm.needs_draft:
-        options["draft"] = "unused"
-    return draft_length(methods.configure(arm.method, options))
+    if not arm.is_ours:
+        return int(next(iter(arm.options.values()), 0)) if arm.method != SERVER else 0
+    given = {"draft": "unused"} if arm.needs_draft else {}
+    return draft_length(methods.configure(arm.method, {**arm.options, **given}))

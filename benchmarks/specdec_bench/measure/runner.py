@@ -13,22 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from specdec.api import augment, capability
+from specdec.artifacts.places import DRAFT_HEAD, DRAFT_MODEL
+from specdec.cost.curve import CurveMeter
 from specdec.errors import ConfigError
 from specdec.heads.checkpoints.load import locate_head
 from specdec.hf.compat import input_device
 from specdec.loading import TOY, check_model, load_config, load_tokenizer
-from specdec_bench.checks.sampling_run import sampling_records
-from specdec_bench.measure.arms import (
-    AGAIN,
-    BASELINE,
-    Arm,
-    ArmSpec,
-    Workbench,
-    fill_stores,
-    make_arm,
-    parse_arm,
-)
-from specdec_bench.measure.costs import CurveMeter
+from specdec_bench.arm_names import AGAIN, BASELINE, SERVER, ArmSpec, parse_arm
+from specdec_bench.contracts import Arm, Unit, Workbench
+from specdec_bench.default_arms import ARMS, SMOKE_ARMS
+from specdec_bench.measure.arms import fill_stores, make_arm
 from specdec_bench.measure.global_state import as_before
 from specdec_bench.measure.loaded import (
     Loaded,
@@ -39,9 +33,10 @@ from specdec_bench.measure.loaded import (
 )
 from specdec_bench.measure.measuring import EnergyMeter
 from specdec_bench.measure.options import DTYPES, RunOptions, check_run_options
+from specdec_bench.measure.sampling_run import sampling_records
 from specdec_bench.measure.schedule import Stopping
 from specdec_bench.measure.setting_run import Progress, SettingRun, not_promised
-from specdec_bench.measure.units import Maker, Unit
+from specdec_bench.measure.units import Maker
 from specdec_bench.results.files import RecordWriter, check_output, read_results
 from specdec_bench.results.provenance import provenance, weights_hash
 from specdec_bench.results.records import NOT_PROMISED, PLAIN, Header, Record, Results, Setting
@@ -52,16 +47,7 @@ __all__ = ["ArmMaker", "clear_generation_config", "default_arms", "run", "settin
 ArmMaker = Callable[[Workbench], Arm]
 """Makes an arm of one's own for a setting."""
 
-_SMOKE_ARMS = ("hf", "prompt_lookup", "lookahead:window=1,ngram=3,guesses=1")
-_ARMS = (
-    "hf",
-    "hf_prompt_lookup",
-    "prompt_lookup",
-    "suffix",
-    "lookahead:window=1,ngram=3,guesses=1",
-)
 _HALF = ("bfloat16", "float16")  # judged with a copy of the model in fp64
-_EAGLE, _DRAFT = "eagle3:depth=3,top_k=1", ("hf_assisted", "draft_model:num_draft_tokens=3")
 
 
 def run(
@@ -92,11 +78,9 @@ def run(
 
 def default_arms(options: RunOptions) -> tuple[str, ...]:
     """What is measured when no arms are named; without the baseline."""
-    is_toy = options.target == TOY
-    eagle = (_EAGLE,) if is_toy or options.head else ()
-    if options.is_smoke:
-        return (*_SMOKE_ARMS, *eagle)
-    return (*_ARMS, *eagle, *(_DRAFT if is_toy or options.draft else ()))
+    here = {None, *drafts_of(options, None)}
+    arms = SMOKE_ARMS if options.is_smoke else ARMS
+    return tuple(arm for arm in arms if parse_arm(arm).draft_kind in here)
 
 
 def settings_of(options: RunOptions) -> list[Setting]:
@@ -176,19 +160,18 @@ class _Run:
         if twice is not None:
             raise ConfigError(f"--arms names {twice!r} twice")
         bench = Workbench(None, None, Setting(), drafts_of(self.options, None))
-        servers = [spec.name for spec in self.specs if spec.method == "server"]
+        servers = [spec.name for spec in self.specs if spec.method == SERVER]
         if servers and any(self.options.temperatures):
             raise ConfigError(
                 f"arm {servers[0]!r} answers greedily only: a server's random numbers are its own; "
                 "leave out --temperatures above 0, or measure it in a run of its own"
             )
         for spec in self.specs:
-            if spec.needs_draft:
-                bench.check_draft(spec.method, spec.name)
-        needing = {spec.method for spec in self.specs if spec.needs_draft}
-        if self.options.head is not None and "eagle3" in needing:
+            bench.check_draft(spec)
+        needed = {spec.draft_kind for spec in self.specs if spec.needs_draft}
+        if self.options.head is not None and DRAFT_HEAD in needed:
             locate_head(self.options.head)  # now, and not as the error of an arm at the end
-        if self.options.draft is not None and needing - {"eagle3"}:
+        if self.options.draft is not None and DRAFT_MODEL in needed:
             check_model(self.options.draft)
 
     def _header(self, settings: Sequence[Setting], model: Any) -> Header:
@@ -223,7 +206,7 @@ class _Run:
     def _servers(self, model: Any, setting: Setting) -> dict[str, dict[str, str]]:
         """What is known of the engines behind the server arms, by arm."""
         bench = Workbench(model, self.tokenizer, setting)
-        arms = [make_arm(spec, bench) for spec in self.specs if spec.method == "server"]
+        arms = [make_arm(spec, bench) for spec in self.specs if spec.method == SERVER]
         return {arm.name: getattr(arm, "facts", {}) for arm in arms}
 
     def _setting(
@@ -325,7 +308,7 @@ class _Run:
             for length in unit.record.prompt_tokens
         ]
         prefix = sum(lengths) // len(lengths)
-        return CurveMeter(bench.model, *key[:2], prefix, prompt_tokens=key[2])
+        return CurveMeter(bench.model, setting.batch, prefix)
 
     def _sampling(
         self,

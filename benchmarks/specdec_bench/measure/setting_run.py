@@ -12,18 +12,21 @@ from typing import Any, Protocol
 
 import torch
 
+from specdec.cost.curve import CurveMeter
 from specdec.errors import SpecdecError
 from specdec.hf.compat import input_device
 from specdec.loading import sentence
-from specdec_bench.checks.text import ReferenceModel, check_text, promises_text
-from specdec_bench.measure.arms import Arm, ArmSpec, GenerateArm, Workbench
-from specdec_bench.measure.costs import CurveMeter
+from specdec_bench.arm_names import ArmSpec
+from specdec_bench.checks.text import ReferenceModel, check_text
+from specdec_bench.contracts import Arm, Unit, Workbench
+from specdec_bench.measure.arms import GenerateArm
 from specdec_bench.measure.measuring import instrumented, timed, view, warm_up
 from specdec_bench.measure.schedule import Stopping, Timings, order
-from specdec_bench.measure.units import Unit, text_hash
+from specdec_bench.measure.units import text_hash
 from specdec_bench.results.files import RecordWriter
 from specdec_bench.results.records import (
     CheckRecord,
+    CurveRecord,
     Record,
     Results,
     Setting,
@@ -102,7 +105,12 @@ class SettingRun:
                     self._look(arm, unit)
                 self._tick()
         if curve is not None:
-            self.writer.append(curve.record())
+            setting, found = self.bench.setting, curve.curve().seconds
+            seconds = {str(q): taken for q, taken in found.items()}
+            longest = setting.prompt_tokens or 0
+            self.writer.append(
+                CurveRecord(setting.dtype, setting.batch, seconds, longest, curve.prefix)
+            )
 
     def time(self, stopping: Stopping) -> str:
         """Times repeats of all units until `stopping` has a reason; returns it.
@@ -269,13 +277,8 @@ def not_promised(
     """
     found = {}
     for index, setting in enumerate(settings):
-        hot = setting.temperature
-        names = [s.name for s in specs if not promises_text(s.method, s.options, hot)]
-        for name, maker in own.items():
-            promise = getattr(maker, "promises_text", None)
-            if promise is None:
-                promise = promises_text(name.partition(":")[0], {}, hot)
-            names += [] if promise else [name]
+        names = [spec.name for spec in specs if not spec.promises_text(setting.temperature)]
+        names += [name for name, maker in own.items() if not getattr(maker, "promises_text", True)]
         if names:
             found[str(index)] = names
     return found
@@ -289,8 +292,5 @@ def _positions(unit: Unit) -> int:
 def _promises(arm: Arm, bench: Workbench) -> bool:
     """Whether an arm promises plain's text; one that was added says so itself, or does."""
     if isinstance(arm, GenerateArm):
-        return promises_text(arm.spec.method, arm.spec.options, bench.setting.temperature)
-    promise = getattr(arm, "promises_text", None)
-    if promise is not None:
-        return bool(promise)
-    return promises_text(arm.name.partition(":")[0], {}, bench.setting.temperature)
+        return arm.spec.promises_text(bench.setting.temperature)
+    return bool(getattr(arm, "promises_text", True))

@@ -21,6 +21,7 @@ from specdec.audit.loops import loop_start
 from specdec.errors import ConfigError, SpecdecError
 from specdec.hf.compat import input_device
 from specdec.loading import check_ids, sentence
+from specdec_bench.contracts import Unit
 from specdec_bench.results.records import Setting, SkippedRecord, UnitRecord
 
 SHORTEST = 16
@@ -29,27 +30,6 @@ _LOOKED_AT = 8  # tokens between two looks at whether a text still counts
 _Tick = Callable[[], object]
 MIXED = "mixed"
 """Category of a batch that was filled with what was left over of several."""
-
-
-@dataclass(frozen=True, eq=False)
-class Unit:
-    """One request, or `batch` of them, ready to run.
-
-    Attributes:
-        record: What the result file keeps.
-        index: Position among the units of its setting.
-        prompt_ids: Ids of each row, without padding.
-        text_ids: Plain's new tokens of each row, cut.
-        input_ids: [B, S] int64, padded on the left.
-        attention_mask: [B, S] int64.
-    """
-
-    record: UnitRecord
-    index: int
-    prompt_ids: Sequence[Sequence[int]]
-    text_ids: Sequence[Sequence[int]]
-    input_ids: Tensor
-    attention_mask: Tensor
 
 
 @dataclass

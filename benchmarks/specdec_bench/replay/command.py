@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,27 +15,16 @@ from tqdm import tqdm
 from specdec.artifacts.atomic_files import make_folder, replace_file
 from specdec.artifacts.terminal import columns, say
 from specdec.errors import ConfigError
-from specdec_bench.replay.methods import ReplayMethod, parse_methods
+from specdec.registry import methods
+from specdec_bench.arm_names import ArmSpec
+from specdec_bench.replay.encoding import Encoder, encoder_of
+from specdec_bench.replay.methods import parse_methods
 from specdec_bench.replay.options import ReplayOptions, check_replay_options
-from specdec_bench.replay.profile import write_replay_profile
-from specdec_bench.replay.replay import (
-    Encoded,
-    Figures,
-    Replayed,
-    by_category,
-    counter_figures,
-    encode,
-    figures,
-    replay,
-)
-from specdec_bench.replay.tokenizer import Encoder, existing, trained, training_texts
-from specdec_bench.replay.traces import (
-    Answer,
-    Reading,
-    load_prompts,
-    read_answers,
-    read_counters,
-)
+from specdec_bench.replay.replay import Encoded, Figures, Replayed, encode, figures, replay
+from specdec_bench.replay.traces import Reading, load_prompts, read_answers, read_counters
+from specdec_bench.summary.acceptance import Counts
+from specdec_bench.summary.intervals import mean_ratio_of_counts
+from specdec_bench.summary.speculation_profile import Measured, draft_length, write_profile
 
 SCHEMA = 1
 _POSITIONS = 4  # rates shown in the table
@@ -63,69 +52,46 @@ def run_replay(options: ReplayOptions) -> int:
     )
     if options.counters:
         return _show_counters(options, reading)
-    methods = parse_methods(options.methods, options.ngram, options.draft)
+    wanted = parse_methods(options.methods)
     answers = {path: read_answers(path, reading) for path in options.files}
-    encoder = _encoder(options, answers)
+    encoder = encoder_of(str(options.tokenizer), options.chat_template)
     files = []
     for path, found in answers.items():
         encoded = encode(found, encoder, options.keep_loops)
         if all(len(one.tokens) < 2 for one in encoded):
             raise ConfigError(f"{path} holds no answer of two tokens or more")
-        with tqdm(total=len(encoded) * len(methods), desc=path.name, disable=_quiet()) as bar:
+        total, quiet = len(encoded) * len(wanted), not sys.stderr.isatty()
+        with tqdm(total=total, desc=path.name, disable=quiet) as bar:
             replayed = {
-                one.name: replay(encoded, one, encoder, options.chains, lambda: _tick(bar))
-                for one in methods
+                one.name: replay(encoded, one, encoder, options.chains, bar.update)
+                for one in wanted
             }
         files.append(_File(path, encoded, replayed))
         _show(files[-1], encoder)
     if options.output is not None:
-        lines = [_header(options, methods, encoder), *_answer_lines(files)]
-        _write_lines(options.output, lines)
+        _write_lines(options.output, [_header(options, wanted, encoder), *_answer_lines(files)])
         say(f"\nHistograms: {options.output}")
     if options.profile is not None:
-        write_replay_profile(
-            options.profile,
-            methods[0],
-            [f.replayed for f in files],
-            {
-                "dataset": ", ".join(file.path.name for file in files),
-                "tokenizer": encoder.name,
-                "chains": options.chains,
-                "arm": methods[0].name,
-            },
-        )
-        say(f"\nProfile of {methods[0].name}: {options.profile}")
+        _write_profile(options, wanted[0], files)
+        say(f"\nProfile of {wanted[0].name}: {options.profile}")
     return 0
 
 
-def _encoder(options: ReplayOptions, answers: dict[Path, list[Answer]]) -> Encoder:
-    if options.train_tokenizer is None:
-        return existing(options.tokenizer or "demo", options.chat_template)
-    size = options.train_tokenizer
-    if options.tokenizer_text:
-        chars = options.tokenizer_chars
-        texts = training_texts(options.tokenizer_text, chars)
-        sources = ", ".join(Path(name).name for name in options.tokenizer_text)
-        name = f"BPE of {size:,} tokens, trained on {chars:,} characters of each of {sources}"
-    else:
-        texts = _own_texts(answers)
-        name = f"BPE of {size:,} tokens, trained on these very texts"
-    return trained(size, texts, name)
-
-
-def _own_texts(answers: dict[Path, list[Answer]]) -> Iterator[str]:
-    for found in answers.values():
-        for answer in found:
-            yield answer.said[-1][1]
-            yield answer.text
-
-
-def _quiet() -> bool:
-    return not sys.stderr.isatty()
-
-
-def _tick(bar: Any) -> None:
-    bar.update()
+def _write_profile(options: ReplayOptions, first: ArmSpec, files: Sequence[_File]) -> None:
+    by_category: dict[str, list[Counts]] = {}
+    for file in files:
+        for one in file.replayed[first.name]:
+            by_category.setdefault(one.answer.category, []).append(one.counts)
+    length = draft_length(methods.configure(first.method, dict(first.options)))
+    conditions = {
+        "dataset": ", ".join(file.path.name for file in files),
+        "tokenizer": options.tokenizer,
+        "chains": options.chains,
+        "arm": first.name,
+        "replayed": True,
+    }
+    measured = Measured(first.method, length, conditions=conditions)
+    write_profile(Path(str(options.profile)), measured, by_category)
 
 
 def _show(file: _File, encoder: Encoder) -> None:
@@ -172,15 +138,17 @@ def _row(name: str, found: Figures) -> list[str]:
 
 
 def _show_categories(file: _File) -> None:
-    split = {name: by_category(found) for name, found in file.replayed.items()}
-    categories = list(next(iter(split.values())))
+    categories = list(dict.fromkeys(one.answer.category for one in file.answers))
     if len(categories) < 2:
         return
-    rows = [["category", "answers", *split]]
-    for category in categories:
-        answers = len(next(iter(split.values()))[category])
-        taus = [str(figures(found[category]).tau) for found in split.values()]
-        rows.append([category, f"{answers:,}", *taus])
+    rows = [["category", "answers", *file.replayed]]
+    for name in categories:
+        kept = [
+            [one for one in found if one.answer.category == name]
+            for found in file.replayed.values()
+        ]
+        if kept[0]:
+            rows.append([name, f"{len(kept[0]):,}", *(str(figures(found).tau) for found in kept)])
     say("\n" + "\n".join(columns(rows)))
 
 
@@ -189,11 +157,12 @@ def _show_counters(options: ReplayOptions, reading: Reading) -> int:
     lines: list[dict[str, Any]] = []
     for path in options.files:
         counted = read_counters(path, reading)
-        found = counter_figures(counted)
-        rows.append([
-            path.name, f"{found.answers:,}", f"{found.tokens:,}", f"{found.steps:,}",
-            str(found.tau), f"{found.per_request:.3f}",
-        ])  # fmt: skip
+        tokens, steps = [one.tokens for one in counted], [one.steps for one in counted]
+        own = [one.tokens / one.steps for one in counted]
+        clusters, strata = [one.cluster for one in counted], [one.category for one in counted]
+        tau = str(mean_ratio_of_counts(tokens, steps, clusters, strata))
+        counts = [f"{count:,}" for count in (len(counted), sum(tokens), sum(steps))]
+        rows.append([path.name, *counts, tau, f"{sum(own) / len(own):.3f}"])
         lines += [
             {
                 "kind": "counters", "file": path.name, "id": one.id, "category": one.category,
@@ -209,28 +178,21 @@ def _show_counters(options: ReplayOptions, reading: Reading) -> int:
 
 
 def _header(
-    options: ReplayOptions, methods: Sequence[ReplayMethod], encoder: Encoder | None
+    options: ReplayOptions, wanted: Sequence[ArmSpec], encoder: Encoder | None
 ) -> dict[str, Any]:
     """What was replayed, and how; the files by their content."""
-    tokenizer = None
-    if encoder is not None:
-        tokenizer = {
-            "name": encoder.name, "size": encoder.size, "fingerprint": encoder.fingerprint,
-        }  # fmt: skip
+    own = ("method", "options", "budget")
+    told = ("name", "size", "fingerprint")
+    kept = ("chains", "chat_template", "keep_loops", "turn", "limit")
     return {
         "kind": "replay",
         "schema": SCHEMA,
-        "methods": {
-            one.name: {"method": one.method, "options": dict(one.options), "budget": one.budget}
-            for one in methods
+        "methods": {one.name: {name: getattr(one, name) for name in own} for one in wanted},
+        "tokenizer": encoder and {name: getattr(encoder, name) for name in told},
+        "files": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in options.files
         },
-        "tokenizer": tokenizer,
-        "files": {path.name: _sha256(path) for path in options.files},
-        "chains": options.chains,
-        "chat_template": options.chat_template,
-        "keep_loops": options.keep_loops,
-        "turn": options.turn,
-        "limit": options.limit,
+        **{name: getattr(options, name) for name in kept},
     }
 
 
@@ -257,7 +219,3 @@ def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         replace_file(path, text.encode("utf-8"))
     except OSError as problem:
         raise ConfigError(f"cannot write {path}: {problem.strerror or problem}") from problem
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

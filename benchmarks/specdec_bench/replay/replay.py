@@ -23,16 +23,15 @@ import torch
 from specdec.audit.loops import loop_start
 from specdec.contracts import BatchState
 from specdec.drafters.row import RowDrafter, RowRound, rooted
-from specdec.errors import SpecdecError
+from specdec.registry import methods
 from specdec.round.tree import TokenTree
 from specdec.sources.suffix_store import SuffixStore
-from specdec_bench.replay.methods import SPACE, ReplayMethod
-from specdec_bench.replay.tokenizer import Encoder
-from specdec_bench.replay.traces import Answer, CountedAnswer
+from specdec_bench.arm_names import ArmSpec
+from specdec_bench.replay.encoding import Encoder
+from specdec_bench.replay.methods import SPACE, create
+from specdec_bench.replay.traces import Answer
 from specdec_bench.summary.acceptance import Acceptance, Counts
 from specdec_bench.summary.intervals import Ratio, mean_ratio_of_counts
-
-_STORE_TOKENS = 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +57,10 @@ class Replayed:
 
     Attributes:
         answer: The answer.
-        method: Name of the method.
         counts: What was counted.
     """
 
     answer: Answer
-    method: str
     counts: Counts
 
 
@@ -93,10 +90,10 @@ def encode(answers: Sequence[Answer], encoder: Encoder, keep_loops: bool = False
 
 def replay(
     answers: Sequence[Encoded],
-    method: ReplayMethod,
+    method: ArmSpec,
     encoder: Encoder,
     chains: bool = False,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[[], object] = lambda: None,
 ) -> list[Replayed]:
     """All answers through one method, each with a fresh drafter.
 
@@ -114,11 +111,11 @@ def replay(
         for group in _by_cluster(answers):
             for one in group:
                 if len(one.tokens) > 1:
-                    folder = store.folder if store is not None else None
-                    drafter = method.create(folder, encoder.fingerprint)
+                    folder = None if store is None else store.folder
+                    drafter = create(method, folder, encoder.fingerprint)
                     state = _state(one, encoder.size, chains, memory)
                     counts = walk(drafter, state, one.tokens, method.budget)
-                    found.append(Replayed(one.answer, method.name, counts))
+                    found.append(Replayed(one.answer, counts))
                 tick()
             if store is not None:
                 for one in group:
@@ -163,6 +160,17 @@ def walk(
     return Counts(histogram, drafted, chain, (last,))
 
 
+def _accepted(tree: TokenTree, answer: Sequence[int], at: int) -> list[int]:
+    """Nodes along the answer from its token `at` on."""
+    path: list[int] = []
+    for token in answer[at:]:
+        child = tree.child(path[-1] if path else 0, token)
+        if child is None:
+            break
+        path.append(child)
+    return path
+
+
 def figures(replayed: Sequence[Replayed]) -> Figures:
     """Acceptance over several answers, and tau with an interval clustered by prompt.
 
@@ -184,51 +192,6 @@ def by_category(replayed: Sequence[Replayed]) -> dict[str, list[Replayed]]:
     for one in replayed:
         found.setdefault(one.answer.category, []).append(one)
     return found
-
-
-@dataclass(frozen=True)
-class CounterFigures:
-    """What recorded counters say.
-
-    Attributes:
-        tau: Tokens a step with its interval over prompts; as the program counted, with overshoot.
-        per_request: Mean over answers.
-        answers: How many.
-        tokens: Their tokens.
-        steps: Their steps.
-    """
-
-    tau: Ratio
-    per_request: float
-    answers: int
-    tokens: int
-    steps: int
-
-
-def counter_figures(counted: Sequence[CountedAnswer]) -> CounterFigures:
-    """Tokens a step from an answer file's own counters."""
-    if not counted:
-        raise SpecdecError("no counters")
-    tokens, steps = [one.tokens for one in counted], [one.steps for one in counted]
-    clusters, strata = [one.cluster for one in counted], [one.category for one in counted]
-    own = [one.tokens / one.steps for one in counted]
-    tau = mean_ratio_of_counts(tokens, steps, clusters, strata)
-    return CounterFigures(tau, sum(own) / len(own), len(own), sum(tokens), sum(steps))
-
-
-def _accepted(tree: TokenTree, answer: Sequence[int], at: int) -> list[int]:
-    """Nodes along the answer from its token `at` on; of equal children the first counts."""
-    if len(tree) == 1:
-        return []
-    children: dict[tuple[int, int], int] = {}
-    for node in range(len(tree) - 1, 0, -1):
-        children[tree.parents[node], tree.tokens[node]] = node
-    path: list[int] = []
-    node = 0
-    while at < len(answer) and (child := children.get((node, answer[at]))) is not None:
-        path.append(child)
-        node, at = child, at + 1
-    return path
 
 
 def _state(one: Encoded, vocab_size: int, chains: bool, memory: dict[str, Any]) -> BatchState:
@@ -262,10 +225,10 @@ class _Store:
 
 
 @contextmanager
-def _store(method: ReplayMethod, encoder: Encoder) -> Iterator[_Store | None]:
+def _store(method: ArmSpec, encoder: Encoder) -> Iterator[_Store | None]:
     if not method.store:
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:
-        limit = int(method.options.get("store_tokens", _STORE_TOKENS))
+        limit = methods.configure(method.method, method.options).store_tokens
         yield _Store(Path(folder), SuffixStore(folder, SPACE, encoder.fingerprint, limit))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -10,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from specdec.errors import ConfigError
-from specdec_bench.json_rows import Row, read_rows, shown, stem
-from specdec_bench.tasks import Prompt, load_tasks, spoken
+from specdec_bench.rows import Row, read_rows, shown, stem
+from specdec_bench.tasks import IDS, Prompt, cluster_of, load_tasks, row_id, spoken
 
 Message = tuple[str, str]
 
 _PROMPTS = ("prompt", "question", "instruction")
 _ANSWERS = ("output", "answer", "response", "completion", "solution", "generated_text")
-_IDS = ("question_id", "task_id", "id")
-_CLUSTER_DIGITS = 12
 _MOST_TOKENS = 2**40  # of a counter; more is no count of tokens
 
 
@@ -86,8 +83,8 @@ def load_prompts(path: Path) -> dict[str, Prompt]:
         ConfigError: As `load_tasks`; or a row has no id.
     """
     for row in read_rows(path):
-        if all(row.value.get(field) is None for field in _IDS):
-            raise row.refuse(_IDS[0], "is not there, so no answer can name this prompt")
+        if all(row.value.get(field) is None for field in IDS):
+            raise row.refuse(IDS[0], "is not there, so no answer can name this prompt")
     return {prompt.id.rpartition("/")[2]: prompt for prompt in load_tasks([str(path)])}
 
 
@@ -146,7 +143,7 @@ def read_counters(path: Path, reading: Reading) -> list[CountedAnswer]:
                     continue
                 if not taken or new < taken:
                     raise row.refuse(where, f"{new} tokens in {taken} steps of turn {turn}")
-                name = _row_id(row)
+                name = row_id(row)
                 found.append(CountedAnswer(f"{name}.{at}.{turn}", name, category, new, taken))
     if not found:
         raise ConfigError(f"{path} holds no counters")
@@ -165,12 +162,12 @@ def _answers(row: Row, reading: Reading) -> Iterator[Answer]:
         prompt = _field(row, reading.prompt_field, _PROMPTS, "--prompt-field")
         text = _field(row, reading.answer_field, _ANSWERS, "--answer-field")
         said = (("user", prompt),)
-        yield Answer(_row_id(row), _cluster(prompt), _category(row, None), said, text)
+        yield Answer(row_id(row), cluster_of(prompt), _category(row, None), said, text)
 
 
 def _of_choices(row: Row, reading: Reading) -> Iterator[Answer]:
     """FastChat: answers in `choices`, prompts in a file of their own."""
-    name = _row_id(row)
+    name = row_id(row)
     prompt = (reading.prompts or {}).get(name)
     if prompt is None:
         known = "they do not hold it" if reading.prompts else "it is missing"
@@ -187,7 +184,7 @@ def _of_choices(row: Row, reading: Reading) -> Iterator[Answer]:
     for question, text in zip(prompt.turns, answers, strict=False):
         said.append(("user", question))
         category = _category(row, prompt.category)
-        yield Answer(name, _cluster(prompt.turns[0]), category, tuple(said), text)
+        yield Answer(name, cluster_of(prompt.turns[0]), category, tuple(said), text)
         said.append(("assistant", text))
 
 
@@ -195,11 +192,11 @@ def _of_messages(row: Row, field: str) -> Iterator[Answer]:
     messages = spoken(row, row.value[field], field)
     if "assistant" not in {role for role, _ in messages}:
         raise row.refuse(field, "no message of an assistant, so there is no answer to replay")
-    name, category = _row_id(row), _category(row, None)
+    name, category = row_id(row), _category(row, None)
     first = next((text for role, text in messages if role == "user"), messages[0][1])
     for at, (role, text) in enumerate(messages):
         if role == "assistant" and at:  # a greeting answers nothing
-            yield Answer(name, _cluster(first), category, tuple(messages[:at]), text)
+            yield Answer(name, cluster_of(first), category, tuple(messages[:at]), text)
 
 
 def _choices(row: Row) -> Sequence[Mapping[str, Any]]:
@@ -238,18 +235,6 @@ def _field(row: Row, wanted: str | None, known: Sequence[str], flag: str) -> str
     return row.text(wanted, value)
 
 
-def _row_id(row: Row) -> str:
-    for field in _IDS:
-        value = row.value.get(field)
-        if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
-            return str(value)
-    return str(row.number)
-
-
 def _category(row: Row, fallback: str | None) -> str:
     own = row.value.get("category")
     return row.text("category", own) if own is not None else fallback or stem(row.path)
-
-
-def _cluster(prompt: str) -> str:
-    return hashlib.sha256(prompt.strip().encode("utf-8")).hexdigest()[:_CLUSTER_DIGITS]

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-
-def _arg(metavar: str, default: str = "") -> Any:
-    hint = f"(default: {default})" if default else ""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+from specdec.artifacts.arguments import arg
 
 
 @dataclass(frozen=True)
 class ReportOptions:
     """Turn the results of a run into one HTML page, and Markdown."""
 
-    results: Annotated[tyro.conf.Positional[Path], _arg("RESULTS")]
+    results: Annotated[tyro.conf.Positional[Path], arg("RESULTS")]
     """File of a finished `specdec bench run`."""
-    output: Annotated[Path | None, _arg("FOLDER", "RESULTS-report beside the file")] = None
+    output: Annotated[Path | None, arg("FOLDER", "RESULTS-report beside the file")] = None
     """Folder for report.html and report.md; files of these names are replaced."""

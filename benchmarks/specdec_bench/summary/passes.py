@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from specdec_bench.measure.costs import RoundCosts, predict
+from specdec.cost.curve import CostCurve
+from specdec.cost.predict import RoundCosts, predict
 from specdec_bench.results.records import CurveRecord, PassRecord, UnitRecord
 from specdec_bench.summary.acceptance import Acceptance, acceptance_of
 from specdec_bench.summary.intervals import Ratio, mean_ratio_of_counts
@@ -127,7 +129,7 @@ class Passes:
             if unit.unit in of_baseline
         ]
         own, other = ([pair[side] for pair in common] for side in (0, 1))
-        return predict(RoundCosts.of(own), RoundCosts.of(other), curve, on_device)
+        return predict(round_costs(own), round_costs(other), cost_curve(curve), on_device)
 
     def peak_bytes(self) -> int | None:
         """Most memory above that before an answer."""
@@ -143,6 +145,21 @@ class Passes:
         if not sum(seconds for _, _, seconds in read) >= _LEAST_SECONDS:
             return None
         return sum(joules for joules, _, _ in read) / sum(tokens for _, tokens, _ in read)
+
+
+def round_costs(passes: Sequence[PassRecord]) -> RoundCosts:
+    """The instrumented passes of one arm in one setting, summed over units."""
+    stages, sizes = Counter[str](), Counter[int]()
+    for found in passes:
+        stages.update({k: v for k, v in found.stages.items() if k != "prefill"})
+        sizes.update({int(q): count for q, count in found.sizes.items()})
+    prefill = sum(found.first_token for found in passes)
+    return RoundCosts(sum(found.rounds for found in passes), prefill, stages, sizes)
+
+
+def cost_curve(record: CurveRecord) -> CostCurve:
+    """The curve in a record, whose keys JSON made strings."""
+    return CostCurve({int(q): seconds for q, seconds in record.seconds.items()})
 
 
 def _tokens(histogram: Mapping[str, int]) -> int:

@@ -10,21 +10,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from specdec.artifacts.atomic_files import replace_file
+from specdec.artifacts.atomic_files import make_folder, replace_file
+from specdec.artifacts.places import Kind
 from specdec.errors import ConfigError, SpecdecError
-from specdec_bench.summary.acceptance import Acceptance
+from specdec_bench.summary.acceptance import Acceptance, Counts
 
 SCHEMA_VERSION = "1.0"
 FILE_NAME = "speculation_profile.json"
 
 _LENGTHS = ("depth", "num_draft_tokens", "max_depth", "block")  # how options call a draft's length
 _TOLERANCE = 1e-9
-_PREFIX_METHODS = frozenset({"eagle3", "draft_model"})  # a shorter draft begins a longer one
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Measured:
         draft: Name of the draft head or model, the same way; None without one.
         by_category: Acceptance by category.
         conditions: What is needed to read the figures: data set, dtype, batch, temperature, device.
+        drafts_with: What drafts token by token, so that a shorter draft begins a longer one.
     """
 
     method: str
@@ -46,6 +47,7 @@ class Measured:
     draft: str | None = None
     by_category: Mapping[str, Acceptance] = field(default_factory=dict)
     conditions: Mapping[str, Any] = field(default_factory=dict)
+    drafts_with: Kind | None = None
 
 
 def draft_length(config: object) -> int:
@@ -72,7 +74,7 @@ def build_profile(acceptance: Acceptance, measured: Measured) -> dict[str, Any]:
         )
     marginal = _padded(acceptance.marginal, length)
     # Chains of a model that drafts token by token; a copying method chooses its draft anew.
-    analytic = acceptance.chain and measured.method in _PREFIX_METHODS
+    analytic = acceptance.chain and measured.drafts_with is not None
     return {
         "schema_version": SCHEMA_VERSION,
         "measured": True,
@@ -105,7 +107,32 @@ def build_profile(acceptance: Acceptance, measured: Measured) -> dict[str, Any]:
     }
 
 
-def write_profile(path: Path, profile: Mapping[str, Any]) -> None:
+def write_profile(
+    path: Path, measured: Measured, by_category: Mapping[str, Sequence[Counts]]
+) -> None:
+    """Writes the profile of some requests.
+
+    Args:
+        path: Where to; its folder is made.
+        measured: Of what; its length becomes at least what was accepted, its categories are filled.
+        by_category: What was counted in each request; those without a round are left out.
+
+    Raises:
+        SpecdecError: No request has a round.
+        ConfigError: It cannot be written.
+    """
+    whole = Acceptance.of_requests([one for found in by_category.values() for one in found])
+    categories = {
+        name: Acceptance.of_requests(found)
+        for name, found in by_category.items()
+        if any(any(one.histogram.values()) for one in found)
+    }
+    length = max(measured.num_speculative_tokens, whole.positions, 1)
+    measured = replace(measured, num_speculative_tokens=length, by_category=categories)
+    save_profile(path, build_profile(whole, measured))
+
+
+def save_profile(path: Path, profile: Mapping[str, Any]) -> None:
     """Checks a profile and writes it, whole or not at all.
 
     Raises:
@@ -113,9 +140,10 @@ def write_profile(path: Path, profile: Mapping[str, Any]) -> None:
         ConfigError: It cannot be written.
     """
     check_profile(profile)
-    text = json.dumps(profile, indent=2, allow_nan=False) + "\n"
+    text, where = json.dumps(profile, indent=2, allow_nan=False) + "\n", path.expanduser()
     try:
-        replace_file(path, text.encode("utf-8"))
+        make_folder(where.absolute().parent)
+        replace_file(where, text.encode("utf-8"))
     except OSError as problem:
         raise ConfigError(f"cannot write {path}: {problem.strerror or problem}") from problem
 

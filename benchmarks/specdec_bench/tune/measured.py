@@ -10,11 +10,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from specdec.cost.predict import RoundCosts, predict
 from specdec.stats import RoundRecord
-from specdec_bench.measure.arms import ArmSpec, GenerateArm, Workbench
-from specdec_bench.measure.costs import RoundCosts, predict
-from specdec_bench.measure.units import SHORTEST, Unit
+from specdec_bench.arm_names import ArmSpec
+from specdec_bench.contracts import Unit, Workbench
+from specdec_bench.measure.arms import GenerateArm
+from specdec_bench.measure.units import SHORTEST
 from specdec_bench.results.records import CurveRecord
+from specdec_bench.summary.passes import cost_curve
 from specdec_bench.tune.grid import Candidate
 
 PLAIN = Candidate("none")
@@ -64,7 +67,7 @@ class Rounds:
             self.stages.setdefault(stage, []).extend(seconds)
 
     def costs(self, stages: Mapping[str, float] | None = None) -> RoundCosts:
-        """For `costs.predict`; `stages` replaces the seconds that a round typically takes."""
+        """For `predict`; `stages` replaces the seconds that a round typically takes."""
         rounds = len(self.sizes)
         found = {stage: self.typical(stage) for stage in _STAGES} | dict(stages or {})
         totals = {stage: seconds * rounds for stage, seconds in found.items()}
@@ -137,7 +140,7 @@ class Bench:
             return found
         plain = self.baseline(self.units)
         due = sum(plain.typical(stage) for stage in forward)
-        due *= rounds.costs().relative_forward(self.curve)
+        due *= rounds.costs().relative_forward(cost_curve(self.curve))
         return {stage: seconds * due / taken for stage, seconds in found.items()}
 
     def baseline(self, units: Sequence[Unit]) -> Rounds:
@@ -158,7 +161,7 @@ class Bench:
         if not self.curve.seconds:  # nothing to look up: the forwards took what they took
             whole, own = (sum(found.stages.values()) for found in (plain.costs(), arm))
             return (plain.prefill + whole) / (plain.prefill + own) if arm.rounds else None
-        return predict(arm, plain.costs(), self.curve, self.on_device)
+        return predict(arm, plain.costs(), cost_curve(self.curve), self.on_device)
 
     def part(self, number: int) -> Sequence[Unit]:
         """One of three parts of the units, each like all of them and of two units at least.

@@ -15,7 +15,7 @@ from specdec.registry import methods
 from specdec.round.pickers import Picks
 from specdec.round.tree import TokenTree, TreeBatch
 from specdec.round.verify import HostVerdict, Verdict
-from specdec_bench.measure.units import Unit
+from specdec_bench.contracts import Unit
 from specdec_bench.tune.grid import Candidate
 from specdec_bench.tune.measured import Rounds
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.errors import SpecdecError
-from specdec_bench.measure.units import Unit
+from specdec_bench.arm_names import ArmSpec
+from specdec_bench.contracts import Unit
 from specdec_bench.tune.forced import STATE_READERS, ForcedTrees, force, verifies_trees
 from specdec_bench.tune.grid import Candidate, Grid, climb, grid_of
 from specdec_bench.tune.measured import Bench, Rounds, beginning
@@ -108,7 +109,7 @@ class Search:
         bench, units = self.bench, self.bench.part(0)
         if self._forced is None:
             options: dict[str, Any] = dict(STATE_READERS[self.method])
-            options["draft"] = bench.workbench.draft(self.method, self.method)
+            options["draft"] = bench.workbench.draft(ArmSpec(self.method, self.method))
             self._forced = force(self.method, options, bench.workbench.model, units)
             bench.passes += len(units)
         rounds, levels = self._forced.simulate(candidate)

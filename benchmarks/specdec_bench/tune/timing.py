@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from specdec.errors import SpecdecError
 from specdec.hf.compat import input_device
+from specdec_bench.contracts import Unit
 from specdec_bench.measure.measuring import timed
-from specdec_bench.measure.units import Unit
 from specdec_bench.summary.intervals import Ratio, time_ratio
 from specdec_bench.tune.grid import Candidate
 from specdec_bench.tune.measured import PLAIN, Bench, arm_of

@@ -19,11 +19,11 @@ from specdec.api import augment, capability
 from specdec.artifacts.atomic_files import make_folder
 from specdec.artifacts.places import DRAFT_HEAD, DRAFT_MODEL, Kind, locate
 from specdec.artifacts.target_fingerprint import TargetFingerprint
+from specdec.cost.curve import measure_cost
 from specdec.cost.tuned_file import TunedChoice, TunedFile, conditions, write_tuned
 from specdec.errors import ConfigError, SpecdecError
 from specdec.loading import TOY, check_model, load_model, load_tokenizer
-from specdec_bench.measure.arms import Workbench
-from specdec_bench.measure.costs import measure_curve
+from specdec_bench.contracts import Workbench
 from specdec_bench.measure.loaded import clear_generation_config, end_ids, is_on_cpu, torch_threads
 from specdec_bench.measure.units import Maker
 from specdec_bench.results.provenance import provenance
@@ -167,7 +167,8 @@ def _curve(model: Any, setting: Setting) -> CurveRecord:
     """t(q); flat where no tree can be timed, so that real answers alone decide."""
     if not verifies_trees(model):
         return CurveRecord(setting.dtype, setting.batch, {})
-    return measure_curve(model, setting.dtype, setting.batch, _CURVE_SECONDS)
+    found = measure_cost(model, _CURVE_SECONDS, setting.batch).seconds
+    return CurveRecord(setting.dtype, setting.batch, {str(q): s for q, s in found.items()})
 
 
 def _choose(race: Race, every: Sequence[Forecast], options: TuneOptions) -> TunedChoice:
@@ -247,11 +248,11 @@ def _load(options: TuneOptions) -> Any:
     return load_model(options.target, options.dtype, options.device)
 
 
-def _drafts(options: TuneOptions, model: Any) -> dict[str, Callable[[], Any]]:
+def _drafts(options: TuneOptions, model: Any) -> dict[Kind, Callable[[], Any]]:
     """Method -> its head or draft model, made when first asked for."""
-    found: dict[str, Callable[[], Any]] = {}
+    found: dict[Kind, Callable[[], Any]] = {}
     if options.head is not None or options.target == TOY:
-        found["eagle3"] = lambda: options.head or TOY
+        found[DRAFT_HEAD] = lambda: options.head or TOY
     if options.draft is not None:
         made: list[Any] = []
 
@@ -262,5 +263,5 @@ def _drafts(options: TuneOptions, model: Any) -> dict[str, Callable[[], Any]]:
                 clear_generation_config(made[0])
             return made[0]
 
-        found["draft_model"] = draft
+        found[DRAFT_MODEL] = draft
     return found

@@ -7,18 +7,18 @@ with a file is a `ConfigError`.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
 import random
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from specdec.artifacts import json_lines
 from specdec.artifacts.hub import require_hub
+from specdec.artifacts.json_lines import COLUMNS, LINES, BadLine, columns, lines, reading
 from specdec.artifacts.places import is_hub_id
 from specdec.demo.corpus import fingerprint, read_sources
 from specdec.errors import ConfigError
@@ -30,12 +30,9 @@ DEMO, DEMO_HELD_OUT = "demo", "demo-held-out"
 """Names of the bundled corpus where an input is asked for: what the toy was trained on, and the
 modules that it never saw."""
 
-MOST_LINE_BYTES = 32 * 2**20
-"""A longer line is skipped: it is no conversation, and reading it would fill the memory."""
-
 _MOST_ARRAY_BYTES = 2**30  # a JSON array is read at once
-_LINES, _ARRAYS, _COLUMNS, _TEXTS = (".jsonl", ".ndjson"), (".json",), (".parquet",), (".txt",)
-_SUFFIXES = (*_LINES, *_ARRAYS, *_COLUMNS, *_TEXTS)
+_ARRAYS, _TEXTS = (".json",), (".txt",)
+_SUFFIXES = (*LINES, *_ARRAYS, *COLUMNS, *_TEXTS)
 _CHUNK = 2**20
 
 
@@ -114,11 +111,10 @@ class Inputs:
                 yield found
 
     def _read(self, where: str, value: Any) -> ReadRow:
-        """The row in `value`, which is a JSON value, or bytes that should be one."""
+        """The row in `value`, which is a JSON value, or a `BadLine`."""
         try:
-            if isinstance(value, BadRow):
-                raise value
-            value = _decoded(value) if isinstance(value, bytes) else value
+            if isinstance(value, BadLine):
+                raise BadRow(value.reason, value.detail)
             return ReadRow(where, parse_row(value, self._options.ignore_field))
         except BadRow as problem:
             return ReadRow(where, problem=problem)
@@ -143,18 +139,14 @@ class _File:
             yield f"{self.path.name}:{number}", value
 
     def _values(self) -> Iterator[tuple[int, Any]]:
-        try:
-            if self.path.suffix in _COLUMNS:
-                yield from _columns(self.path)
-                return
-            with _opened(self.path) as stream:
-                if _kind(self.path) in _TEXTS:
-                    yield 1, _document(stream)
-                else:
-                    yield from _array(stream, self.path) or _lines(stream)
-        except (OSError, EOFError, zlib.error) as problem:  # the last two: damaged gzip
-            reason = getattr(problem, "strerror", None) or problem
-            raise ConfigError(f"cannot read {str(self.path)!r}: {reason}") from problem
+        if self.path.suffix in COLUMNS:
+            yield from ((number, _without_nulls(row)) for number, row in columns(self.path))
+            return
+        with reading(self.path) as stream:
+            if _kind(self.path) in _TEXTS:
+                yield 1, _document(stream)
+            else:
+                yield from _array(stream, self.path) or lines(self.path, stream)
 
 
 @dataclass(frozen=True)
@@ -234,7 +226,7 @@ def _sources(name: str, options: ReadOptions) -> list[Any]:
 def _kind(path: Path) -> str:
     """The suffix that says what is in a file, compression aside."""
     inner = Path(path.stem).suffix
-    return (inner if inner not in _COLUMNS else "") if path.suffix == ".gz" else path.suffix
+    return (inner if inner not in COLUMNS else "") if path.suffix == ".gz" else path.suffix
 
 
 def _in_folder(path: Path) -> list[Any]:
@@ -271,41 +263,16 @@ def _from_hub(name: str, options: ReadOptions) -> Any:
         ) from problem
 
 
-def _decoded(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as problem:
-        raise BadRow("not_utf8", problem.reason) from problem
-    except (ValueError, RecursionError) as problem:  # too many digits, too many brackets
-        raise BadRow("broken_json", str(problem)) from problem
-
-
-def _opened(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """Line number and bytes of every line that is not blank."""
-    number = 0
-    while line := stream.readline(MOST_LINE_BYTES + 1):
-        number += 1
-        if len(line) > MOST_LINE_BYTES:
-            while line and not line.endswith(b"\n"):
-                line = stream.readline(_CHUNK)
-            yield number, BadRow("line_too_long", f"more than {MOST_LINE_BYTES:,} bytes")
-        elif line.strip():
-            yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-
-
 def _document(stream: BinaryIO) -> Any:
     """The row of a text file, all of which is one text."""
-    content = stream.read(MOST_LINE_BYTES + 1)
-    if len(content) > MOST_LINE_BYTES:
-        return BadRow("line_too_long", f"more than {MOST_LINE_BYTES:,} bytes")
+    most = json_lines.MOST_LINE_BYTES
+    content = stream.read(most + 1)
+    if len(content) > most:
+        return BadLine("line_too_long", f"more than {most:,} bytes")
     try:
         text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as problem:
-        return BadRow("not_utf8", problem.reason)
+        return BadLine("not_utf8", problem.reason)
     return {"text": text.replace("\r\n", "\n")}
 
 
@@ -332,13 +299,3 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {n: _without_nulls(inner) for n, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _columns(path: Path) -> Iterator[tuple[int, Any]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        yield from enumerate(map(_without_nulls, rows), 1)
-    except Exception as problem:
-        raise ConfigError(f"cannot read {str(path)!r}: {shown(problem)}") from problem

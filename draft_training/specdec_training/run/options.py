@@ -12,11 +12,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from specdec.artifacts.arguments import Flag, N, X, arg, check_numbers, each, flag_of
 from specdec.errors import ConfigError
-
-_Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
-_N = tyro.conf.arg(metavar="N")
-_X = tyro.conf.arg(metavar="X")
 
 FREE_ON_RESUME = frozenset(
     {
@@ -31,80 +28,70 @@ by their hash, wherever they lie."""
 _TOY_WIDTH, _WIDE = 1024, 2048  # hidden sizes
 
 
-def _arg(metavar: str, default: str = "") -> Any:
-    """How a value is called in the help, and what leaving it out means."""
-    hint = f"(default: {default})" if default else ""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
-
-
 @dataclass(frozen=True)
 class TrainOptions:
     """Train an EAGLE-3 draft head for a target."""
 
-    target: Annotated[str, _arg("NAME", "the bundled toy")] = "demo"
+    target: Annotated[str, arg("NAME", "the bundled toy")] = "demo"
     """Folder or hub id of the target; demo is the bundled toy."""
-    data: Annotated[Path | None, _arg("FOLDER", "required")] = None
+    data: Annotated[Path | None, arg("FOLDER", "required")] = None
     """What `specdec data prepare` wrote."""
-    output: Annotated[Path | None, _arg("FOLDER", "required")] = None
+    output: Annotated[Path | None, arg("FOLDER", "required")] = None
     """Folder of the run; a run that was stopped goes on from its newest checkpoint."""
-    features: Annotated[Path | None, _arg("FOLDER", "computed by the target as needed")] = None
+    features: Annotated[Path | None, arg("FOLDER", "computed by the target as needed")] = None
     """Hidden states that `specdec data features` recorded."""
-    init_from: Annotated[str | None, _arg("HEAD", "a new head")] = None
+    init_from: Annotated[str | None, arg("HEAD", "a new head")] = None
     """Folder or hub id of a head to start from, or demo; its shape replaces the shape's options."""
 
-    steps: Annotated[int | None, _arg("N", "1000 when --minutes is not given")] = None
+    steps: Annotated[int | None, arg("N", "1000 when --minutes is not given")] = None
     """Optimiser steps."""
-    minutes: Annotated[float | None, _arg("X")] = None
+    minutes: Annotated[float | None, arg("X")] = None
     """Time budget instead of --steps, evaluations included; the schedule follows the clock."""
-    max_steps: Annotated[int | None, _arg("N", "none")] = None
+    max_steps: Annotated[int | None, arg("N", "none")] = None
     """Stop after this many steps, whatever the schedule; 0 checks everything and trains nothing."""
 
-    intermediate_size: Annotated[int | None, _arg("N", "the target's")] = None
+    intermediate_size: Annotated[int | None, arg("N", "the target's")] = None
     """Width of the head's MLP."""
-    taps: Annotated[
-        tuple[int, ...],
-        tyro.conf.UseAppendAction,
-        _arg("N", "a low, the middle and a high one; repeatable"),
-    ] = ()
+    taps: Annotated[tuple[int, ...], *each("N", "a low, the middle and a high one")] = ()
     """Target layers, from 0, whose output the head reads; -1 stands for the embeddings."""
-    fc_norm: _Flag = False
+    fc_norm: Flag = False
     """Norm each of those layers before they are joined (EAGLE-3.1)."""
-    feed_post_norm: _Flag = False
+    feed_post_norm: Flag = False
     """Later steps read the state after the final norm (EAGLE-3.1)."""
-    norm_before_residual: _Flag = False
+    norm_before_residual: Flag = False
     """The residual is the normed feature."""
 
-    ttt_steps: Annotated[int | None, _arg("N", "7, and 5 for a toy target")] = None
+    ttt_steps: Annotated[int | None, arg("N", "7, and 5 for a toy target")] = None
     """Training-time test steps: how deep the head learns to draft on its own output."""
     loss: Literal["ce", "kl", "tv", "lk"] = "ce"
     """Soft-target cross-entropy, Kullback-Leibler, total variation, or LK (arXiv 2602.23881)."""
-    step_decay: Annotated[float, _X] = 0.8
+    step_decay: Annotated[float, X] = 0.8
     """Weight of a TTT step relative to the one before it."""
     reduction: Literal["valid", "all"] = "valid"
     """Average over the tokens with a loss, or over all slots as SpecForge does."""
-    noise: Annotated[float, _X] = 0.0
+    noise: Annotated[float, X] = 0.0
     """Uniform noise on the features: its largest value, in their standard deviations."""
 
-    max_length: Annotated[int | None, _arg("N", "2048, and 512 for a toy target")] = None
+    max_length: Annotated[int | None, arg("N", "2048, and 512 for a toy target")] = None
     """Width of a row; documents are packed into rows, and longer ones are cut."""
-    batch_rows: Annotated[int, _N] = 1
+    batch_rows: Annotated[int, N] = 1
     """Rows that a process works on at a time."""
-    accumulate: Annotated[int, _N] = 1
+    accumulate: Annotated[int, N] = 1
     """Such batches of an optimiser step."""
 
-    lr: Annotated[float | None, _arg("X", "1e-4 from hidden size 2048 on, more below")] = None
+    lr: Annotated[float | None, arg("X", "1e-4 from hidden size 2048 on, more below")] = None
     """Peak learning rate."""
-    warmup: Annotated[float, _X] = 0.015
+    warmup: Annotated[float, X] = 0.015
     """Share of the run over which the learning rate rises."""
-    final_lr: Annotated[float, _X] = 0.05
+    final_lr: Annotated[float, X] = 0.05
     """Share of the peak at which the cosine ends."""
     betas: Annotated[tuple[float, float], tyro.conf.arg(metavar="X X")] = (0.9, 0.95)
     """Of AdamW."""
-    weight_decay: Annotated[float, _X] = 0.0
+    weight_decay: Annotated[float, X] = 0.0
     """Of AdamW, on matrices."""
-    clip: Annotated[float, _X] = 0.5
+    clip: Annotated[float, X] = 0.5
     """Largest norm of the gradient."""
-    max_bad_steps: Annotated[int, _N] = 10
+    max_bad_steps: Annotated[int, N] = 10
     """Stop after this many steps in a row whose loss or gradient was not finite."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -112,43 +99,43 @@ class TrainOptions:
     auto: bf16 where it is faster."""
     dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
     """Arithmetic of the target."""
-    recompute: _Flag = False
+    recompute: Flag = False
     """Keep no activations inside a TTT step: less memory, more time."""
     device: str = "auto"
     """Torch device; several are a matter of `accelerate launch` or `torchrun`."""
-    target_device_map: Annotated[str | None, _arg("MAP", "the head's device")] = None
+    target_device_map: Annotated[str | None, arg("MAP", "the head's device")] = None
     """auto spreads a target that is too large for one device over all of them."""
-    deepspeed: Annotated[Path | None, _arg("FILE", "no DeepSpeed")] = None
+    deepspeed: Annotated[Path | None, arg("FILE", "no DeepSpeed")] = None
     """DeepSpeed configuration (JSON) with ZeRO stage 1 or 2."""
-    threads: Annotated[int | None, _arg("N", "torch's choice")] = None
+    threads: Annotated[int | None, arg("N", "torch's choice")] = None
     """Torch threads."""
-    seed: Annotated[int, _N] = 0
+    seed: Annotated[int, N] = 0
     """Seed of everything that is drawn."""
 
-    eval_every: Annotated[int | None, _arg("N", "eight times, or a fifth of --minutes")] = None
+    eval_every: Annotated[int | None, arg("N", "eight times, or a fifth of --minutes")] = None
     """Steps between measurements of the acceptance length; 0 for none."""
-    eval_prompts: Annotated[int, _N] = 16
+    eval_prompts: Annotated[int, N] = 16
     """Held-out prompts of a measurement."""
-    eval_tokens: Annotated[int, _N] = 48
+    eval_tokens: Annotated[int, N] = 48
     """New tokens for each."""
-    depth: Annotated[int, _N] = 5
+    depth: Annotated[int, N] = 5
     """Levels that the measured drafts have."""
-    top_k: Annotated[int, _N] = 8
+    top_k: Annotated[int, N] = 8
     """Children of a node in the measured trees."""
-    nodes: Annotated[int, _N] = 48
+    nodes: Annotated[int, N] = 48
     """Nodes of the measured trees."""
-    patience: Annotated[int, _N] = 5
+    patience: Annotated[int, N] = 5
     """Stop after this many measurements without a gain; 0 never does."""
 
-    save_every: Annotated[int | None, _arg("N", "at every measurement, or eight")] = None
+    save_every: Annotated[int | None, arg("N", "at every measurement, or eight")] = None
     """Steps between checkpoints."""
-    keep: Annotated[int, _N] = 2
+    keep: Annotated[int, N] = 2
     """Checkpoints to keep."""
-    log_every: Annotated[int, _N] = 10
+    log_every: Annotated[int, N] = 10
     """Steps between lines on the terminal; the log file has every step."""
-    tensorboard: _Flag = False
+    tensorboard: Flag = False
     """Also write TensorBoard events."""
-    no_colour: _Flag = False
+    no_colour: Flag = False
     """Never colour the summary. Also when NO_COLOR is set or the output is no terminal."""
 
     def check(self) -> None:
@@ -167,7 +154,7 @@ class TrainOptions:
         now = self.to_json()
         names = sorted((set(now) | set(before)) - FREE_ON_RESUME)
         return [
-            f"--{name.replace('_', '-')}: {before.get(name)} before, {now.get(name)} now"
+            f"{flag_of(name)}: {before.get(name)} before, {now.get(name)} now"
             for name in names
             if now.get(name) != before.get(name)
         ]
@@ -218,14 +205,15 @@ def check_train_options(options: TrainOptions) -> None:
             raise ConfigError(f"--{name} is missing; give a folder")
     if options.steps is not None and options.minutes is not None:
         raise ConfigError("give --steps or --minutes, not both")
+    check_numbers(options, _LEAST, _MOST)
     for field in fields(options):
         value = getattr(options, field.name)
         if value is not None:
-            _check_value(field.name, "--" + field.name.replace("_", "-"), value)
+            _check_value(field.name, value)
     named = [name for name in _SHAPE if getattr(options, name)]
     if options.init_from is not None and named:
         raise ConfigError(
-            f"--init-from brings the shape of the head; leave out --{named[0].replace('_', '-')}"
+            f"--init-from brings the shape of the head; leave out {flag_of(named[0])}"
         )
     if any(not 0 <= beta < 1 for beta in options.betas):
         raise ConfigError(f"--betas must be two numbers from 0 to below 1, got {options.betas}")
@@ -236,11 +224,8 @@ def check_train_options(options: TrainOptions) -> None:
         )
 
 
-def _check_value(name: str, flag: str, value: Any) -> None:
-    least = _LEAST.get(name)
-    most = _MOST.get(name, 2**31 - 1)
-    if least is not None and not least <= value <= most:
-        raise ConfigError(f"{flag} must be from {least} to {most}, got {value}")
+def _check_value(name: str, value: Any) -> None:
+    flag = flag_of(name)
     if name in _SHARES and not 0 <= value <= 1:
         raise ConfigError(f"{flag} must be from 0 to 1, got {value}")
     if name in _POSITIVE and not 0 < value < float("inf"):

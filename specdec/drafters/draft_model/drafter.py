@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from specdec.artifacts.places import DRAFT_MODEL
 from specdec.contracts import BatchState, Needs, RoundResult, Shape
 from specdec.drafters.draft_model.loading import ReadyDraft, check_draft, ready_draft
 from specdec.drafters.draft_model.runner import RaggedDraft, SingleDraft
@@ -95,6 +96,7 @@ class DraftModel:
     shape: Shape = "any"
     source_names = ("draft",)
     sampling_option = "draft_sampling"
+    draft_kind = DRAFT_MODEL
 
     def __init__(self, config: DraftModelConfig) -> None:
         self._config = config

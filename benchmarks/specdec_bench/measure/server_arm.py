@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from specdec.errors import ConfigError, SpecdecError
-from specdec_bench.measure.units import Unit
+from specdec_bench.contracts import Unit
 from specdec_bench.results.records import PassRecord, Setting
-from specdec_bench.server.dialects import Asked, Dialect, Reply, connect, rounds_of
-from specdec_bench.server.http import Endpoint
+from specdec_integrations.servers.dialects import Asked, Dialect, Reply, connect, rounds_of
+from specdec_integrations.servers.http import Endpoint
 
 _OPTIONS = ("model", "timeout", "key_file")
 

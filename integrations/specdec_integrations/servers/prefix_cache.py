@@ -12,7 +12,7 @@ import time
 from typing import Literal
 
 from specdec.errors import ConfigError, SpecdecError
-from specdec_bench.server.http import Endpoint
+from specdec_integrations.servers.http import Endpoint
 
 _WAIT = 2.0  # seconds that a server may take to be done with the request before
 _REFUSED = re.compile(r'"success"\s*:\s*false')

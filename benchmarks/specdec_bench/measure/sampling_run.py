@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from specdec_bench.arm_names import BASELINE
 from specdec_bench.checks.sampling import SampledArm, SamplingPlan, check_sampling
-from specdec_bench.checks.text import promises_text
-from specdec_bench.measure.arms import BASELINE, Arm, GenerateArm, Workbench, fill_stores
-from specdec_bench.measure.units import Unit, padded
+from specdec_bench.contracts import Arm, Unit, Workbench
+from specdec_bench.measure.arms import GenerateArm, fill_stores
+from specdec_bench.measure.units import padded
 from specdec_bench.results.records import SamplingRecord, UnitRecord
 
 _PROMPTS = 4
@@ -54,7 +55,7 @@ def sampling_records(
         SampledArm(
             arm.name,
             _sampler(GenerateArm(arm.spec, hot), spaces),
-            whole and promises_text(arm.spec.method, arm.spec.options, temperature),
+            whole and arm.spec.promises_text(temperature),
         )
         for arm in own
     ]

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from specdec.errors import ConfigError, SpecdecError
-from specdec_bench.server.http import Endpoint, Event
-from specdec_bench.server.memory import PrefixCache, refuse_suffix_decoding
+from specdec_integrations.servers.http import Endpoint, Event
+from specdec_integrations.servers.prefix_cache import PrefixCache, refuse_suffix_decoding
 
 _METRICS = "/metrics"
 _WAIT = 2.0  # seconds after an answer within which vLLM's counters have caught up with it

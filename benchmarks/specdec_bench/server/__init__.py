@@ -1,1 +1,0 @@
-"""Arms in another process, behind an OpenAI-compatible address."""

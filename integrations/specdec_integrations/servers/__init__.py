@@ -1,0 +1,1 @@
+"""Servers of other engines: how they are asked, and how they count what was accepted."""
