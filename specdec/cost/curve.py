@@ -104,7 +104,7 @@ class CurveMeter:
         began, warming = time.perf_counter(), 0
         while not times or (len(times) < _IN_A_ROW and time.perf_counter() < late):
             rows = [TokenTree.chain(0, [0] * (size - 1))] * self._batch
-            tree = TreeBatch.from_rows(rows, device, bucket=False)
+            tree = TreeBatch.from_rows(rows, device, size)
             begin = self._clock()
             self._target.forward_tree(tree).logits.argmax(-1).tolist()  # waits for the device
             taken = self._clock() - begin

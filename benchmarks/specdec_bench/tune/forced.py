@@ -29,7 +29,7 @@ from specdec.round.verify import Verdict
 from specdec.targets.prompts import Prompt
 from specdec.targets.self_test import evaluating
 from specdec.targets.tree_target import HFTarget
-from specdec_bench.measure.units import Unit
+from specdec_bench.contracts import Unit
 from specdec_bench.tune.grid import Candidate
 from specdec_bench.tune.measured import Rounds
 from specdec_bench.tune.replayed import advance, emit, forced_state, roots
