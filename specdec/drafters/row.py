@@ -130,8 +130,8 @@ class RowDrafter:
             if host.tokens[index]:
                 picks = host.node_picks[index] if host.node_picks is not None else None
                 topk = host.node_topk[index] if host.node_topk is not None else None
-                outcome = RowRound(tree, host.paths[index], host.tokens[index], picks, topk)
-                self.rows[index].advance(outcome)
+                path, tokens = list(host.paths[index]), list(host.tokens[index])
+                self.rows[index].advance(RowRound(tree, path, tokens, picks, topk))
 
     def end(self, state: BatchState) -> None:
         """Ends a call, whether it went well or not: the place to keep what rows have learnt."""

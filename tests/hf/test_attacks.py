@@ -15,8 +15,10 @@ from helpers.hf import ids_of, plain, prompt, tiny_llama
 from helpers.names import cache_of
 from specdec import RowDrafter, SpecConfig, TokenTree
 from specdec.caches.tree_cache import TreeCache
+from specdec.contracts import BatchState
 from specdec.drafters.row import DraftRow, RowRound
 from specdec.errors import ConfigError, FallbackWarning
+from specdec.stats import RoundRecord
 from specdec.targets.self_test import probe
 
 CALL: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
@@ -43,9 +45,18 @@ class Vandal(RowDrafter):
 
 def test_a_drafter_owns_what_it_is_given(llama: Any) -> None:
     specdec.register_drafter("vandal", Vandal)
-    ids = prompt(rows=2)
-    with specdec.augmented(llama, "vandal"):
-        assert torch.equal(llama.generate(ids, **CALL), plain(llama, ids, **CALL))
+    ids, records = prompt(rows=2), list[RoundRecord]()
+    wanted = plain(llama, ids, **CALL)
+    with specdec.augmented(llama, "vandal", on_round=records.append):
+        assert torch.equal(llama.generate(ids, **CALL), wanted)
+    for row, text in enumerate(wanted[:, ids.shape[1] :].tolist()):
+        assert [token for record in records for token in record.tokens[row]] == text
+    one, tokens = torch.tensor([0]), [[5, 6, 7]]
+    state = BatchState(tokens, [2], [True], one, one, 64, 20, depth_limit=9)
+    vandal = Vandal()
+    vandal.start(state)
+    assert vandal.propose(state, 4).size > 1
+    assert tokens == [[5, 6, 7]]
 
 
 @pytest.mark.parametrize(
