@@ -36,7 +36,7 @@ class TunedChoice:
     Attributes:
         method: Drafting method; "none" where speculation does not pay.
         options: Of the method: numbers, booleans and text.
-        predicted: Speed-up over decoding without speculation that costs and acceptance predict.
+        predicted: Speed-up over decoding without speculation by what came before it was measured.
         measured: The measured one with its 95 % interval [value, low, high]; None for "none".
     """
 

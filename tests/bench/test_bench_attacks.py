@@ -23,7 +23,7 @@ from specdec_bench.results.files import RecordWriter, check_output
 from specdec_bench.results.records import PassRecord
 from specdec_bench.summary.summarize import summarize
 from specdec_bench.tasks import load_tasks
-from specdec_bench.tune.options import TuneOptions, check_tune_options
+from specdec_bench.tune.options import TuneOptions
 from tests.bench.fake_results import Fake, with_arm, write
 
 CODE = "class Stack:\n    def push(self, item):\n        self.items.append(item)\n\n"
@@ -118,7 +118,7 @@ def test_no_command_replaces_a_file_of_another_kind(tmp_path: Path, tasks: Path)
         with pytest.raises(ConfigError, match="--profile"):
             run_run(RunOptions(tasks=options.tasks, output=options.output, profile=profile))
     with pytest.raises(ConfigError, match="--output"):
-        check_tune_options(TuneOptions(output=tasks, overwrite=True))
+        TuneOptions(output=tasks, overwrite=True).check()
     for output in (tasks, tmp_path / "." / "prompts.jsonl"):
         with pytest.raises(ConfigError, match="--output"):
             check_replay_options(ReplayOptions((tasks,), output=output, overwrite=True))

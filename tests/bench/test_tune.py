@@ -1,49 +1,274 @@
-"""The tuner: predictions are what real answers show, and the choice follows the clock."""
+"""The tuner: what options declare is tried, real answers decide, the last race alone chooses."""
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
-import math
-from collections.abc import Iterator
-from dataclasses import replace
-from functools import cache
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
 
 import specdec
-import specdec_bench.tune.tuner as tune_module
 from helpers.families import model_of
+from specdec.api import capability
 from specdec.artifacts.places import DRAFT_HEAD, DRAFT_MODEL, head_path, target_path
 from specdec.cost.tuned_file import read_tuned
 from specdec.errors import ConfigError, SpecdecError
 from specdec.loading import load_model, load_tokenizer
-from specdec_bench.measure.arms import Workbench
-from specdec_bench.measure.runner import clear_generation_config
-from specdec_bench.measure.units import SHORTEST, Maker, Unit, padded
-from specdec_bench.results.records import CurveRecord, Setting, UnitRecord
-from specdec_bench.summary.intervals import Ratio
-from specdec_bench.tasks import load_tasks
-from specdec_bench.tune import search as tune_search
-from specdec_bench.tune import timing as tune_timing
+from specdec.method_options import MethodOptions, Range
+from specdec.registry import methods
+from specdec.stats import GenerationStats
+from specdec_bench.measure.arms import ArmSpec, GenerateArm, Workbench
+from specdec_bench.measure.loaded import clear_generation_config
+from specdec_bench.measure.units import SHORTEST, Unit, padded
+from specdec_bench.results.records import Setting, UnitRecord
+from specdec_bench.tune import search as search_module
+from specdec_bench.tune import tuner as tune_module
 from specdec_bench.tune.command import run_tune
-from specdec_bench.tune.forced import STATE_READERS, force, verifies_trees
-from specdec_bench.tune.grid import Candidate, Grid, climb, grid_of, tunable
-from specdec_bench.tune.measured import PLAIN, Bench, Rounds, beginning
-from specdec_bench.tune.options import TuneOptions, check_tune_options
-from specdec_bench.tune.replayed import replay
-from specdec_bench.tune.search import Forecast, best_of, text_rounds
-from specdec_bench.tune.timing import Race
-from specdec_bench.tune.tuner import tune
+from specdec_bench.tune.grid import Grid
+from specdec_bench.tune.options import TuneOptions
+from specdec_bench.tune.race import PLAIN, Race, Timed, beginning
+from specdec_bench.tune.search import Search
+from specdec_bench.tune.tuner import grids_of, located, tune
 
-CURVE = CurveRecord("float32", 1, {"1": 1.0, "4": 1.2, "16": 2.0, "64": 5.0})
+A, B = tuple(range(0, 20, 2)), tuple(range(5))
 
 
-def candidate(method: str, **options: Any) -> Candidate:
-    return Candidate(method, tuple(options.items()))
+@dataclass(frozen=True)
+class TwoSizes(MethodOptions):
+    """Options of the methods that tests register."""
+
+    a: Annotated[int, Range(0, 20, tries=A)] = 7
+    b: Annotated[int | None, Range(0, 20, tries=B)] = None
+    untried: Annotated[int, Range(0)] = 0
+
+    def check(self) -> None:
+        """Not all go together."""
+        if self.b is not None and self.a + self.b > 20:
+            raise ConfigError("a + b must be at most 20")
+
+
+class Registered:
+    """Drafts as prompt lookup does; somebody else's, as far as the tuner knows."""
+
+    Config = TwoSizes
+
+    def __new__(cls, config: TwoSizes) -> Any:
+        """The drafter."""
+        sizes = {"num_draft_tokens": config.a + 1}
+        return methods.create("prompt_lookup", methods.configure("prompt_lookup", sizes))
+
+
+@pytest.fixture
+def registered() -> Iterator[list[str]]:
+    names = ["first", "second", "third"]
+    for name in names:
+        methods.register(name, Registered)
+    yield names
+    for name in names:
+        methods.unregister(name)
+
+
+def make_units(count: int) -> list[Unit]:
+    ids = torch.ones(1, 4, dtype=torch.long)
+    text = list(range(24))
+    return [
+        Unit(UnitRecord(0, str(at), str(at), "k", 0, [4], 24, 0.0, ""), at, [[1] * 4], [text], ids,
+             ids)
+        for at in range(count)
+    ]  # fmt: skip
+
+
+@dataclass
+class Stage:
+    """Answers that take what a table says; keeps who answered what."""
+
+    seconds: Callable[[ArmSpec, Unit], float]
+    answers: list[tuple[str, int]]
+
+    def times(self, name: str) -> Counter[int]:
+        """Unit -> answers of a candidate."""
+        return Counter(unit for who, unit in self.answers if who == name)
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    found = Stage(lambda spec, unit: 1.0, [])
+    numbers: dict[str, int] = {}
+
+    def answer(race: Race, arm: GenerateArm, unit: Unit) -> float:
+        name = arm.spec.name
+        number = numbers.setdefault(name, len(numbers))
+        arm.stats = GenerationStats(name, histogram=Counter({2: 10}), drafted_nodes=number)
+        if unit.record.new_tokens > SHORTEST:
+            found.answers.append((name, unit.index))
+        return found.seconds(arm.spec, unit)
+
+    monkeypatch.setattr(Race, "_answer", answer)
+    return found
+
+
+def new_race() -> Race:
+    return Race(Workbench(None, None, Setting()))
+
+
+def search_of(grids: Sequence[str], count: int, lines: list[str] | None = None) -> Search:
+    say = (lambda line: None) if lines is None else lines.append
+    workbench = Workbench(None, None, Setting())
+    return Search(workbench, make_units(count), {name: Grid(name) for name in grids}, 0, say)
+
+
+def spec_of(method: str, **sizes: Any) -> ArmSpec:
+    name = ",".join(f"{option}={value}" for option, value in sizes.items())
+    return ArmSpec(f"{method}:{name}", method, sizes)
+
+
+# --- the grid ---
+
+
+def test_all_methods_that_need_no_draft_are_tried() -> None:
+    options = TuneOptions(target="somewhere")
+    without = {name for name in methods.names() if "draft" not in methods.options(name)}
+    assert set(grids_of(options)) == without - {"none"}
+    assert len(grids_of(options)) >= 5
+    with_both = TuneOptions(target="somewhere", head="demo", draft="demo")
+    drafts = {name: grid.draft for name, grid in grids_of(with_both).items() if grid.draft}
+    assert drafts == {"eagle3": str(head_path()), "draft_model": str(target_path())}
+    assert set(grids_of(TuneOptions())) == without - {"none"} | {"eagle3"}
+
+
+@pytest.mark.parametrize("method", [name for name in methods.names() if name != "none"])
+def test_samples_are_accepted_and_spread(method: str) -> None:
+    drafts = {name: grid.draft for name, grid in grids_of(
+        TuneOptions(draft="demo", methods="draft_model,eagle3")).items()}  # fmt: skip
+    grid = Grid(method, drafts.get(method))
+    found = grid.sample(12, seed=3)
+    assert len({spec.name for spec in found}) == len(found) == 12
+    for spec in found:
+        methods.configure(method, spec.options)
+    known = methods.options(method)
+    assert {name: found[0].options[name] for name in grid.axes} == {
+        name: known[name].default for name in grid.axes
+    }
+    for name, values in grid.axes.items():
+        declared = known[name].range
+        assert declared is not None
+        assert list(values) == sorted(set(values))
+        assert all(value in declared for value in values)
+        tried = {spec.options[name] for spec in found[1:]}
+        assert len(tried) >= min(len(values), 6) - 2, (name, tried)
+    assert grid.sample(12, seed=3) == found
+    assert grid.sample(12, seed=4) != found
+    assert [spec.name for spec in grid.sample(1, seed=5)] == [found[0].name]
+    assert 12 < len(grid.sample(100, seed=0)) <= 100
+
+
+def test_steps_go_to_the_next_value_and_none_is_the_largest(registered: list[str]) -> None:
+    grid = Grid("first")
+    start = grid.sample(1, 0)[0]
+    assert start.options == {"a": 7, "b": None}
+    near = [(spec.options["a"], spec.options["b"]) for spec in grid.around(start)]
+    assert near == [(6, None), (8, None), (7, 4)]
+    ends = spec_of("first", a=18, b=2)
+    near = [(spec.options["a"], spec.options["b"]) for spec in grid.around(ends)]
+    assert near == [(16, 2), (18, 1)]  # and a + b = 21 is refused
+    assert grid.around(ends)[0].name == "first:a=16,b=2"
+
+
+def test_a_method_that_refuses_everything_says_why() -> None:
+    grid = Grid("draft_model", "/nowhere/at/all")
+    with pytest.raises(ConfigError, match="/nowhere/at/all"):
+        grid.sample(4, 0)
+
+
+# --- the race ---
+
+
+def test_every_answer_has_a_plain_one_beside_it(stage: Stage) -> None:
+    """In turning order, so that a drift hits all alike."""
+    race, units = new_race(), make_units(3)
+    specs = [spec_of("m", a=at) for at in range(4)]
+    stage.seconds = lambda spec, unit: 1.0 if spec == PLAIN else 0.5 + spec.options["a"] / 10
+    race.run(specs, units, 2)
+    names = [name for name, _ in stage.answers]
+    visits = [names[at : at + 5] for at in range(0, len(names), 5)]
+    assert len(visits) == 6
+    assert all(sorted(visit) == sorted([PLAIN.name, *race.known]) for visit in visits)
+    assert len({visit[0] for visit in visits}) > 2
+    ranked = race.ranked(specs)
+    assert [found.spec.options["a"] for found in ranked] == [0, 1, 2, 3]
+    assert ranked[0].gain.value == pytest.approx(2.0)
+    assert all(len(pairs) == 2 for pairs in ranked[0].seconds.values())
+    assert ranked[0].to_json()["tau"] == 2.0
+    nodes = sorted(found.to_json()["nodes"] for found in ranked)
+    assert nodes == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_many_candidates_share_plain_answers_of_their_own_minute(stage: Stage) -> None:
+    """A machine that slows down in the middle of a round makes nobody slow."""
+    race, units, clock = new_race(), make_units(2), itertools.count()
+    specs = [spec_of("m", a=at) for at in range(40)]
+
+    def seconds(spec: ArmSpec, unit: Unit) -> float:
+        slow = 1 + next(clock) / 40  # five times as slow at the end
+        return slow * (1.0 if spec == PLAIN else 0.5 + spec.options["a"] / 100)
+
+    stage.seconds = seconds
+    race.run(specs, units)
+    assert all(len(race.known[spec.name].seconds) == 2 for spec in specs)
+    for found in race.known.values():
+        true = 1 / (0.5 + found.spec.options["a"] / 100)
+        assert found.gain.value == pytest.approx(true, rel=0.2)
+
+
+def test_one_slow_pass_does_not_decide(stage: Stage, registered: list[str]) -> None:
+    """All answers to one prompt take four times as long: candidates and plain alike."""
+
+    def seconds(spec: ArmSpec, unit: Unit) -> float:
+        slow = 4.0 if unit.index == 3 else 1.0
+        return slow * (1.0 if spec == PLAIN else 0.5 + abs(spec.options["a"] - 12) / 40)
+
+    stage.seconds = seconds
+    search = search_of(["first"], 8)
+    search.run(6)
+    best = search.finalists[0]
+    assert best.spec.options["a"] == 12
+    assert best.gain.value == pytest.approx(2.0)
+    assert best.gain.low == pytest.approx(2.0)
+
+
+def test_what_drafts_the_same_is_there_once(stage: Stage) -> None:
+    race, units, specs = new_race(), make_units(2), [spec_of("m", a=1), spec_of("m", a=2)]
+    stage.seconds = lambda spec, unit: 1.0 if spec == PLAIN else 1 / spec.options["a"]
+    race.run(specs, units)
+    slower, faster = race.known.values()
+    assert race.ranked(specs) == [faster, slower]
+    faster.stats = dict(slower.stats)
+    assert race.ranked(specs) == [faster]
+    assert race.ranked(specs[:1]) == [slower]
+
+
+def test_plain_must_run_and_others_may_fail(stage: Stage) -> None:
+    def seconds(spec: ArmSpec, unit: Unit) -> float:
+        if spec.method == broken and unit.index == 1:
+            raise ValueError("it breaks")
+        return 1.0
+
+    broken, stage.seconds = "m", seconds
+    race, units = new_race(), make_units(2)
+    race.run([spec_of("m"), spec_of("n")], units)
+    assert race.failed == {"m:": "it breaks"}
+    assert list(race.known) == ["n:"]
+    broken = PLAIN.method
+    with pytest.raises(ValueError, match="it breaks"):
+        race.run([spec_of("n")], units)
 
 
 @pytest.fixture(scope="module")
@@ -55,387 +280,161 @@ def model() -> Iterator[Any]:
     specdec.restore(found)
 
 
-@cache
-def make_bench(model: Any, batch: int) -> Bench:
-    tokenizer, setting = load_tokenizer("demo"), Setting(batch=batch)
-    drafts = {DRAFT_HEAD: lambda: str(head_path())}
-    workbench = Workbench(model, tokenizer, setting, drafts)
-    maker = Maker(model, tokenizer, setting, workbench.sampling(), 56, frozenset())
-    units, _ = maker.make(0, load_tasks(["smoke"], limit=3 * batch))
-    return Bench(workbench, units, CURVE)
-
-
-@pytest.fixture(scope="module")
-def bench(model: Any) -> Bench:
-    return make_bench(model, 1)
-
-
-# --- predictions against real answers ---
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize(
-    "tried",
-    [
-        candidate("prompt_lookup", max_ngram=2, num_draft_tokens=3, tokens_per_match=5),
-        candidate("suffix", max_nodes=7, extra_nodes=1, min_probability=0.35),
-        candidate("suffix"),
-    ],
-    ids=str,
-)
-def test_replayed_rounds_are_the_real_ones(model: Any, batch: int, tried: Candidate) -> None:
-    bench = make_bench(model, batch)
-    assert bench.units
-    for unit in bench.units[:2]:
-        real, replayed = bench.run(tried, [unit]), replay(tried, unit, 4096)
-        assert replayed.tokens == real.tokens
-        assert replayed.sizes == real.sizes
-        assert len(replayed.stages["draft"]) == len(replayed.sizes)
-
-
-@pytest.mark.parametrize("batch", [2])
-def test_trees_of_all_sizes_come_from_one_pass(model: Any, batch: int) -> None:
-    """Tokens and sizes of every round, but for the last ones of a text, where drafts are cut."""
-    bench = make_bench(model, batch)
-    units = bench.units[:2]
-    options: dict[str, Any] = {"depth": 5, "top_k": 8, "nodes": 300, "draft": str(head_path())}
-    assert options.keys() >= STATE_READERS["eagle3"].keys()
-    forced = force("eagle3", options, model, units)
-    for sizes in (
-        {"depth": 3, "top_k": 1, "nodes": 63, "confidence_threshold": 0.0},
-        {"depth": 5, "top_k": 1, "nodes": 63, "confidence_threshold": 0.05},
-        {"depth": 4, "top_k": 3, "nodes": 7, "confidence_threshold": 0.0},
-        {"depth": 5, "top_k": 8, "nodes": 31, "confidence_threshold": 0.0},
-        {"depth": 4, "top_k": 3, "beam": 1, "nodes": 7, "confidence_threshold": 0.0},
-        {"depth": 4, "top_k": 6, "beam": 2, "nodes": 15, "confidence_threshold": 0.0},
-        {"depth": 5, "top_k": 4, "nodes": 15, "confidence_threshold": 0.1},
-    ):
-        tried = Candidate("eagle3", tuple(sizes.items()))
-        simulated, levels = forced.simulate(tried)
-        real = bench.run(tried, units)
-        assert sum(simulated.tokens) == sum(real.tokens)
-        assert len(simulated.sizes) == pytest.approx(len(real.sizes), abs=1)
-        assert simulated.tau == pytest.approx(real.tau, rel=0.02)
-        assert simulated.nodes == pytest.approx(real.nodes, rel=0.12, abs=0.3)
-        assert 1 <= levels <= sizes["depth"]
-
-
-def test_every_part_is_like_all_of_them(bench: Bench) -> None:
-    first = bench.units[0]
-    units = [replace(first, record=replace(first.record, unit=str(i))) for i in range(9)]
-    own = Bench(bench.workbench, units, CURVE)
-    own.text_rounds = [[rounds] for rounds in (40, 40, 10, 10, 25, 25, 40, 10, 25)]
-    parts = [[int(unit.record.unit) for unit in own.part(number)] for number in range(3)]
-    assert sorted(itertools.chain(*parts)) == list(range(9))
-    assert [sum(own.text_rounds[i][0] for i in part) for part in parts] == [75] * 3
-    assert own.part(1) == own.part(1)
-    assert [len(rounds) for rounds in text_rounds(bench)] == [4] * len(bench.units)
-
-
-@pytest.mark.parametrize("count", range(2, 12))
-def test_parts_of_few_units_overlap(bench: Bench, count: int) -> None:
-    units = [replace(bench.units[0]) for _ in range(count)]
-    own = Bench(bench.workbench, units, CURVE, text_rounds=[[10]] * count)
-    parts = [own.part(number) for number in range(3)]
-    assert all(2 <= len(part) == len({id(unit) for unit in part}) for part in parts)
-    everyone = [id(unit) for part in parts for unit in part]
-    assert set(everyone) == {id(unit) for unit in units}
-    assert len(everyone) == max(count, 6)
-
-
-def test_one_slow_round_does_not_count() -> None:
-    rounds = Rounds([3] * 5, [2] * 5, {"draft": [1.0, 1.0, 50.0, 1.0, 1.0]})
-    assert rounds.costs().stages["draft"] == 5.0
-    assert rounds.costs({"draft": 2.0}).stages["draft"] == 10.0
-    assert (rounds.tau, rounds.nodes) == (2.0, 2.0)
-    assert Rounds().tau == 0.0
-
-
-def test_plain_is_measured_on_beginnings(model: Any) -> None:
-    bench = make_bench(model, 2)
-    own = Bench(bench.workbench, bench.units, CURVE)
-    own.measure_plain()
-    for unit, rounds in zip(own.units, own.plain, strict=True):
-        assert unit.record.new_tokens > SHORTEST
-        assert rounds.sizes == [1] * (unit.record.new_tokens - 1)
-        assert len(rounds.tokens) == 2 * len(rounds.sizes)
-        assert len(rounds.stages["forward"]) == SHORTEST - 1
-        assert rounds.prefill > 0
-    assert own.passes == len(own.units) + 1
-    short = beginning(own.units[0], SHORTEST)
-    assert [len(row) for row in short.text_ids] == [SHORTEST] * 2
-    assert beginning(short, SHORTEST) is short
-
-
-def test_a_pass_is_put_at_the_pace_of_plain(bench: Bench) -> None:
-    """A machine that was half as fast while a method was looked at does not make it slow."""
-    own = Bench(bench.workbench, bench.units, CURVE)
-    own.plain = [Rounds([1] * 9, [1] * 9, {"forward": [1.0] * 9}) for _ in own.units]
-    looked_at = Rounds([4] * 5, [2] * 5, {"draft": [0.6] * 5, "forward": [2.4] * 5})
-    assert own.paced(looked_at)["draft"] == pytest.approx(0.3)  # forwards over 4 tokens take 1.2
-    assert own.paced(looked_at)["forward"] == pytest.approx(1.2)
-    own.curve = CurveRecord("float32", 1, {})
-    assert own.paced(looked_at)["draft"] == 0.6
-
-
-def test_few_answers_tell_what_all_drafts_cost(bench: Bench, monkeypatch: Any) -> None:
-    """Of eagle3: one level; four of a chain, a beam of one, the narrowest and the widest trees."""
-    seconds = {(1, 1, 10): 1.0, (4, 1, 10): 2.5, (4, 2, 1): 3.0, (4, 2, 10): 4.0, (4, 10, 10): 8.0}
-    asked: list[tuple[int, int, int]] = []
-
-    def run(candidate: Candidate, units: list[Unit]) -> Rounds:
-        sizes = candidate.mapping
-        assert [unit.record.new_tokens for unit in units] <= [32]
-        asked.append((sizes["depth"], sizes["top_k"], sizes["beam"]))
-        return Rounds([1], [1], {"draft": [seconds[asked[-1]]], "forward": [1.0]})
-
-    own = Bench(bench.workbench, bench.units, CurveRecord("float32", 1, {}))
-    monkeypatch.setattr(own, "run", run)
-    search, grid = tune_search.Search(own, "eagle3"), grid_of("eagle3", on_cpu=True)
-
-    def draft(width: int, levels: float, beam: int = 10) -> float:
-        sizes = {"depth": 5, "top_k": width, "beam": beam, "nodes": 63, "confidence_threshold": 0.0}
-        return search._draft_costs(candidate("eagle3", **sizes), grid, levels)["draft"]
-
-    assert draft(1, 4.0) == 2.5
-    assert draft(1, 2.0) == pytest.approx(1.5)
-    assert draft(1, 7.0) == pytest.approx(4.0)
-    assert draft(2, 4.0) == 4.0
-    assert draft(6, 4.0) == 6.0
-    assert draft(10, 4.0) == 8.0
-    assert draft(10, 4.0, beam=2) == 4.0
-    assert draft(10, 4.0, beam=1) == draft(3, 4.0, beam=1) == 3.0
-    assert draft(10, 1.0) == draft(2, 0.5) == 1.0
-    assert sorted(asked) == sorted(seconds)
-
-
-# --- the grid and the way through it ---
-
-
-def test_every_grid_is_made_of_candidates_that_exist() -> None:
-    for method in tunable():
-        grid = grid_of(method, on_cpu=True)
-        candidates = grid.candidates()
-        assert len(set(candidates)) == len(candidates) > 10
-        for start in grid.starts:
-            assert grid.at(tuple(start)) in set(candidates), (method, start)
-    heads = [candidate.mapping for candidate in grid_of("eagle3", True).candidates()]
-    assert not any(sizes["depth"] == 1 and sizes["confidence_threshold"] for sizes in heads)
-    assert not any(c.mapping["confidence_threshold"] for c in grid_of("eagle3", False).candidates())
-    with pytest.raises(ConfigError, match="nothing to tune in method 'none'"):
-        grid_of("none", on_cpu=True)
-
-
-def test_climbs_find_the_top_and_ask_once() -> None:
-    grid, asked = Grid("x", {"a": range(20), "b": range(20)}, ((0, 0), (19, 19))), []
-
-    def value(found: Candidate) -> float | None:
-        asked.append(found)
-        a, b = found.mapping["a"], found.mapping["b"]
-        return None if (a, b) == (5, 5) else -abs(a - 7) - abs(b - 12)
-
-    grid_methods = _accepting("x")
-    with grid_methods:
-        found = climb(grid, value, 500)
-        assert max(found, key=lambda c: found[c]).mapping == {"a": 7, "b": 12}
-        assert len(asked) == len(set(asked)) < 50  # looking all around at every step takes 98
-        asked.clear()
-        assert len(climb(grid, value, 7)) <= 7
-        assert len(asked) == 7
-        assert climb(grid, lambda _: None, 10) == {}
-
-
-class _accepting:
-    """A method with options a and b, for as long as the block runs."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        from dataclasses import make_dataclass
-
-        from specdec.drafters.prompt_lookup import PromptLookup
-
-        config = make_dataclass("Config", [("a", int, 0), ("b", int, 0)], frozen=True)
-        specdec.register_drafter(self._name, type("Two", (PromptLookup,), {"Config": config}))
-
-    def __exit__(self, *_: object) -> None:
-        from specdec.registry import methods
-
-        methods.unregister(self._name)
-
-
-def test_the_best_of_each_method_are_timed_unless_hopeless() -> None:
-    def forecasts(method: str, *values: float) -> list[Forecast]:
-        return [Forecast(candidate(method, n=i), value, 2.0 + 0.2 * i, 5.0 + i)
-                for i, value in enumerate(values)]  # fmt: skip
-
-    found = {
-        "a": forecasts("a", 2.0, 1.99, 1.98, 1.97, 1.96),
-        "b": forecasts("b", 1.9, 1.2),
-        "c": forecasts("c", 1.1),
-        "d": [],
-    }
-    chosen = best_of(found, 4, 3)
-    assert [str(c) for c in chosen] == ["a:n=0", "b:n=0", "a:n=1", "a:n=2"]
-    twins = [Forecast(candidate("a", n=i), 2.0 - i / 100, 3.0, 8.0) for i in range(5)]
-    assert len(best_of({"a": twins}, 4, 4)) == 1
-    assert best_of({}, 4, 4) == []
-
-
-# --- the race ---
-
-
-class FakeRace(Race):
-    """Answers take what a table says, on a clock of their own."""
-
-    speeds: dict[str, float]
-    now = 0.0
-
-    def _once(self, candidate: Candidate, unit: Unit) -> float:
-        self.timings += 1
-        if candidate.method == "breaks":
-            raise SpecdecError("it breaks")
-        return self.speeds[candidate.method] * (1 + 0.5 * self.bench.units.index(unit))
-
-
-def test_the_race_ends_with_the_fastest(bench: Bench) -> None:
-    bench.text_rounds = [[10]] * len(bench.units)
-    race = FakeRace(bench)
-    race.speeds = {"none": 1.0, **{f"m{i}": 0.5 + 0.1 * i for i in range(8)}}
-    entrants = [candidate(f"m{i}") for i in (3, 0, 7, 5, 1, 2, 6, 4)] + [candidate("breaks")]
-    left = race.run(entrants)
-    assert [c.method for c in left] == ["m0", "m1"]
-    assert race.finalists == left
-    assert race.gain(left[0]).value == pytest.approx(2.0)
-    assert race.failed == {candidate("breaks"): "it breaks"}
-    # Losers were left alone after the first rounds.
-    answers = {c: sum(map(len, found.values())) for c, found in race.seconds.items()}
-    assert answers[candidate("m7")] < answers[candidate("m0")]
-
-
-def test_every_answer_has_one_plain_answer_beside_it(bench: Bench) -> None:
-    """Whoever comes first in a repeat is another one every time: a drift hits all alike."""
-    order: list[str] = []
-
-    class Noted(FakeRace):
-        def _once(self, candidate: Candidate, unit: Unit) -> float:
-            order.append(candidate.method)
-            return super()._once(candidate, unit)
-
-    race = Noted(bench)
-    race.speeds = {"none": 1.0, "a": 0.5, "b": 0.8}
-    race.time([candidate("a"), candidate("b"), candidate("breaks")], bench.units[:1], 1)
-    order.clear()
-    race.time([candidate("a"), candidate("b"), candidate("breaks")], bench.units, 2)
-    repeats = [order[at : at + 3] for at in range(0, len(order), 3)]
-    assert len(repeats) == 2 * len(bench.units)
-    assert all(sorted(arms) == ["a", "b", "none"] for arms in repeats)
-    assert {arms[0] for arms in repeats} == {"a", "b", "none"}
-    assert race.gain(candidate("a")).value == pytest.approx(2.0)
-    assert [len(found) for found in race.seconds[candidate("a")].values()] == [3, 2, 2]
-
-
-def test_rounds_shrink_and_look_at_other_prompts(bench: Bench) -> None:
-    units = [replace(bench.units[0]) for _ in range(9)]
-    own = Bench(bench.workbench, units, CURVE, text_rounds=[[10]] * 9)
-    seen: dict[int, set[str]] = {}
-
-    class Noted(FakeRace):
-        def _once(self, candidate: Candidate, unit: Unit) -> float:
-            seen.setdefault(units.index(unit), set()).add(candidate.method)
-            return super()._once(candidate, unit)
-
-    race = Noted(own)
-    race.speeds = {"none": 1.0, **{f"m{i}": 0.5 + 0.1 * i for i in range(12)}}
-    assert len(race.run([candidate(f"m{i}") for i in range(12)])) == 2
-    counts = [{len(seen[units.index(unit)]) - 1 for unit in own.part(part)} for part in range(3)]
-    assert counts == [{2}, {12}, {5}]  # the last round is on all of them
-    assert len(race.final[candidate("m0")]) == 9
-    assert [len(repeats) for repeats in race.final[candidate("m1")].values()] == [2] * 9
-
-
-def test_plain_must_run(bench: Bench) -> None:
-    class Broken(FakeRace):
-        def _once(self, candidate: Candidate, unit: Unit) -> float:
-            if candidate == PLAIN:
-                raise SpecdecError("plain is broken")
-            return super()._once(candidate, unit)
-
-    race = Broken(bench)
-    race.speeds = {"a": 1.0}
-    with pytest.raises(SpecdecError, match="plain is broken"):
-        race.time([candidate("a")], bench.units, 1)
-
-
-def test_the_choice_is_by_the_last_round_alone(bench: Bench) -> None:
-    """A candidate that was only lucky before is none, and one that is shown to pay is chosen."""
-    bench.text_rounds = [[10]] * len(bench.units)
-    lucky, steady = candidate("lucky"), candidate("steady")
-
-    class Late(FakeRace):
-        """Lucky is fast while finalists are chosen, and slower than plain when it counts."""
-
-        def _time_unit(self, left: Any, unit: Unit, shift: int, is_last: bool) -> None:
-            self.speeds = {**self.speeds, "lucky": 1.2 if is_last else 0.5}
-            super()._time_unit(left, unit, shift, is_last)
-
-    for speeds, chosen in (
-        ({"none": 1.0, "lucky": 0.5, "steady": 0.9, "slow": 2.0}, "steady"),
-        ({"none": 1.0, "lucky": 0.5, "steady": 1.1, "slow": 2.0}, "none"),
-    ):
-        race = Late(bench)
-        race.speeds = speeds
-        race.run([lucky, steady, candidate("slow")])
-        assert set(race.finalists) == {lucky, steady}
-        forecasts = [Forecast(c, 1.5, 2.0, 4.0) for c in race.finalists]
-        found = tune_module._choose(race, forecasts, TuneOptions())
-        assert found.method == chosen
-        if chosen != "none":
-            assert found.measured is not None
-            assert found.measured[1] > 1
-            assert found.measured[0] == pytest.approx(1 / 0.9)
-
-
-def test_trees_are_forced_on_one_part_of_the_prompts(bench: Bench, short: None) -> None:
-    units = [replace(unit) for unit in (*bench.units, *bench.units)]
-    own = Bench(bench.workbench, units, CURVE, text_rounds=text_rounds(bench) * 2)
-    own.measure_plain()
-    before = own.passes
-    search = tune_search.Search(own, "eagle3")
-    assert search.run()
-    assert search._forced is not None
-    grown = [len(rows[0]) for rows in search._forced.grown]
-    assert grown == [unit.record.new_tokens for unit in own.part(0)]
-    assert len(grown) < len(units)
-    assert own.passes - before <= len(grown) + 4
-
-
-def test_without_an_interval_nothing_is_shown_to_pay(bench: Bench) -> None:
-    class One(FakeRace):
-        def final_gain(self, candidate: Candidate) -> Ratio:
-            return Ratio(5.0, 0.0, math.inf, "nothing")
-
-    race = One(bench)
-    race.finalists = [candidate("a")]
-    assert tune_module._choose(race, [], TuneOptions()).method == "none"
-
-
-def test_answers_are_timed_by_both_clocks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gc
-    import time
-
+def real_units(model: Any, prompts: Sequence[Sequence[int]]) -> list[Unit]:
+    units = []
+    for index, prompt in enumerate(prompts):
+        ids, mask = padded([prompt], model)
+        output = type(model).generate(model, ids, attention_mask=mask, max_new_tokens=24)
+        text = output[:, len(prompt) :].tolist()
+        record = UnitRecord(0, str(index), str(index), "k", 0, [len(prompt)], 24, 0.0, "")
+        units.append(Unit(record, index, [list(prompt)], text, ids, mask))
+    return units
+
+
+def test_another_text_is_no_answer(model: Any) -> None:
+    units = real_units(model, [[3, 4, 5, 6] * 4])
+    wrong = [replace(units[0], text_ids=[[*units[0].text_ids[0][:20], 1, 1, 1, 1]])]
+    race, specs = Race(Workbench(model, None, Setting())), [spec_of("prompt_lookup")]
+    with pytest.raises(SpecdecError, match="another text"):
+        race.run(specs, wrong)  # plain is the first that shows it
+    race = Race(Workbench(model, None, Setting("bfloat16")))
+    race.run(specs, wrong)  # rounds differently, and `bench run` judges that
+    assert list(race.known) == ["prompt_lookup:"]
+
+
+def test_answers_are_timed_by_the_steadier_clock(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     states: list[bool] = []
 
-    class Sleeper:
-        def run(self, unit: Unit) -> None:
-            states.append(gc.isenabled())
-            time.sleep(0.05)
+    def sleeps(arm: GenerateArm, unit: Unit) -> list[list[int]]:
+        states.append(gc.isenabled())
+        time.sleep(0.05)
+        return [list(row) for row in unit.text_ids]
 
-    monkeypatch.setattr(tune_timing, "arm_of", lambda *_: Sleeper())
-    wall, cpu = (Race(bench, by_cpu)._once(PLAIN, bench.units[0]) for by_cpu in (False, True))
+    monkeypatch.setattr(GenerateArm, "run", sleeps)
+    race, found = Race(Workbench(model, None, Setting())), []
+    arm = GenerateArm(PLAIN, race.workbench)
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(race._answer(arm, make_units(1)[0]))
+    cpu, wall = found
     assert wall >= 0.05 > 2 * cpu
     assert states == [False, False]
+
+
+def test_targets_without_trees_are_timed_like_all_others() -> None:
+    recurrent = model_of("mamba2", torch.float32)
+    clear_generation_config(recurrent)
+    specdec.augment(recurrent, "none")
+    assert capability(recurrent).mode == "chain"
+    units = real_units(recurrent, [[3, 4, 5, 6] * 4, [9, 8, 7] * 5])
+    race, specs = Race(Workbench(recurrent, None, Setting())), Grid("prompt_lookup").sample(2, 0)
+    race.run(specs, units)
+    assert (race.failed, list(race.known)) == ({}, [spec.name for spec in specs])
+    assert all(found.to_json()["tau"] >= 1 for found in race.ranked(specs))
+
+
+# --- the search ---
+
+
+def test_the_better_half_answers_twice_as_many(stage: Stage, registered: list[str]) -> None:
+    lines: list[str] = []
+    fast = {"first": 0.5, "second": 0.6, "third": 0.9}
+
+    def seconds(spec: ArmSpec, unit: Unit) -> float:
+        return 1.0 if spec == PLAIN else fast[spec.method] + abs(spec.options["a"] - 10) / 50
+
+    stage.seconds = seconds
+    search = search_of(registered, 12, lines)
+    search.run(8)
+    finalists = search.finalists
+    said = [line.split(": ")[1].split(" candidates on ") for line in lines if "candidates" in line]
+    first = [(int(left), int(on.split()[0])) for left, on in said[:4]]
+    assert first == [(24, 1), (12, 2), (6, 4), (3, 8)]
+    assert lines[-1] == "float32, batch 1, greedy: the last 2 on all 12 prompts"
+    assert finalists[0].spec.method == "first"
+    assert finalists[0].spec.options["a"] == 10
+    assert finalists[0].gain.value == pytest.approx(2.0)
+    assert all(len(found.seconds) == 12 for found in finalists)
+    assert all(len(pairs) == 2 for found in finalists for pairs in found.seconds.values())
+    # The best of a method that is far behind was not left alone at once.
+    third = [name for name in search.known if name.startswith("third")]
+    assert max(sum(stage.times(name).values()) for name in third) >= 4
+    assert min(sum(stage.times(name).values()) for name in third) == 1
+    assert search.skipped == {}
+    shown = [row["prompts"] for row in search.table().values()]
+    assert shown[:2] == [12, 12]
+    assert shown == sorted(shown, reverse=True)
+
+
+def test_the_best_is_found_between_the_first_sizes(stage: Stage, registered: list[str]) -> None:
+    stage.seconds = lambda spec, unit: (
+        1.0 if spec == PLAIN else 0.5 + abs(spec.options["a"] - 9) / 50
+    )
+    search = search_of(["first"], 6)
+    search.run(1)
+    assert search.finalists[0].spec.options["a"] in (8, 10)  # from 7, in one step or two
+
+
+@pytest.mark.parametrize(("steady", "method"), [(0.9, "second"), (1.1, "none")])
+def test_the_choice_is_by_the_last_race_alone(
+    stage: Stage, registered: list[str], steady: float, method: str
+) -> None:
+    """Whoever was only lucky before is not chosen, and who is shown to pay is."""
+    lines: list[str] = []
+
+    def seconds(spec: ArmSpec, unit: Unit) -> float:
+        if spec == PLAIN:
+            return 1.0
+        is_last = "the last" in lines[-1]
+        return steady if spec.method == "second" else (1.2 if is_last else 0.5)
+
+    stage.seconds = seconds
+    search = search_of(["first", "second"], 6, lines)
+    search.run(1)
+    choice = search.choice
+    assert choice.method == method
+    if method != "none":
+        assert choice.measured is not None
+        assert choice.measured[:2] == pytest.approx((1 / steady, 1 / steady))
+        assert choice.predicted == pytest.approx(1 / steady)
+
+
+def test_without_an_interval_nothing_is_shown_to_pay() -> None:
+    search = search_of(["first"], 3)
+    assert search.choice.method == "none"
+    search.finalists = [Timed(spec_of("m", a=1), {search.units[0]: [(5.0, 1.0)]})]
+    assert search.finalists[0].gain.over == "nothing"
+    assert search.finalists[0].to_json()["measured"] == [5.0]
+    assert search.choice.method == "none"
+
+
+def test_what_cannot_run_is_skipped_with_its_reason(stage: Stage, registered: list[str]) -> None:
+    def seconds(spec: ArmSpec, unit: Unit) -> float:
+        if spec.method == "second" or spec.options.get("a") == 0:
+            raise SpecdecError(f"{spec.method} breaks")
+        return 1.0 if spec == PLAIN else 0.5
+
+    stage.seconds = seconds
+    search = search_of(["first", "second"], 3)
+    search.run(10)
+    assert {found.spec.method for found in search.finalists} == {"first"}
+    assert search.skipped == {"second": "second breaks"}
+    search = search_of(["second"], 3)
+    search.run(3)
+    assert (search.finalists, search.choice.method) == ([], "none")
+    search = search_of([], 3)
+    search.grids = {"draft_model": Grid("draft_model", "/nowhere/at/all")}
+    search.run(3)
+    assert "/nowhere/at/all" in search.skipped["draft_model"]
+
+
+def test_a_beginning_is_enough_to_see_that_it_runs() -> None:
+    unit = make_units(1)[0]
+    short = beginning(unit)
+    assert [len(row) for row in short.text_ids] == [SHORTEST]
+    assert (short.record.new_tokens, unit.record.new_tokens) == (SHORTEST, 24)
 
 
 def test_a_draft_is_named_by_its_whole_path(
@@ -444,17 +443,10 @@ def test_a_draft_is_named_by_its_whole_path(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "head").mkdir()
     (tmp_path / "head" / "config.json").write_text("{}")
-    assert tune_module.located("head", DRAFT_HEAD) == str(tmp_path / "head")
-    assert tune_module.located("someone/head", DRAFT_HEAD) == "someone/head"
-    assert tune_module.located("demo", DRAFT_HEAD) == str(head_path())
-    assert tune_module.located("demo", DRAFT_MODEL) == str(target_path())
-
-
-def test_a_race_that_nobody_survives_is_empty(bench: Bench) -> None:
-    bench.text_rounds = [[10]] * len(bench.units)
-    race = FakeRace(bench)
-    race.speeds = {"none": 1.0}
-    assert race.run([candidate("breaks")]) == []
+    assert located("head", DRAFT_HEAD) == str(tmp_path / "head")
+    assert located("someone/head", DRAFT_HEAD) == "someone/head"
+    assert located("demo", DRAFT_HEAD) == str(head_path())
+    assert located("demo", DRAFT_MODEL) == str(target_path())
 
 
 # --- all of it ---
@@ -462,16 +454,12 @@ def test_a_race_that_nobody_survives_is_empty(bench: Bench) -> None:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few looks and few timings."""
-    monkeypatch.setattr(tune_module, "_CURVE_SECONDS", 0.2)
-    monkeypatch.setattr(tune_timing, "ROUNDS", ((1, 1), (None, 1)))
-    for method in ("prompt_lookup", "eagle3"):
-        monkeypatch.setitem(tune_search._MOST_LOOKED_AT, method, 6)
-    monkeypatch.setitem(STATE_READERS, "eagle3", {"depth": 5, "top_k": 8, "nodes": 300})
+    """One step only."""
+    monkeypatch.setattr(search_module, "_STEPS", 1)
 
 
 def options(tmp_path: Path, **change: Any) -> TuneOptions:
-    start = TuneOptions(output=tmp_path / "tuned.json", limit=3, max_new_tokens=20, candidates=3,
+    start = TuneOptions(output=tmp_path / "tuned.json", limit=3, max_new_tokens=20, candidates=2,
                         methods="prompt_lookup,eagle3")  # fmt: skip
     return replace(start, **change)
 
@@ -480,16 +468,19 @@ def test_tune_writes_a_file_that_augment_reads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], short: None
 ) -> None:
     assert run_tune(options(tmp_path)) == 0
-    printed = capsys.readouterr().out
-    assert "chosen: " in printed
+    printed = capsys.readouterr()
+    assert "chosen: " in printed.out
+    assert "measured (95 % interval)" in printed.out
+    assert "4 candidates on 1 of 3 prompts" in printed.err
     found = read_tuned(tmp_path / "tuned.json")
     assert (found.dtype, found.threads) == ("float32", 1)
     details = found.details["batches"]["1"]
-    assert set(details["curve"]) >= {"1", "2"}
-    timed = [row for row in details["candidates"] if row["measured"] is not None]
-    assert 1 <= len(timed) <= 3
+    assert len(details["candidates"]) >= 4
     assert {row["method"] for row in details["candidates"]} == {"prompt_lookup", "eagle3"}
-    assert all(math.isfinite(row["predicted"]) for row in details["candidates"])
+    for row in details["candidates"]:
+        assert row["tau"] >= 1
+        assert row["measured"][0] > 0
+        assert sorted(row["measured"][1:]) == row["measured"][1:]
     assert found.details["provenance"]["prompts"] == 3
     model, tokenizer = load_model("demo", "auto", "cpu"), load_tokenizer("demo")
     ids = tokenizer("def f(", return_tensors="pt").input_ids
@@ -500,20 +491,46 @@ def test_tune_writes_a_file_that_augment_reads(
     json.loads((tmp_path / "tuned.json").read_text(), parse_constant=pytest.fail)
 
 
+def test_a_drafter_of_ones_own_is_tuned_like_all_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: None, registered: list[str]
+) -> None:
+    """By a registered name, and by the place of its class; and the file names it."""
+    monkeypatch.setattr(Race, "_answer", _fast_where("first"))
+    own = f"{__name__}:Registered"
+    search = tune(options(tmp_path, methods=f"first,{own}", candidates=3))[1]
+    assert search.choice.method == "first"
+    assert {found.spec.method for found in search.known.values()} == {"first", own}
+    assert search.skipped == {}
+    model = load_model("demo", "auto", "cpu")
+    with specdec.augmented(model, tuned=tmp_path / "tuned.json"):
+        model.generate(torch.full((1, 4), 7), max_new_tokens=4, do_sample=False)
+        assert specdec.last_stats(model).method == "first"
+
+
+def _fast_where(method: str | None) -> Any:
+    """Real answers by a clock of its own: half of plain's time for a method, else four times it."""
+    real = Race._answer
+
+    def answer(race: Race, arm: GenerateArm, unit: Unit) -> float:
+        real(race, arm, unit)
+        return 1.0 if arm.spec == PLAIN else 0.5 if arm.spec.method == method else 4.0
+
+    return answer
+
+
 def test_do_not_speculate_is_an_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    short: None,
 ) -> None:
     """Where forwards over several tokens cost what the tokens cost one by one, nothing pays."""
-    real = Race._once
-
-    def slow(self: Race, candidate: Candidate, unit: Unit) -> float:
-        return real(self, candidate, unit) * (1.0 if candidate == PLAIN else 4.0)
-
-    monkeypatch.setattr(Race, "_once", slow)
-    found, results = tune(options(tmp_path, methods="prompt_lookup", candidates=1))
-    assert found.choices[1].method == "none"
-    assert found.choices[1].measured is None
-    assert next(iter(results[1].gains.values())).value < 1
+    monkeypatch.setattr(Race, "_answer", _fast_where(None))
+    assert run_tune(options(tmp_path, methods="prompt_lookup")) == 0
+    assert "do not speculate here" in capsys.readouterr().out
+    found = read_tuned(tmp_path / "tuned.json")
+    assert (found.choices[1].method, found.choices[1].measured) == ("none", None)
+    assert all(row["measured"][0] < 1 for row in found.details["batches"]["1"]["candidates"])
 
 
 def test_bad_options_are_refused(tmp_path: Path) -> None:
@@ -527,21 +544,24 @@ def test_bad_options_are_refused(tmp_path: Path) -> None:
         ({"limit": 0}, "--limit"),
         ({"candidates": 1000}, "--candidates"),
         ({"max_new_tokens": 3}, "--max-new-tokens"),
-        ({"target": "somewhere", "methods": "eagle3"}, "--head"),
-        ({"methods": "draft_model"}, "--draft"),
     ):
         with pytest.raises(ConfigError, match=words):
-            check_tune_options(options(tmp_path, **change))
-    with pytest.raises(ConfigError, match="nothing to tune in method 'none'"):
-        tune(options(tmp_path, methods="none"))
-    with pytest.raises(ConfigError, match="nothing to tune in method 'telepathy'"):
-        tune(options(tmp_path, methods="telepathy"))
-    (tmp_path / "tuned.json").write_text("mine")
-    with pytest.raises(ConfigError, match="cannot write --output"):
-        tune(options(tmp_path, output=tmp_path / "tuned.json" / "below"))
-    with pytest.raises(ConfigError, match="--overwrite"):
-        tune(options(tmp_path))
+            options(tmp_path, **change).check()
+    for change, words in (
+        ({"target": "somewhere", "methods": "eagle3"}, "--head"),
+        ({"methods": "draft_model"}, "--draft"),
+        ({"head": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"methods": "none"}, "nothing to tune in method 'none'"),
+        ({"methods": "telepathy"}, "unknown method 'telepathy'"),
+        ({"output": tmp_path / "tuned.json" / "below"}, "cannot write --output"),
+        ({}, "--overwrite"),
+    ):
+        (tmp_path / "tuned.json").write_text("mine")
+        new = {"output": tmp_path / "new.json"} if "output" not in change and change else {}
+        with pytest.raises(ConfigError, match=words):
+            tune(options(tmp_path, **{**new, **change}))
     assert (tmp_path / "tuned.json").read_text() == "mine"
+    assert not (tmp_path / "new.json").exists()
 
 
 def test_too_few_prompts_are_refused(tmp_path: Path) -> None:
@@ -549,35 +569,10 @@ def test_too_few_prompts_are_refused(tmp_path: Path) -> None:
         tune(options(tmp_path, limit=1))
 
 
-def test_targets_without_trees_are_judged_by_real_answers(short: None) -> None:
-    """A recurrent target takes chains only: no curve, no simulated trees, still a forecast."""
-    model = model_of("mamba2", torch.float32)
-    clear_generation_config(model)
-    specdec.augment(model, "none")
-    assert not verifies_trees(model)
-    units = []
-    for index, prompt in enumerate(([3, 4, 5, 6] * 4, [9, 8, 7] * 5)):
-        ids, mask = padded([prompt], model)
-        output = type(model).generate(model, ids, attention_mask=mask, max_new_tokens=16)
-        text = output[:, len(prompt) :].tolist()
-        record = UnitRecord(0, str(index), str(index), "k", 0, [len(prompt)], 16, 0.0, "")
-        units.append(Unit(record, index, [prompt], text, ids, mask))
-    curve = tune_module._curve(model, Setting())
-    assert curve.seconds == {}
-    bench = Bench(Workbench(model, None, Setting()), units, curve)
-    bench.measure_plain()
-    bench.text_rounds = text_rounds(bench)
-    search = tune_search.Search(bench, "prompt_lookup")
-    found = search.run()
-    assert not search.skipped
-    assert found
-    assert all(math.isfinite(forecast.speedup) and forecast.tau >= 1 for forecast in found)
-    left = Race(bench).run([found[0].candidate])
-    assert left == [found[0].candidate]
-
-
-def test_a_method_that_cannot_run_says_why(bench: Bench) -> None:
-    broken = replace(bench.workbench, drafts={DRAFT_HEAD: lambda: "/nowhere/at/all"})
-    search = tune_search.Search(Bench(broken, bench.units, CURVE), "eagle3")
-    assert search.run() == []
-    assert "/nowhere/at/all" in search.skipped
+def test_a_target_that_cannot_speculate_says_so(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = replace(capability(model), mode="plain", reason="it folds every token into one state")
+    monkeypatch.setattr(tune_module, "capability", lambda _: plain)
+    with pytest.raises(SpecdecError, match="demo cannot be sped up: it folds"):
+        tune(options(tmp_path))

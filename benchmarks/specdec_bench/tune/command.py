@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from specdec.artifacts.terminal import say_next
 from specdec.cost.tuned_file import TunedChoice
 from specdec.loading import sentence
-from specdec_bench.summary.intervals import Ratio
 from specdec_bench.tune.options import TuneOptions
-from specdec_bench.tune.tuner import BatchResult, tune
+from specdec_bench.tune.search import Search
+from specdec_bench.tune.tuner import tune
 
-_SHOWN = 12  # candidates besides those that were timed
+_SHOWN = 20  # candidates
 
 
 def run_tune(options: TuneOptions) -> int:
@@ -26,11 +27,11 @@ def run_tune(options: TuneOptions) -> int:
     Raises:
         SpecdecError: An option, the model, the prompts or the file is wrong.
     """
-    _, results = tune(options, lambda line: print(line, file=sys.stderr, flush=True))
-    for batch, result in results.items():
-        _print(batch, result)
+    found = tune(options, lambda line: print(line, file=sys.stderr, flush=True))
+    for batch, search in found.items():
+        _print(batch, search)
     print(f"\nwritten to {options.output}; use it as specdec.augment(model, tuned=...)")
-    _say_next(options.target, results[min(results)].choice)
+    _say_next(options.target, found[min(found)].choice)
     return 0
 
 
@@ -46,40 +47,26 @@ def _say_next(target: str, choice: TunedChoice) -> None:
     )
 
 
-def _print(batch: int, result: BatchResult) -> None:
-    timed = [f for f in result.forecasts if f.candidate in result.gains]
-    others = [f for f in result.forecasts if f.candidate not in result.gains][:_SHOWN]
-    timed.sort(key=lambda forecast: -result.gains[forecast.candidate].value)
+def _print(batch: int, search: Search) -> None:
     print(f"\nbatch {batch}: speed-up over decoding without speculation\n")
-    names = [str(forecast.candidate) for forecast in timed + others]
-    width = max(map(len, names), default=10)
-    print(f"{'candidate':{width}}  tokens/round  nodes  predicted  measured (95 % interval)")
-    for name, forecast in zip(names, timed + others, strict=True):
-        gain = result.gains.get(forecast.candidate)
+    rows = list(search.table().items())
+    width = max((len(name) for name, _ in rows[:_SHOWN]), default=10)
+    print(f"{'candidate':{width}}  tokens/round  nodes  prompts  measured (95 % interval)")
+    for name, row in rows[:_SHOWN]:
         print(
-            f"{name:{width}}  {forecast.tau:12.2f}  {forecast.nodes:5.1f}  "
-            f"{forecast.speedup:9.2f}  {_measured(gain)}"
+            f"{name:{width}}  {row['tau']:12.2f}  {row['nodes']:5.1f}  {row['prompts']:7}  "
+            f"{_measured(row['measured'])}"
         )
-    left = len(result.forecasts) - len(names)
-    if left > 0:
-        print(f"and {left} more in the file")
-    for method, reason in result.skipped.items():
+    if len(rows) > _SHOWN:
+        print(f"and {len(rows) - _SHOWN} more in the file")
+    for method, reason in search.skipped.items():
         print(f"{method} cannot run here: {sentence(ValueError(reason))}")
-    choice = result.choice
-    if choice.method == "none":
-        print("\nchosen: do not speculate here (method none)")
-    else:
-        sizes = ", ".join(f"{name} {value}" for name, value in choice.options.items()
-                          if name != "draft")  # fmt: skip
-        print(f"\nchosen: {choice.method} ({sizes})")
-    print(
-        f"{result.passes:.0f} answers looked into, {result.timings} timed, {result.seconds:.0f} s"
-    )
+    choice = search.choice
+    sizes = [f"{name} {value}" for name, value in choice.options.items() if name != "draft"]
+    what = f"{choice.method} ({', '.join(sizes)})" if sizes else "do not speculate here (none)"
+    print(f"\nchosen: {what}; {search.seconds:.0f} s")
 
 
-def _measured(gain: Ratio | None) -> str:
-    if gain is None:
-        return ""
-    if gain.over == "nothing":
-        return f"{gain.value:.2f}"
-    return f"{gain.value:.2f} [{gain.low:.2f}, {gain.high:.2f}]"
+def _measured(gain: Sequence[float]) -> str:
+    value, *ends = (f"{number:.2f}" for number in gain)
+    return f"{value} [{', '.join(ends)}]" if ends else value

@@ -1,213 +1,146 @@
-"""Predicts the speed-up of every size that is worth looking at, without timing any of them."""
+"""Successive halving: few answers of many candidates, then more answers of the better half.
+
+Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization"
+(arXiv:1502.07943). Nothing is predicted: candidates are judged by answers that took what they took.
+"""
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from specdec.errors import SpecdecError
+from specdec.cost.tuned_file import TunedChoice
+from specdec.errors import ConfigError
 from specdec_bench.arm_names import ArmSpec
-from specdec_bench.contracts import Unit
-from specdec_bench.tune.forced import STATE_READERS, ForcedTrees, force, verifies_trees
-from specdec_bench.tune.grid import Candidate, Grid, climb, grid_of
-from specdec_bench.tune.measured import Bench, Rounds, beginning
-from specdec_bench.tune.replayed import TEXT_ONLY, replay
+from specdec_bench.contracts import Unit, Workbench
+from specdec_bench.tune.grid import Grid
+from specdec_bench.tune.race import Race, Timed, finite
 
-_MOST_LOOKED_AT = {"lookahead": 12, "recycling": 8, "jacobi": 8, "prompt_lookup": 40,
-                   "suffix": 40, "draft_model": 21, "eagle3": 160}  # fmt: skip
-_PROBED = 32  # tokens of an answer that shows what a round costs
-_ALIKE = 1.02
-_IN_SIGHT = 0.8  # of the highest prediction
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """What is expected of a candidate.
-
-    Attributes:
-        candidate: Method and sizes.
-        speedup: Over decoding without speculation.
-        tau: Tokens a row and round.
-        nodes: Drafted nodes of a mean forward.
-    """
-
-    candidate: Candidate
-    speedup: float
-    tau: float
-    nodes: float
+_FIRST_UNITS = 1  # that every candidate answers
+_NEAR_UNITS = 2  # that neighbours answer, which are more alike
+_STEPS = 2  # to the best neighbour of the best
+_FINALISTS = 2
+_PASSES = 2  # of the finalists over all units
 
 
 @dataclass
 class Search:
-    """Forecasts of one method.
+    """The search for one batch size.
 
     Attributes:
-        bench: Model, units and costs.
-        method: Which.
-        skipped: Why the method cannot run here; empty when it can.
+        workbench: Model and setting.
+        units: Prompts with plain's texts.
+        grids: By method.
+        seed: Of the order of the units and of the sizes to begin with.
+        tell: Told what goes on, a line at a time.
+        finalists: Those of the last race, by it alone, fastest first.
+        expected: Name -> speed-up before the last race.
+        known: All that was timed, by name; of one in several races the last.
+        failed: Name -> why it could not run.
+        seconds: Wall seconds.
     """
 
-    bench: Bench
-    method: str
-    skipped: str = ""
-    _found: dict[Candidate, Forecast] = field(default_factory=dict)
-    _stages: dict[Candidate, Mapping[str, float]] = field(default_factory=dict)
-    _forced: ForcedTrees | None = None
+    workbench: Workbench
+    units: Sequence[Unit]
+    grids: Mapping[str, Grid]
+    seed: int
+    tell: Callable[[str], object]
+    finalists: Sequence[Timed] = ()
+    expected: Mapping[str, float] = field(default_factory=dict)
+    known: dict[str, Timed] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
-    def run(self) -> list[Forecast]:
-        """Forecasts on the way to the best sizes, best first."""
-        grid = grid_of(self.method, not self.bench.on_device)
-        try:
-            look = self._way()
-            climb(grid, lambda candidate: look(candidate, grid), _MOST_LOOKED_AT[self.method])
-        except SpecdecError as problem:
-            self.skipped = str(problem)
-        return sorted(self._found.values(), key=lambda forecast: -forecast.speedup)
+    @property
+    def choice(self) -> TunedChoice:
+        """The fastest of those that are shown to gain, or not to speculate.
 
-    def _way(self) -> Callable[[Candidate, Grid], float | None]:
-        if not verifies_trees(self.bench.workbench.model):
-            return self._by_passes  # what chains cost there, only real answers show
-        if self.method in TEXT_ONLY:
-            return self._by_replay
-        if self.method in STATE_READERS:
-            return self._by_forced_trees
-        return self._by_passes
-
-    def _keep(
-        self,
-        candidate: Candidate,
-        rounds: Rounds,
-        units: Sequence[Unit],
-        stages: Mapping[str, float],
-    ) -> float | None:
-        speedup = self.bench.predict(rounds, units, stages)
-        if speedup is not None:
-            self._found[candidate] = Forecast(candidate, speedup, rounds.tau, rounds.nodes)
-        return speedup
-
-    def _by_replay(self, candidate: Candidate, grid: Grid) -> float | None:
-        """Rounds from the text alone; what the loop adds comes from one real answer."""
-        model, rounds = self.bench.workbench.model, Rounds()
-        vocab_size = model.config.get_text_config().vocab_size
-        for unit in self.bench.units:
-            rounds.add(replay(candidate, unit, vocab_size))
-        return self._keep(candidate, rounds, self.bench.units, self._loop_costs(grid, rounds))
-
-    def _loop_costs(self, grid: Grid, rounds: Rounds) -> dict[str, float]:
-        """Seconds a round of verify and commit of the method's first start; its own drafting."""
-        start = grid.at(tuple(grid.starts[0]))
-        if start not in self._stages:
-            real = self.bench.run(start, [beginning(self.bench.units[0], _PROBED)])
-            self._stages[start] = self.bench.paced(real)
-        own = {stage: rounds.typical(stage) for stage in ("draft", "observe")}
-        return {**self._stages[start], **own}
-
-    def _by_forced_trees(self, candidate: Candidate, grid: Grid) -> float | None:
-        """Rounds from the largest trees at every position of some prompts; draft costs by the
-        number of levels."""
-        bench, units = self.bench, self.bench.part(0)
-        if self._forced is None:
-            options: dict[str, Any] = dict(STATE_READERS[self.method])
-            options["draft"] = bench.workbench.draft(ArmSpec(self.method, self.method))
-            self._forced = force(self.method, options, bench.workbench.model, units)
-            bench.passes += len(units)
-        rounds, levels = self._forced.simulate(candidate)
-        return self._keep(candidate, rounds, units, self._draft_costs(candidate, grid, levels))
-
-    def _draft_costs(self, candidate: Candidate, grid: Grid, levels: float) -> dict[str, float]:
-        """Seconds a round by stage: linear in the levels and in the width between real answers.
-
-        Width is how many nodes a pass of the draft reads. A chain is drafted in a way of its own,
-        and so is a tree that continues one node. One level continues none, however wide it is.
+        What a candidate was chosen by says too much for it, so the last race counts alone.
         """
-        widths, long = grid.axes["top_k"], 4
-        top_k = candidate.mapping["top_k"]
-        width = min(candidate.mapping.get("beam", top_k), top_k)
-        first = self._probe(grid, 1, widths[0])
-        if width == 1:
-            ends, share = [self._probe(grid, long, min(top_k, widths[1]), 1)] * 2, 0.0
-        else:
-            ends = [self._probe(grid, long, end) for end in (widths[1], widths[-1])]
-            share = (width - widths[1]) / (widths[-1] - widths[1])
-        deep = ends[0]["draft"] + share * (ends[1]["draft"] - ends[0]["draft"])
-        draft = first["draft"] + (max(levels, 1.0) - 1) / (long - 1) * (deep - first["draft"])
-        return {**ends[0], "draft": max(draft, 0.0)}
+        for spec, gain in ((found.spec, found.gain) for found in self.finalists):
+            if gain.low > 1:
+                expected = self.expected[spec.name]
+                return TunedChoice(spec.method, spec.options, expected, finite(gain))
+        return TunedChoice("none")
 
-    def _probe(
-        self, grid: Grid, depth: int, top_k: int, beam: int | None = None
-    ) -> Mapping[str, float]:
-        """Seconds a round by stage of one size, from the beginning of a real answer."""
-        sizes: dict[str, Any] = {"top_k": top_k}
-        if self.method == "eagle3":
-            all_of_them = grid.axes["beam"][-1]
-            sizes["beam"] = all_of_them if beam is None or top_k == 1 else beam
-            sizes |= {"depth": depth, "confidence_threshold": 0.0, "nodes": 63 if top_k == 1 else 7}
-        else:
-            sizes["num_draft_tokens"] = depth
-        probe = Candidate(self.method, tuple((name, sizes[name]) for name in grid.axes))
-        if probe not in self._stages:
-            real = self.bench.run(probe, [beginning(self.bench.units[0], _PROBED)])
-            self._stages[probe] = self.bench.paced(real)
-        return self._stages[probe]
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Methods of which nothing could run, and why."""
+        ran = {found.spec.method for found in self.known.values()}
+        failed = {name.rpartition(":")[0]: reason for name, reason in self.failed.items()}
+        return {method: reason for method, reason in failed.items() if method not in ran}
 
-    def _by_passes(self, candidate: Candidate, grid: Grid) -> float | None:
-        """Rounds of real answers to some of the prompts: what such a method learns depends on what
-        was verified."""
-        units = self.bench.part(0)
-        rounds = self.bench.run(candidate, units)
-        return self._keep(candidate, rounds, units, self.bench.paced(rounds))
+    def table(self) -> dict[str, dict[str, Any]]:
+        """What is known of each candidate, by name: those with most answers first, then fastest."""
+        found = sorted(
+            self.known.values(),
+            key=lambda one: (-sum(map(len, one.seconds.values())), -one.gain.value),
+        )
+        return {one.spec.name: one.to_json() for one in found}
 
+    def run(self, candidates: int) -> None:
+        """Searches, from so many candidates of each method."""
+        start = time.perf_counter()
+        best = self._halved(self._start(candidates), _FIRST_UNITS, _FINALISTS)
+        for _ in range(_STEPS if best else 0):
+            leader = best[0]
+            around = self.grids[leader.method].around(leader)
+            new = [spec for spec in around if spec.name not in self.known]
+            moved = self._halved([leader, *new], _NEAR_UNITS, 1) if new else []
+            if not moved or moved[0].name == leader.name:
+                break
+            best[0] = moved[0]
+        self.expected = {name: found.gain.value for name, found in self.known.items()}
+        self._say(f"the last {len(best)} on all {len(self.units)} prompts")
+        race = Race(self.workbench, self.failed)
+        race.run(best, self.units, _PASSES)
+        self.known |= race.known
+        self.finalists, self.seconds = race.ranked(best), time.perf_counter() - start
 
-def text_rounds(bench: Bench) -> list[list[int]]:
-    """By unit, the rounds of drafts from the text alone: bold ones and careful ones."""
-    vocab_size = bench.workbench.model.config.get_text_config().vocab_size
-    starts = [
-        grid.at(tuple(start))
-        for grid in (grid_of(method, on_cpu=True) for method in TEXT_ONLY)
-        for start in grid.starts
-    ]
-    return [
-        [len(replay(start, unit, vocab_size).sizes) for start in starts] for unit in bench.units
-    ]
+    def _start(self, candidates: int) -> list[ArmSpec]:
+        specs: list[ArmSpec] = []
+        for method, grid in self.grids.items():
+            try:
+                specs += grid.sample(candidates, self.seed)
+            except ConfigError as problem:
+                self.failed[f"{method}:"] = str(problem)
+        return specs
 
+    def _halved(self, specs: Sequence[ArmSpec], first: int, most: int) -> list[ArmSpec]:
+        """The fastest, when the better half of them goes on to twice the units each time.
 
-def best_of(forecasts: Mapping[str, list[Forecast]], most: int, each: int) -> list[Candidate]:
-    """The candidates to time: the best of every method, and the best of all.
+        Text decides what pays, so the best of every method stays for as long as there is room.
 
-    Args:
-        forecasts: By method, best first.
-        most: Candidates in all.
-        each: Candidates of a method at most.
-    """
-    kept: list[tuple[int, Forecast]] = []
-    for found in forecasts.values():
-        own: list[Forecast] = []
-        for forecast in found:
-            if len(own) < each and not any(_alike(forecast, other) for other in own):
-                own.append(forecast)
-        kept += enumerate(own)
-    highest = max((forecast.speedup for _, forecast in kept), default=0.0)
-    # Predictions err by method: the first of each counts for more, unless it is far behind.
-    kept.sort(
-        key=lambda item: (item[0] > 0 or item[1].speedup < _IN_SIGHT * highest, -item[1].speedup)
-    )
-    return [forecast.candidate for _, forecast in kept[:most]]
+        Args:
+            specs: Who begins.
+            first: Units of the first round.
+            most: Ends when so many are left.
+        """
+        race, count = Race(self.workbench, self.failed), len(self.units)
+        units = random.Random(self.seed).sample(list(self.units), count)
+        begin, end = 0, min(first, count)
+        while True:
+            self._say(f"{len(specs)} candidates on {end} of {count} prompts")
+            race.run(specs, units[begin:end])
+            ranked = [found.spec for found in race.ranked(specs)]
+            specs = _better(ranked, max(len(ranked) // 2, most))
+            if end == count or len(specs) <= most:
+                break
+            begin, end = end, min(2 * end, count)
+        self.known |= race.known
+        return ranked[:most]
 
-
-def _alike(one: Forecast, other: Forecast) -> bool:
-    """Whether two candidates of a method draft the same, nearly: timing both would tell nothing."""
-    taus = max(one.tau, other.tau) / min(one.tau, other.tau)
-    nodes = abs(one.nodes - other.nodes) / max(one.nodes, other.nodes, 1.0)
-    return taus < _ALIKE and nodes < 2 * (_ALIKE - 1)
+    def _say(self, line: str) -> None:
+        self.tell(f"{self.workbench.setting}: {line}")
 
 
-def as_json(forecast: Forecast) -> dict[str, Any]:
-    """For the table in the tuned file."""
-    return {
-        "method": forecast.candidate.method,
-        "options": forecast.candidate.mapping,
-        "tau": forecast.tau,
-        "nodes": forecast.nodes,
-        "predicted": forecast.speedup,
-    }
+def _better(ranked: Sequence[ArmSpec], count: int) -> list[ArmSpec]:
+    """So many of the fastest, among them the best of every method if they are not too many."""
+    first = {spec.method: spec for spec in reversed(ranked)}
+    if len(first) > count:
+        return list(ranked[:count])
+    others = [spec for spec in ranked if spec is not first[spec.method]]
+    return [*first.values(), *others[: count - len(first)]]
