@@ -260,8 +260,6 @@ NAMED_METHODS = {
     "draft_training": "the trainer of that kind of head",
     "benchmarks/training_throughput.py": "a word of another trainer's configuration",
     "benchmarks/specdec_bench/default_arms.py": "what is measured when nobody names arms",
-    "benchmarks/specdec_bench/tune": "until its grids are what options declare",
-    "benchmarks/tune_cost.py": "the same",
 }
 
 

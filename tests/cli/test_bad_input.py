@@ -100,7 +100,7 @@ def generate(run: Run, model: Path, *more: object) -> SimpleNamespace:
         (["train"], "--data is missing"),
         (["train", "--data", "/no/such", "--output", "y"], "there is no folder '/no/such'"),
         (["data", "prepare", "--input", "/no/such"], "there is no file or folder '/no/such'"),
-        (["bench", "replay", "/no/such"], "cannot read FILE /no/such"),
+        (["bench", "replay", "/no/such", "--tokenizer", "demo"], "cannot read FILE /no/such"),
         (["train", "--data", ".", "--output", "y", "--init-from", ""], "name is empty"),
         (["data", "prepare", "--target", "a/b/c"], "there is no folder 'a/b/c'"),
         (["data", "regenerate", "--method", "nope"], "unknown method 'nope'"),
