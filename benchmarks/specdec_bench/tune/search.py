@@ -17,12 +17,12 @@ from specdec.errors import ConfigError
 from specdec_bench.measure.arms import ArmSpec, Workbench
 from specdec_bench.measure.units import Unit
 from specdec_bench.tune.grid import Grid
-from specdec_bench.tune.race import Race, Timed, finite
+from specdec_bench.tune.race import Race, Timed
 
 _FIRST_UNITS = 1  # that every candidate answers
 _NEAR_UNITS = 2  # that neighbours answer, which are more alike
 _STEPS = 2  # to the best neighbour of the best
-_FINALISTS = 3
+_FINALISTS = 2
 _PASSES = 2  # of the finalists over all units
 
 
@@ -54,6 +54,10 @@ class Search:
     failed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Every race has another order: who was lucky on its first prompts is judged by others."""
+        self._random = random.Random(self.seed)
+
     @property
     def choice(self) -> TunedChoice:
         """The fastest of those that are shown to gain, or not to speculate.
@@ -62,18 +66,16 @@ class Search:
         """
         for spec, gain in ((found.spec, found.gain) for found in self.finalists):
             if gain.low > 1:
-                expected = self.expected[spec.name]
-                return TunedChoice(spec.method, spec.options, expected, finite(gain))
+                measured, expected = (gain.value, gain.low, gain.high), self.expected[spec.name]
+                return TunedChoice(spec.method, spec.options, expected, measured)
         return TunedChoice("none")
 
     @property
     def skipped(self) -> dict[str, str]:
         """Methods of which nothing could run, and why."""
         ran = {found.spec.method for found in self.known.values()}
-        return {
-            method: reason for name, reason in self.failed.items()
-            for method in self.grids.keys() - ran if name.startswith(f"{method}:")
-        }  # fmt: skip
+        failed = {name.rpartition(":")[0]: reason for name, reason in self.failed.items()}
+        return {method: reason for method, reason in failed.items() if method not in ran}
 
     def table(self) -> dict[str, dict[str, Any]]:
         """What is known of each candidate, by name: those with most answers first, then fastest."""
@@ -122,7 +124,7 @@ class Search:
             most: Ends when so many are left.
         """
         race, count = Race(self.workbench, self.failed), len(self.units)
-        units = random.Random(self.seed).sample(list(self.units), count)
+        units = self._random.sample(list(self.units), count)
         begin, end = 0, min(first, count)
         while True:
             self._say(f"{len(specs)} candidates on {end} of {count} prompts")
