@@ -50,7 +50,7 @@ class TuneOptions:
     batches: Annotated[tuple[int, ...], *each("N", "1")] = ()
     """Prompts decoded together; each batch size gets a choice of its own."""
 
-    candidates: Annotated[int, N] = 7
+    candidates: Annotated[int, N] = 6
     """Sizes of every method to begin with: its defaults, and others spread over all that it can be
     set to. More take longer and miss less."""
     seed: Annotated[int, N] = 0

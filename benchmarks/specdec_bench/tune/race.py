@@ -56,20 +56,15 @@ class Timed:
         """For tables: also tokens and drafted nodes a row and round, and the prompts answered."""
         histogram = sum((stats.histogram for stats in self.stats.values()), Counter[int]())
         rounds = max(histogram.total(), 1)
-        gain = self.gain
+        gain, has_interval = self.gain, self.gain.over != "nothing"
         return {
             "method": self.spec.method,
             "options": self.spec.options,
             "tau": sum(tokens * times for tokens, times in histogram.items()) / rounds,
             "nodes": sum(stats.drafted_nodes for stats in self.stats.values()) / rounds,
             "prompts": len(self.seconds),
-            "measured": finite(gain) if gain.over != "nothing" else [gain.value],
+            "measured": [gain.value, *((gain.low, gain.high) if has_interval else ())],
         }
-
-
-def finite(gain: Ratio) -> tuple[float, float, float]:
-    """Value, low and high of a gain, as JSON has numbers: without an interval, high is infinite."""
-    return gain.value, gain.low, min(gain.high, 1e9)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from specdec.errors import ConfigError
 from specdec_bench.arm_names import ArmSpec
 from specdec_bench.contracts import Unit, Workbench
 from specdec_bench.tune.grid import Grid
-from specdec_bench.tune.race import Race, Timed, finite
+from specdec_bench.tune.race import Race, Timed
 
 _FIRST_UNITS = 1  # that every candidate answers
 _NEAR_UNITS = 2  # that neighbours answer, which are more alike
@@ -54,6 +54,10 @@ class Search:
     failed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Every race has another order: who was lucky on its first prompts is judged by others."""
+        self._random = random.Random(self.seed)
+
     @property
     def choice(self) -> TunedChoice:
         """The fastest of those that are shown to gain, or not to speculate.
@@ -62,8 +66,8 @@ class Search:
         """
         for spec, gain in ((found.spec, found.gain) for found in self.finalists):
             if gain.low > 1:
-                expected = self.expected[spec.name]
-                return TunedChoice(spec.method, spec.options, expected, finite(gain))
+                measured, expected = (gain.value, gain.low, gain.high), self.expected[spec.name]
+                return TunedChoice(spec.method, spec.options, expected, measured)
         return TunedChoice("none")
 
     @property
@@ -120,7 +124,7 @@ class Search:
             most: Ends when so many are left.
         """
         race, count = Race(self.workbench, self.failed), len(self.units)
-        units = random.Random(self.seed).sample(list(self.units), count)
+        units = self._random.sample(list(self.units), count)
         begin, end = 0, min(first, count)
         while True:
             self._say(f"{len(specs)} candidates on {end} of {count} prompts")
