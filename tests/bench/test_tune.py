@@ -63,7 +63,7 @@ class Registered:
     def __new__(cls, config: TwoSizes) -> Any:
         """The drafter."""
         sizes = {"num_draft_tokens": config.a + 1}
-        return methods.create("prompt_lookup", methods.configure("prompt_lookup", sizes))
+        return methods.create("prompt_lookup", sizes)
 
 
 @pytest.fixture
