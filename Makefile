@@ -40,7 +40,7 @@ test: .venv/.dev ## the test suite without the slow grids
 
 laws: .venv/.dev ## the law suite with its full grids, and every other slow test (hours)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/laws tests/hf/test_long.py
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/hf tests/unit tests/training -m slow
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/hf tests/unit tests/training tests/heads tests/mutants -m slow
 
 mutants: .venv/.dev ## plants known faults; a test must catch each (ARGS="--only NAME", "--list")
 	$(TEST_ENV) PYTHONPATH=tests $(BIN)/python -m mutants.run $(ARGS)

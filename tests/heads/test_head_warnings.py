@@ -115,7 +115,8 @@ def test_a_published_head_drafts_as_well_as_ours(
 
 
 @pytest.mark.parametrize(
-    ("top_k", "call"), [(8, "greedy"), (8, "sampled"), (1, "greedy"), (1, "hot")]
+    ("top_k", "call"),
+    [pytest.param(8, "greedy", marks=pytest.mark.slow), (8, "sampled"), (1, "greedy"), (1, "hot")],
 )
 def test_a_good_head_keeps_its_promise(top_k: int, call: str, model: Any, tokenizer: Any) -> None:
     with warnings.catch_warnings(record=True) as found:
@@ -125,7 +126,10 @@ def test_a_good_head_keeps_its_promise(top_k: int, call: str, model: Any, tokeni
     assert said(found) == []
 
 
-@pytest.mark.parametrize(("top_k", "call"), [(8, "greedy"), (8, "sampled"), (1, "sampled")])
+@pytest.mark.parametrize(
+    ("top_k", "call"),
+    [(8, "greedy"), pytest.param(8, "sampled", marks=pytest.mark.slow), (1, "sampled")],
+)
 def test_a_head_that_is_run_wrong_is_found_out(
     top_k: int, call: str, model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:

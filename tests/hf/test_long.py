@@ -41,14 +41,13 @@ def model() -> Any:
     return specdec.augment(tiny, "none")
 
 
-def lengths(short: int, *fast_when_long: str) -> list[object]:
-    """(method, tokens): short, and long; what has models of its own or takes long is slow."""
+def lengths(short: int) -> list[object]:
+    """(method, tokens): short, and long; what has models of its own and what is long is slow."""
     cases: list[object] = []
     for method in methods.names():
         marks = [pytest.mark.slow] if method in ("draft_model", "eagle3") else []
         cases.append(pytest.param(method, short, marks=marks))
-        marks = [] if method in fast_when_long else [pytest.mark.slow]
-        cases.append(pytest.param(method, LONG, marks=marks))
+        cases.append(pytest.param(method, LONG, marks=pytest.mark.slow))
     return cases
 
 
@@ -80,7 +79,7 @@ def different_grams(text: Tensor) -> int:
     return len({tuple(gram) for gram in text.unfold(0, 5, 1).tolist()})
 
 
-@pytest.mark.parametrize(("method", "tokens"), lengths(1_000, "prompt_lookup"))
+@pytest.mark.parametrize(("method", "tokens"), lengths(700))
 def test_the_text_and_the_cost_of_a_round(model: Any, method: str, tokens: int) -> None:
     """By induction: where every token is the best one after its prefix, the text is plain's."""
     costs: list[float] = []
@@ -163,7 +162,7 @@ def growth(marks: list[tuple[int, int]]) -> tuple[float, float]:
 
 
 @pytest.mark.timeout(1800)  # tracing makes allocations several times slower
-@pytest.mark.parametrize(("method", "tokens"), lengths(500))
+@pytest.mark.parametrize(("method", "tokens"), lengths(300))
 def test_memory_follows_the_text(model: Any, method: str, tokens: int) -> None:
     """Sampled text never repeats itself for long, so whatever a method collects keeps growing."""
     memory = Memory(tokens)

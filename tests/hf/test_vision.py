@@ -364,7 +364,7 @@ def test_a_prompt_that_trees_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_prompt_that_fails_in_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: PaddedPrompt, *_: Any) -> Tensor:
+    def broken(self: PaddedPrompt, *_: Any, **__: Any) -> Tensor:
         raise RuntimeError("no such thing\nas this")
 
     model = VISION["llava"].build(torch.float64)

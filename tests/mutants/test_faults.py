@@ -158,6 +158,7 @@ def test_what_is_caught_and_what_is_missed(project: Path) -> None:
     assert status == 0, output
 
 
+@pytest.mark.slow
 def test_an_endless_loop_is_ended(project: Path) -> None:
     status, output = run(project, "endless", timeout=6)
     assert status == 0, output
@@ -165,10 +166,11 @@ def test_an_endless_loop_is_ended(project: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("unfit", "the fault no longer fits the code"),
-    ("red", "without any fault, `pytest tests/test_red.py` must pass"),
     ("empty", "exit status 5, 0 tests passed"),
-    ("foreign", "instead of the copy's package"),
+    pytest.param("unfit", "the fault no longer fits the code", marks=pytest.mark.slow),
+    pytest.param("red", "without any fault, `pytest tests/test_red.py` must pass",
+                 marks=pytest.mark.slow),
+    pytest.param("foreign", "instead of the copy's package", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_check_that_cannot_be_made(project: Path, name: str, message: str) -> None:
     status, output = run(project, name)

@@ -22,6 +22,7 @@ FEW = {
     "mamba2": ("chain", {"chain"}),  # a recurrence
     "rwkv": ("plain", {"plain"}),  # no cache that could be put back
 }
+LONG = ("deepseek_v32", "mamba2")
 
 
 def assert_like_plain(model_type: str) -> Report:
@@ -31,7 +32,10 @@ def assert_like_plain(model_type: str) -> Report:
     return report
 
 
-@pytest.mark.parametrize("model_type", FEW)
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in FEW],
+)
 def test_few(model_type: str) -> None:
     report = assert_like_plain(model_type)
     mode, of_calls = FEW[model_type]
