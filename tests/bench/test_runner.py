@@ -263,7 +263,7 @@ def test_a_lossy_verifier_is_found_and_gets_no_speed_up(
 @pytest.mark.parametrize(
     ("arms", "wanted"),
     [
-        (("none",), ["hf"]),
+        (("none", "prompt_lookup"), ["hf", "prompt_lookup"]),
         (("prompt_lookup", "hf"), ["prompt_lookup", "hf"]),
     ],
 )

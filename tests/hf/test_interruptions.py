@@ -22,6 +22,7 @@ from helpers.names import CACHE
 from helpers.spies import Seen, cache_error, watch_calls
 from specdec import SpecConfig
 from specdec.api import capability
+from specdec.round.pickers import picker_of
 from specdec.stats import RoundRecord
 
 NEW = 20
@@ -241,17 +242,41 @@ def test_an_interrupted_call_leaves_the_models_mode() -> None:
 
 
 @pytest.mark.fault
-def test_an_interrupted_self_test_leaves_the_model_alone() -> None:
-    """Ctrl-C while `augment` runs its forwards."""
+@pytest.mark.parametrize("forward", [2, 4, 10])
+def test_an_interrupted_self_test_leaves_the_model_alone(forward: int) -> None:
+    """Ctrl-C while `augment` runs its forwards, in training mode and out of it."""
     model = tiny_llama().train()
     with (
-        hooked(model, 0, Fuse(2, KeyboardInterrupt).burn),
+        hooked(model, 0, Fuse(forward, KeyboardInterrupt).burn),
         pytest.raises(KeyboardInterrupt),
     ):
         specdec.augment(model, "prompt_lookup")
     assert model.training
     assert "generate" not in vars(model)
     assert "_specdec" not in vars(model)
+
+
+@pytest.mark.fault
+def test_noise_drawn_ahead_is_given_back(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all nodes are picked at once, as on a GPU, a round draws beyond what it emits."""
+    monkeypatch.setattr("specdec.generate.call.picker_of", lambda *given, **how: picker_of(
+        *given, **{**how, "along_path": False}))  # fmt: skip
+
+    def watch(record: RoundRecord) -> None:
+        if record.index == 3:
+            raise Stop
+
+    sampled = {"do_sample": True, "top_k": 12}
+    torch.manual_seed(1)
+    with pytest.raises(Stop):
+        llama.generate(
+            prompt(), max_new_tokens=NEW, **sampled,
+            specdec=SpecConfig("lookahead", on_round=watch),
+        )  # fmt: skip
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    plain(llama, prompt(), max_new_tokens=specdec.last_stats(llama).new_tokens, **sampled)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.fault

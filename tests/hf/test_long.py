@@ -41,13 +41,14 @@ def model() -> Any:
     return specdec.augment(tiny, "none")
 
 
-def lengths(short: int) -> list[object]:
-    """(method, tokens): short, and long; what has models of its own and what is long is slow."""
+def lengths(short: int, *fast_when_long: str) -> list[object]:
+    """(method, tokens): short, and long; what has models of its own or takes long is slow."""
     cases: list[object] = []
     for method in methods.names():
         marks = [pytest.mark.slow] if method in ("draft_model", "eagle3") else []
         cases.append(pytest.param(method, short, marks=marks))
-        cases.append(pytest.param(method, LONG, marks=pytest.mark.slow))
+        marks = [] if method in fast_when_long else [pytest.mark.slow]
+        cases.append(pytest.param(method, LONG, marks=marks))
     return cases
 
 
@@ -79,7 +80,7 @@ def different_grams(text: Tensor) -> int:
     return len({tuple(gram) for gram in text.unfold(0, 5, 1).tolist()})
 
 
-@pytest.mark.parametrize(("method", "tokens"), lengths(700))
+@pytest.mark.parametrize(("method", "tokens"), lengths(700, "prompt_lookup"))
 def test_the_text_and_the_cost_of_a_round(model: Any, method: str, tokens: int) -> None:
     """By induction: where every token is the best one after its prefix, the text is plain's."""
     costs: list[float] = []
