@@ -134,6 +134,13 @@ class Registry:
         """The options that a method declares, by name."""
         return declared(getattr(self.load(name), "Config", NoOptions))
 
+    def device_defaults(self, name: str, on_cpu: bool) -> Mapping[str, Any]:
+        """What options that are left out mean on a device, where that depends on it."""
+        config = getattr(self.load(name), "Config", None)
+        if isinstance(config, type) and issubclass(config, MethodOptions):
+            return config.device_defaults(on_cpu)
+        return {}
+
     def sampling_option(self, name: str) -> str | None:
         """The switch among a method's options that makes it sample its drafts, if it has one."""
         option = getattr(self.load(name), "sampling_option", None)

@@ -14,6 +14,8 @@ from specdec.artifacts.append_file import BusyError, only_writer
 from specdec.errors import SpecdecError
 
 _MOST_BYTES = 1000
+LOCKS = ("run.lock", "run.lock.lock")
+"""Files of a locked folder: the lock, and its marker where the file system has no locks."""
 
 
 class RunLock:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -19,7 +18,6 @@ from specdec.cost.curve import measure_cost
 from specdec.cost.sizes import choose_sizes
 from specdec.hf.names import CACHE, tested_range
 from specdec.loading import check_model, context_length, load_model, pick_device
-from specdec.method_options import MethodOptions
 from specdec.registry import methods
 from specdec.targets.watched_test import self_test
 
@@ -110,10 +108,7 @@ def _product_seconds(device: torch.device, dtype: torch.dtype) -> float:
 
 def _describe(method: str) -> str:
     """The method's options with the defaults that they have here."""
-    config = getattr(methods.load(method), "Config", None)
-    here: Mapping[str, Any] = {}
-    if isinstance(config, type) and issubclass(config, MethodOptions):
-        here = config.device_defaults(on_cpu=not torch.cuda.is_available())
+    here = methods.device_defaults(method, pick_device("auto").type == "cpu")
     described = [
         f"{name}={'?' if option.required else here.get(name, option.default)}"
         for name, option in methods.options(method).items()

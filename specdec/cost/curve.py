@@ -39,7 +39,8 @@ class CostCurve:
     def ratio(self, size: float) -> float:
         """t(size) / t(1): linear between measured sizes, and on beyond the last two.
 
-        1 where fewer than two sizes were measured.
+        1 where fewer than two sizes were measured. A wider forward is never taken to be cheaper
+        than the widest that was measured: the slope of two like times is noise.
         """
         points = sorted(self.seconds.items())
         if len(points) < 2 or points[0][0] != 1 or points[0][1] <= 0:
@@ -47,6 +48,8 @@ class CostCurve:
         right = next((i for i, (q, _) in enumerate(points) if q >= size), len(points) - 1)
         (low, t_low), (high, t_high) = points[max(right, 1) - 1], points[max(right, 1)]
         at_size = t_low + (t_high - t_low) * (size - low) / (high - low)
+        if size > high:
+            at_size = max(at_size, t_low, t_high)
         return at_size / points[0][1]
 
 
@@ -85,7 +88,8 @@ class CurveMeter:
                 for q, taken in self._times.items():
                     if q > _ALWAYS and time.perf_counter() > late:
                         break
-                    taken += self._in_a_row(q, late)
+                    # All sizes once, before any is looked at closely: models can be slow.
+                    taken += self._in_a_row(q, late if taken else start)
                 if time.perf_counter() - start >= seconds:
                     return
 
@@ -108,7 +112,8 @@ class CurveMeter:
             begin = self._clock()
             self._target.forward_tree(tree).logits.argmax(-1).tolist()  # waits for the device
             taken = self._clock() - begin
-            if warming and (warming >= _WARMING or time.perf_counter() - began > _WARMING_SECONDS):
+            spent = time.perf_counter() - began
+            if spent > _WARMING_SECONDS or warming >= _WARMING:
                 times.append(taken)
             warming += 1
         return times

@@ -86,7 +86,9 @@ class RowDrafter:
 
     def __init__(self, config: Any = None) -> None:
         self.config = config
-        self.max_nodes = getattr(config, self.size_option, self.max_nodes)
+        size = getattr(config, self.size_option, None)
+        if isinstance(size, int):  # an option of that name may mean something else
+            self.max_nodes = size
         self.chains_only = False
         self.rows: list[DraftRow] = []
         self._trees: list[TokenTree] = []

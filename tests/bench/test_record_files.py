@@ -117,6 +117,8 @@ def _copy(line: int) -> Callable[[list[dict[str, Any]]], None]:
         (_set(1, "looping", True), "field 'looping' must be a number"),
         (_set(1, "new_tokens", 2.0), "field 'new_tokens' must be a whole number"),
         (_set(1, "mood", "fine"), "line 2: field 'mood' is unknown"),
+        (_set(1, "\ud800", 1), r"line 2: field '.ud800' is unknown"),
+        (_set(4, "worst_ratio", 10**400), "line 5: field 'worst_ratio'"),
         (_set(3, "gaps", [[1]]), r"line 4: field 'gaps\[0\]' must be a list of 2"),
         (_set(3, "histogram", {"1": None}), r"field \"histogram\['1'\]\""),
         (_set(4, "verdict", "fine"), "line 5: field 'verdict' must be one of exact"),

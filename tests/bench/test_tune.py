@@ -154,9 +154,13 @@ def test_samples_are_accepted_and_spread(method: str) -> None:
     for spec in found:
         methods.configure(method, spec.options)
     known = methods.options(method)
+    here = methods.device_defaults(method, on_cpu=True)
     assert {name: found[0].options[name] for name in grid.axes} == {
-        name: known[name].default for name in grid.axes
+        name: here.get(name, known[name].default) for name in grid.axes
     }
+    for near in grid.around(found[0]):  # one size apart, and of the same kind
+        apart = [name for name in grid.axes if near.options[name] != found[0].options[name]]
+        assert len(apart) == 1, near.name
     for name, values in grid.axes.items():
         declared = known[name].range
         assert declared is not None

@@ -37,6 +37,7 @@ from specdec_training.run.checkpoints import (
     CheckpointStore,
     CheckpointWarning,
 )
+from specdec_training.run.folder import check_run_folder
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -789,6 +790,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     forked(RunLock(tmp_path).__enter__).wait()
     assert marker.exists(), "it had no chance to tidy up"
     with RunLock(tmp_path):
+        check_run_folder(tmp_path)  # lock and marker are its own
         owner = json.loads((tmp_path / "run.lock").read_bytes())
         assert owner == {"process": os.getpid(), "host": socket.gethostname()}
         busy = f"process {os.getpid()} on .* If it is gone, delete .*run.lock.lock"

@@ -27,6 +27,12 @@ def test_costs_between_and_beyond_what_was_measured(size: int, ratio: float) -> 
     assert CURVE.ratio(size) == pytest.approx(ratio)
 
 
+def test_noise_does_not_make_wide_forwards_cheap() -> None:
+    """A slow model has few sizes measured, and the slope between two like times may be negative."""
+    assert CostCurve({1: 0.300, 2: 0.297}).ratio(80) == 1.0
+    assert CostCurve({1: 1.0, 2: 1.2, 4: 1.1}).ratio(64) == pytest.approx(1.2)
+
+
 @pytest.mark.parametrize("seconds", [{}, {1: 2.0}, {2: 1.0, 4: 2.0}, {1: 0.0, 2: 1.0}])
 def test_a_curve_that_says_nothing_is_flat(seconds: dict[int, float]) -> None:
     assert CostCurve(seconds).ratio(7) == 1.0

@@ -140,6 +140,7 @@ def walk(
     budget = drafter.max_nodes if budget is None else min(budget, drafter.max_nodes)
     drafter.start(state)
     row = drafter.Row([*state.tokens[0], answer[0]], drafter)
+    drafter.rows.append(row)
     histogram: Counter[int] = Counter()
     drafted, chain, at, last = 0, True, 1, 0
     while at < len(answer):

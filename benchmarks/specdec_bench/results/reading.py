@@ -34,6 +34,7 @@ _RECORDS: TypeAdapter[Record] = TypeAdapter(Record, config=ConfigDict(extra="for
 _WANTED = {  # by the type of pydantic's error
     "int_type": "a whole number",
     "float_type": "a number",
+    "finite_number": "a number",
     "string_type": "text",
     "bool_type": "true or false",
     "literal_error": "one of {expected}",
@@ -296,6 +297,8 @@ def _in_words(problem: ValidationError, value: Mapping[str, Any]) -> str:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return f"field 'kind': {value.get('kind')!r:.80} is unknown"
     place = wrong["loc"][1:]  # behind the kind of the record
+    if kind == "string_unicode" or not place:
+        return f"field {wrong['input']!r:.80} is unknown"
     wanted = _WANTED.get(kind, "").format(**facts).replace("'", "")
     if kind == "missing" and isinstance(place[-1], int):  # of a pair
         place, wanted = place[:-1], _WANTED["tuple_type"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, Field, Strict
+from pydantic import AfterValidator, AllowInfNan, Field, Strict
 
 LEAST_SECONDS = 1e-9
 """Of something that was timed; clocks count nanoseconds."""
@@ -57,7 +57,7 @@ def _is_size(key: str) -> bool:
 Whole = Annotated[int, Strict()]
 Count = Annotated[Whole, _within(0, _MOST)]
 Positive = Annotated[Whole, _within(1, _MOST)]
-Number = Annotated[float, Strict()]
+Number = Annotated[float, Strict(), AllowInfNan(False)]
 Seconds = Annotated[Number, _within(0, _MOST_SECONDS)]
 Share = Annotated[Number, _within(0, 1)]
 Temperature = Annotated[Number, _within(0, 100)]

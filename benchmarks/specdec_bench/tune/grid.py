@@ -22,10 +22,12 @@ class Grid:
     Attributes:
         method: A registered name, or module:Class.
         draft: Folder or hub id of its head or draft model; None where it takes none.
+        on_cpu: Whether it will run there: some defaults depend on it.
     """
 
     method: str
     draft: str | None = None
+    on_cpu: bool = True
 
     @cached_property
     def axes(self) -> Mapping[str, Sequence[Any]]:
@@ -55,6 +57,8 @@ class Grid:
             name: values[len(values) // 2] if known[name].required else known[name].default
             for name, values in self.axes.items()
         }
+        here = methods.device_defaults(self.method, self.on_cpu)
+        defaults |= {name: here[name] for name in self.axes if name in here}
         found = {spec.name: spec for spec in [self._at(defaults)] if spec is not None}
         for _ in range(_DEALS):
             columns = [_dealt(values, count, generator) for values in self.axes.values()]

@@ -80,6 +80,7 @@ class Race:
     workbench: Workbench
     failed: dict[str, str] = field(default_factory=dict)
     known: dict[str, Timed] = field(default_factory=dict)
+    _warm: set[str] = field(default_factory=set)
 
     def run(self, specs: Sequence[ArmSpec], units: Sequence[Unit], repeats: int = 1) -> None:
         """Times all of them on these units; what cannot run is noted in `failed`."""
@@ -92,12 +93,16 @@ class Race:
                     self._turn(turned[start : start + _TOGETHER], unit, pair)
 
     def ranked(self, specs: Sequence[ArmSpec]) -> list[Timed]:
-        """Those of them that ran, fastest first; of equal drafts on every unit the fastest only."""
+        """Those of them that ran, fastest first.
+
+        Of those that drafted the same on every unit, if that was more than one, the fastest only.
+        """
         found = [self.known[spec.name] for spec in specs if spec.name in self.known]
         different: dict[object, Timed] = {}
         for one in sorted(found, key=lambda one: -one.gain.value):
-            drafts = ((stats.rounds, stats.drafted_nodes) for stats in one.stats.values())
-            different.setdefault((one.spec.method, *drafts), one)
+            drafts = [(stats.rounds, stats.drafted_nodes) for stats in one.stats.values()]
+            same = (one.spec.method, *drafts) if len(drafts) > 1 else one.spec.name
+            different.setdefault(same, one)
         return list(different.values())
 
     def _turn(self, specs: Sequence[ArmSpec], unit: Unit, pair: int) -> None:
@@ -120,12 +125,13 @@ class Race:
 
     def _time(self, spec: ArmSpec, unit: Unit) -> float:
         arm = GenerateArm(spec, self.workbench)
-        if spec is PLAIN:
-            return self._answer(arm, unit)
-        if spec.name not in self.known:
-            self._answer(arm, beginning(unit))  # warms up
-            self.known[spec.name] = Timed(spec)
+        if spec.name not in self._warm:
+            self._answer(arm, beginning(unit))
+            self._warm.add(spec.name)
         seconds = self._answer(arm, unit)
+        if spec is PLAIN:
+            return seconds
+        self.known.setdefault(spec.name, Timed(spec))
         if arm.stats is not None:
             self.known[spec.name].stats[unit] = arm.stats
         return seconds
@@ -139,7 +145,10 @@ class Race:
         device = input_device(self.workbench.model)
         rows, seconds = timed(lambda: arm.run(unit), device)
         if self.workbench.setting.dtype in _EXACT and rows != [list(row) for row in unit.text_ids]:
-            raise SpecdecError("writes another text than plain decoding")
+            where = f"prompt {unit.record.unit}"
+            raise SpecdecError(
+                f"{arm.spec.name} writes another text than plain decoding on {where}"
+            )
         # With one thread of a CPU, other programs disturb processor time less.
         by_cpu = device.type == "cpu" and torch.get_num_threads() == 1
         return seconds.cpu if by_cpu else seconds.wall

@@ -62,7 +62,8 @@ class Search:
     def choice(self) -> TunedChoice:
         """The fastest of those that are shown to gain, or not to speculate.
 
-        What a candidate was chosen by says too much for it, so the last race counts alone.
+        What a candidate was chosen by says too much for it, so the last race counts alone. It is
+        run on the same prompts, so its interval is one for these prompts and not for others.
         """
         for spec, gain in ((found.spec, found.gain) for found in self.finalists):
             if gain.low > 1:
@@ -80,7 +81,7 @@ class Search:
     def table(self) -> dict[str, dict[str, Any]]:
         """What is known of each candidate, by name: those with most answers first, then fastest."""
         found = sorted(
-            self.known.values(),
+            (one for name, one in self.known.items() if name not in self.failed),
             key=lambda one: (-sum(map(len, one.seconds.values())), -one.gain.value),
         )
         return {one.spec.name: one.to_json() for one in found}

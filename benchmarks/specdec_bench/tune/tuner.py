@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from specdec.api import capability
@@ -14,7 +15,7 @@ from specdec.errors import ConfigError, SpecdecError
 from specdec.loading import check_model, load_tokenizer
 from specdec.registry import methods
 from specdec_bench.contracts import Unit, Workbench
-from specdec_bench.measure.loaded import Loaded, head_of, torch_threads
+from specdec_bench.measure.loaded import Loaded, head_of, is_on_cpu, torch_threads
 from specdec_bench.measure.options import RunOptions
 from specdec_bench.measure.units import Maker
 from specdec_bench.results.provenance import provenance
@@ -71,6 +72,7 @@ def tune(options: TuneOptions, say: Callable[[str], object] = lambda _: None) ->
                     str(batch): {
                         "candidates": list(search.table().values()),
                         "skipped": search.skipped,
+                        "failed": search.failed,
                         "seconds": search.seconds,
                     }
                     for batch, search in searches.items()
@@ -88,14 +90,24 @@ def grids_of(options: TuneOptions) -> dict[str, Grid]:
     Raises:
         ConfigError: One that was named has no sizes, or no draft.
     """
-    drafts, found = _drafts(options), {}
-    for method in options.named or methods.names():
+    drafts, found, on_cpu = _drafts(options), {}, is_on_cpu(options.device)
+    for method in options.named or _that_load():
         kind = methods.draft_kind(method)
-        grid = Grid(method, None if kind is None else drafts.get(kind))
+        grid = Grid(method, None if kind is None else drafts.get(kind), on_cpu)
         if not grid.missing:
             found[method] = grid
         elif options.named:
             raise ConfigError(f"nothing to tune in method {method!r}: {grid.missing}")
+    return found
+
+
+def _that_load() -> list[str]:
+    """All methods but those of installed packages that are broken."""
+    found = []
+    for method in methods.names():
+        with suppress(ConfigError):
+            methods.load(method)
+            found.append(method)
     return found
 
 

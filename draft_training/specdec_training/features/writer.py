@@ -24,7 +24,7 @@ from specdec.artifacts.atomic_files import (
     replace_file,
     size_text,
 )
-from specdec.artifacts.run_lock import RunLock
+from specdec.artifacts.run_lock import LOCKS, RunLock
 from specdec.artifacts.target_fingerprint import TargetFingerprint
 from specdec.artifacts.tensor_files import write_tensors
 from specdec.errors import ConfigError
@@ -178,7 +178,7 @@ def _begin(folder: Path, key: FeatureKey, shards: Sequence[Shard]) -> None:
                 f"{folder} holds other features ({'; '.join(different)}); delete it, or give "
                 "another folder"
             )
-    elif any(path.name != "run.lock" and path.suffix != ".tmp" for path in folder.iterdir()):
+    elif any(path.name not in LOCKS and path.suffix != ".tmp" for path in folder.iterdir()):
         raise FeatureError(f"{folder} holds other files; give a folder that is new or empty")
     for path in folder.glob(".*.tmp"):  # the lock is ours, so nobody is writing them
         path.unlink()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.artifacts.atomic_files import replace_file, to_json
+from specdec.artifacts.run_lock import LOCKS
 from specdec.errors import ConfigError
 from specdec_training.run.evaluate import Acceptance, Selection
 from specdec_training.run.progress import write_metrics
@@ -15,7 +16,7 @@ from specdec_training.run.progress import write_metrics
 _SAVED = "saved.json"
 OWN_FILES = frozenset(
     {
-        "run.lock", "provenance.json", "log.jsonl", "metrics.json", "bad_batches.jsonl", "head",
+        *LOCKS, "provenance.json", "log.jsonl", "metrics.json", "bad_batches.jsonl", "head",
         "checkpoints", "tensorboard", _SAVED,
     }
 )  # fmt: skip

@@ -7,6 +7,7 @@ would be a second measurement.
 from __future__ import annotations
 
 import json
+import ssl
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -80,6 +81,7 @@ class Endpoint:
             timeout=timeout,
             limits=httpx2.Limits(max_connections=None),  # each row of a batch has one
             trust_env=False,  # what a proxy takes would be measured as well
+            verify=ssl.create_default_context(),  # with the user's own certificates
         )
         return cls(url.rstrip("/").removesuffix("/v1").rstrip("/"), client, timeout)
 
@@ -117,22 +119,29 @@ class Endpoint:
         """
         start = time.perf_counter()
         with self._opened(path, body) as response:
-            if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
-                self._refuse(path, self._parsed(path, _body(response)))  # an error as one object
-                raise ConfigError(f"{self.url}{path} answered without a stream")
-            for event in httpx2.EventSource(response):
-                if event.data.strip() == _DONE:
+            kind, said = response.headers.get("Content-Type", "").lower(), ""
+            for line in _lines(response):
+                name, _, data = line.partition(":")
+                if name.strip() != "data":
+                    if name.lstrip().startswith("{"):  # no stream, but an error as one object
+                        self._refuse(path, self._parsed(path, line))
+                    said = said or line.strip()
+                    continue
+                if data.strip() == _DONE:
                     return
-                value = self._parsed(path, event.data)
+                value = self._parsed(path, data)
                 self._refuse(path, value)
                 yield Event(time.perf_counter() - start, value)
+        if said and not kind.startswith("text/event-stream"):
+            self._parsed(path, said)
         raise ConfigError(f"{self.url}{path} broke its stream off; the server's log says why")
 
     @contextmanager
     def _opened(self, path: str, body: Mapping[str, Any] | None) -> Iterator[httpx2.Response]:
         method, url = "GET" if body is None else "POST", self.url + path
         try:
-            with self.client.stream(method, url, json=body) as response:
+            follow = body is None
+            with self.client.stream(method, url, json=body, follow_redirects=follow) as response:
                 if not response.is_success:
                     code, reason = response.status_code, response.reason_phrase
                     raise ConfigError(f"{url} answered {code} {reason}{_quoted(_body(response))}")
@@ -162,6 +171,18 @@ class Endpoint:
         )
         if error:
             raise ConfigError(f"{self.url}{path} refused{_quoted(json.dumps(error))}")
+
+
+def _lines(response: httpx2.Response) -> Iterator[str]:
+    """Lines of a stream: servers end and divide events in their own ways, each has one line."""
+    rest = b""
+    for piece in response.iter_bytes():
+        *whole, rest = (rest + piece).split(b"\n")
+        for line in whole:
+            yield line.decode("utf-8", errors="replace")
+        if len(rest) > _PIECE * _MOST_PIECES:
+            raise ConfigError("the server sent a line without an end; its log says why")
+    yield rest.decode("utf-8", errors="replace")
 
 
 def _body(response: httpx2.Response) -> str:
