@@ -31,8 +31,10 @@ def check_replaceable(path: Path, flag: str, mark: bytes, inputs: Iterable[Path]
             raise ConfigError(f"{flag} {path} is a folder; give the name of a file")
         if not where.exists():
             return
-        with where.open("rb") as stream:
-            start = stream.read(_START) if where.is_file() else b"-"
+        start = b"-"
+        if where.is_file():  # a pipe would wait for a writer
+            with where.open("rb") as stream:
+                start = stream.read(_START)
     except (OSError, RuntimeError, ValueError) as problem:
         if isinstance(problem, ConfigError):
             raise

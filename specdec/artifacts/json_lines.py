@@ -72,9 +72,10 @@ def lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
         while line := stream.readline(MOST_LINE_BYTES + 1):
             number += 1
             if len(line) > MOST_LINE_BYTES:
+                # Told before its end is looked for: whoever refuses it need not read a terabyte.
+                yield number, BadLine("line_too_long", f"more than {MOST_LINE_BYTES:,} bytes")
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(_CHUNK)
-                yield number, BadLine("line_too_long", f"more than {MOST_LINE_BYTES:,} bytes")
             elif line.strip():
                 yield number, _value(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
     except _DAMAGED as problem:
