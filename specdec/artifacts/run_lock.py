@@ -7,7 +7,6 @@ import os
 import socket
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from specdec.artifacts.append_file import BusyError, only_writer
@@ -60,12 +59,7 @@ class RunLock:
             ) from problem
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        problem: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Gives the lock back."""
         self._held.close()
 

@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from specdec.artifacts.append_file import BusyError, append, only_writer
@@ -85,12 +84,7 @@ class RecordWriter:
             ) from problem
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        problem: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Closes the file, which gives the lock back."""
         self._opened.close()
         self._descriptor = None
