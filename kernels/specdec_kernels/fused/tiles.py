@@ -91,7 +91,7 @@ TABLE = {80: _AMPERE, 90: _LATER, 100: _LATER}
 8.6, 8.9 and 12.0."""
 
 EXACT = (
-    Entry(None, 128, Tile(16, 32, 4, 2, 2)),
+    Entry(None, 128, Tile(16, 16, 4, 2, 4)),
     Entry(None, LARGEST_DIM, Tile(16, 16, 4, 2, 1)),
 )
 """float32 on any architecture: plain products, since tensor cores would round the operands."""
