@@ -5,7 +5,17 @@ first call that runs on it.
 """
 
 from specdec_kernels.dispatch import Backend, KernelError, chosen_backend
-from specdec_kernels.tree import Tree, tree_words
+from specdec_kernels.tree import Tree
 from specdec_kernels.tree_attention import tree_attention
+from specdec_kernels.walk import walk
+from specdec_kernels.words import tree_words
 
-__all__ = ["Backend", "KernelError", "Tree", "chosen_backend", "tree_attention", "tree_words"]
+__all__ = [
+    "Backend",
+    "KernelError",
+    "Tree",
+    "chosen_backend",
+    "tree_attention",
+    "tree_words",
+    "walk",
+]
