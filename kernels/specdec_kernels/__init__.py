@@ -4,6 +4,7 @@ Imports nothing of specdec. Importing this package imports torch alone; Triton i
 first call that runs on it.
 """
 
+from specdec_kernels.commit import KVBuffers, commit_kv
 from specdec_kernels.dispatch import Backend, KernelError, chosen_backend
 from specdec_kernels.tree import Tree
 from specdec_kernels.tree_attention import tree_attention
@@ -12,9 +13,11 @@ from specdec_kernels.words import tree_words
 
 __all__ = [
     "Backend",
+    "KVBuffers",
     "KernelError",
     "Tree",
     "chosen_backend",
+    "commit_kv",
     "tree_attention",
     "tree_words",
     "walk",
