@@ -6,6 +6,7 @@ first call that runs on it.
 
 from specdec_kernels.commit import KVBuffers, commit_kv
 from specdec_kernels.dispatch import Backend, KernelError, chosen_backend
+from specdec_kernels.loss import Given, Projected, SoftTarget, soft_cross_entropy
 from specdec_kernels.tree import Tree
 from specdec_kernels.tree_attention import tree_attention
 from specdec_kernels.walk import walk
@@ -13,11 +14,15 @@ from specdec_kernels.words import tree_words
 
 __all__ = [
     "Backend",
+    "Given",
     "KVBuffers",
     "KernelError",
+    "Projected",
+    "SoftTarget",
     "Tree",
     "chosen_backend",
     "commit_kv",
+    "soft_cross_entropy",
     "tree_attention",
     "tree_words",
     "walk",
