@@ -9,7 +9,7 @@ from specdec_kernels.dispatch import Backend, KernelError, chosen_backend
 from specdec_kernels.head import rms_norm, rotate_into_cache
 from specdec_kernels.loss import Given, Projected, SoftTarget, soft_cross_entropy
 from specdec_kernels.picks import expand_topk, row_argmax, sampled_picks
-from specdec_kernels.tree import Tree
+from specdec_kernels.tree import Tree, tree_ancestors
 from specdec_kernels.tree_attention import tree_attention
 from specdec_kernels.walk import walk
 from specdec_kernels.words import tree_words
@@ -30,6 +30,7 @@ __all__ = [
     "row_argmax",
     "sampled_picks",
     "soft_cross_entropy",
+    "tree_ancestors",
     "tree_attention",
     "tree_words",
     "walk",
