@@ -69,35 +69,11 @@ def norm_kernel(
 
 @triton.jit
 def rotate_kernel(
-    Joined,
-    Cos,
-    Sin,
-    Positions,
-    Slots,
-    Keys,
-    Values,
-    Query,
-    QNorm,
-    KNorm,
-    eps,
-    dim,
-    heads,
-    kv_heads,
-    joined_row,
-    joined_token,
-    joined_head,
-    position_row,
-    position_token,
-    slot_stride,
-    key_row,
-    key_head,
-    key_slot,
-    value_row,
-    value_head,
-    value_slot,
-    NORM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    Joined, Cos, Sin, Positions, Slots, Keys, Values, Query, QNorm, KNorm, eps, dim,
+    heads, kv_heads, joined_row, joined_token, joined_head, position_row, position_token,
+    slot_stride, key_row, key_head, key_slot, value_row, value_head, value_slot,
+    NORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program a head of a token: turned, or for values just written.
 
     Joined [B, n, Hq + 2 Hkv, d]; Cos and Sin [P, d], contiguous; Positions [B, n]; Slots [B]; Keys

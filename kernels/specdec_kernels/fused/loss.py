@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specdec_kernels.fused.running import grown
+
 _BLOCK = 4096  # logits of a turn
 
 
@@ -25,16 +27,9 @@ def row_losses(logits: Tensor, target: Tensor, are_logits: bool) -> Tensor:
 
 @triton.jit
 def loss_kernel(
-    Logits,
-    Target,
-    Values,
-    size,
-    steps,
-    target_row,
-    value_stride,
-    ARE_LOGITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    Logits, Target, Values, size, steps, target_row, value_stride,
+    ARE_LOGITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program a row of logits.
 
     Logits [n * K, V] of any float type, contiguous, become their gradient; Target [n, V] serves K
@@ -57,22 +52,14 @@ def loss_kernel(
         inside = place < size
         x = tl.load(logits + place, mask=inside, other=nothing).to(tl.float32)
         y = tl.load(target + place, mask=inside, other=blank).to(tl.float32)
-        top = tl.max(x, 0)
-        at = tl.where(top > best, start + tl.argmax(x, 0), at)
-        higher = tl.maximum(best, top)
-        finite = tl.where(higher > nothing, higher, 0.0)  # infinities cannot be subtracted
-        total = total * tl.exp(best - finite) + tl.sum(tl.exp(x - finite), 0)
-        best = higher
-        top = tl.max(y, 0)
-        wanted_at = tl.where(top > wanted_best, start + tl.argmax(y, 0), wanted_at)
-        higher = tl.maximum(wanted_best, top)
+        at = tl.where(tl.max(x, 0) > best, start + tl.argmax(x, 0), at)
+        best, total = grown(best, total, x)
+        wanted_at = tl.where(tl.max(y, 0) > wanted_best, start + tl.argmax(y, 0), wanted_at)
         if ARE_LOGITS:
-            finite = tl.where(higher > nothing, higher, 0.0)
-            wanted_total = wanted_total * tl.exp(wanted_best - finite)
-            wanted_total += tl.sum(tl.exp(y - finite), 0)
+            wanted_best, wanted_total = grown(wanted_best, wanted_total, y)
         else:
+            wanted_best = tl.maximum(wanted_best, tl.max(y, 0))
             wanted_total += tl.sum(y, 0)
-        wanted_best = higher
     log_total = best + tl.log(total)
     mass = 1.0 if ARE_LOGITS else wanted_total
     # 2. Sums over the row, and the gradient p * mass - q where the logits were.

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specdec_kernels.fused.running import grown
+
 _BLOCK = 2048  # logits of one program; of `sampled_picks`, of a turn
 
 
@@ -211,10 +213,7 @@ def sample_kernel(
     for start in range(0, size, BLOCK):
         place = start + tl.arange(0, BLOCK)
         x = tl.load(scores + place * score_column, mask=place < size, other=float("-inf"))
-        higher = tl.maximum(top, tl.max(x, 0))
-        finite = tl.where(higher > float("-inf"), higher, 0.0)
-        total = total * tl.exp(top - finite) + tl.sum(tl.exp(x - finite), 0)
-        top = higher
+        top, total = grown(top, total, x)
     # 2. The best ratio.
     best = tl.full([], -0x7FFFFFFFFFFFFFFF, tl.int64)
     for start in range(0, size, BLOCK):
