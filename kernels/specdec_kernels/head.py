@@ -33,7 +33,8 @@ def rms_norm(
             f"states must end in the shape of weight, [n] or [m, n], got {tuple(states.shape)} and "
             f"{tuple(weight.shape)}"
         )
-    return _rms_norm(states, weight, eps, chosen_backend(states.device, backend))
+    found: Tensor = _rms_norm(states, weight, eps, chosen_backend(states.device, backend))
+    return found
 
 
 @torch.library.custom_op("specdec::rms_norm", mutates_args=())
@@ -105,9 +106,10 @@ def rotate_into_cache(
         )
     q_norm, k_norm = norms if norms is not None else (None, None)
     chosen = chosen_backend(joined.device, backend)
-    return _rotate_into_cache(
+    query: Tensor = _rotate_into_cache(
         joined, cos, sin, positions, slots, keys, values, q_norm, k_norm, eps, chosen
     )
+    return query
 
 
 @torch.library.custom_op("specdec::rotate_into_cache", mutates_args=("keys", "values"))

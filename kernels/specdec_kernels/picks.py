@@ -33,7 +33,8 @@ def row_argmax(logits: Tensor, *, backend: Backend | None = None) -> Tensor:
     if logits.dim() < 1 or not logits.shape[-1]:
         raise KernelError(f"logits must be [..., V] with V > 0, got {tuple(logits.shape)}")
     rows = logits.reshape(-1, logits.shape[-1])
-    return _row_argmax(rows, chosen_backend(logits.device, backend)).view(logits.shape[:-1])
+    found: Tensor = _row_argmax(rows, chosen_backend(logits.device, backend))
+    return found.view(logits.shape[:-1])
 
 
 @torch.library.custom_op("specdec::row_argmax", mutates_args=())
@@ -83,7 +84,8 @@ def expand_topk(
     if offsets is not None and offsets.shape != logits.shape[1:]:
         raise KernelError(f"offsets must be [{logits.shape[1]}], got {tuple(offsets.shape)}")
     chosen = chosen_backend(logits.device, backend)
-    return _expand_topk(logits, scores, offsets, count, chosen)
+    found: tuple[Tensor, Tensor] = _expand_topk(logits, scores, offsets, count, chosen)
+    return found
 
 
 @torch.library.custom_op("specdec::expand_topk", mutates_args=())
@@ -137,7 +139,8 @@ def sampled_picks(
             f"{tuple(scores.shape)} {scores.dtype}, {tuple(noise.shape)} {noise.dtype} and "
             f"{tuple(depth.shape)}"
         )
-    return _sampled_picks(scores, noise, depth, chosen_backend(scores.device, backend))
+    picks: Tensor = _sampled_picks(scores, noise, depth, chosen_backend(scores.device, backend))
+    return picks
 
 
 @torch.library.custom_op("specdec::sampled_picks", mutates_args=())

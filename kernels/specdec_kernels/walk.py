@@ -51,7 +51,8 @@ def walk(
             f"{max_depth}"
         )
     chosen = chosen_backend(tokens.device, backend)
-    return _walk(tokens, parents, size, picks, max_depth, chosen)
+    found: tuple[Tensor, Tensor, Tensor] = _walk(tokens, parents, size, picks, max_depth, chosen)
+    return found
 
 
 @torch.library.custom_op("specdec::walk", mutates_args=())

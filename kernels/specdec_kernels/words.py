@@ -28,7 +28,9 @@ def tree_words(parents: Tensor, *, backend: Backend | None = None) -> tuple[Tens
         raise KernelError(
             f"parents must be [B, T] int32 or int64, got {tuple(parents.shape)} {parents.dtype}"
         )
-    return _tree_words(parents, chosen_backend(parents.device, backend))
+    chosen = chosen_backend(parents.device, backend)
+    found: tuple[Tensor, Tensor] = _tree_words(parents, chosen)
+    return found
 
 
 @torch.library.custom_op("specdec::tree_words", mutates_args=())

@@ -81,6 +81,6 @@ def loss_kernel(
         tl.store(logits + place, gradient.to(Logits.dtype.element_ty), mask=inside)
     value = Values + row
     tl.store(value, loss)
-    tl.store(value + value_stride, (at == wanted_at).to(tl.float32))
+    tl.store(value + value_stride, tl.where(at == wanted_at, 1.0, 0.0))
     tl.store(value + 2 * value_stride, accepted)
     tl.store(value + 3 * value_stride, entropy)

@@ -35,9 +35,11 @@ def rotate_into_cache(
         query, key = rms_norm(query, q_norm.to(wide), eps), rms_norm(key, k_norm.to(wide), eps)
     # 2. Queries and keys turned by their positions.
     cos, sin = (table.to(wide)[positions][:, None] for table in turn)
-    query, key = (part * cos + part.roll(dim // 2, -1) * sin for part in (query, key))
+    query = query * cos + query.roll(dim // 2, -1) * sin
+    key = key * cos + key.roll(dim // 2, -1) * sin
     # 3. Keys and values into their slots.
     at = (slots[:, None] + torch.arange(width, device=slots.device))[:, None, :, None]
     for buffer, part in ((keys, key), (values, value)):
         buffer.scatter_(2, at.expand(part.shape), part.to(buffer.dtype))
-    return query.to(joined.dtype).contiguous()
+    found: Tensor = query.to(joined.dtype).contiguous()
+    return found

@@ -70,8 +70,9 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, engine: Engine, layout: Layout, *both: Tensor) -> Tensor:
         steps = layout.shift + 1
-        first = (query, both[0], both[steps])
-        merged, lse, kept = engine.forward(*(first if engine.narrow else map(wide, first)), layout)
+        shown = _same if engine.narrow else wide
+        first = shown(query), shown(both[0]), shown(both[steps])
+        merged, lse, kept = engine.forward(*first, layout)
         shares: list[Tensor] = []
         if steps > 1:
             wide_query, merged = wide(query), wide(merged)
@@ -97,8 +98,8 @@ class _Merged(torch.autograd.Function):
         shares, kept = rest[: steps - 1], tuple(rest[steps - 1 :])
         dtype, grad = query.dtype, wide(grads[0])
         # 1. The block's share.
-        first = (query, both[0], both[steps])
-        first = first if engine.narrow else tuple(map(wide, first))
+        shown = _same if engine.narrow else wide
+        first = shown(query), shown(both[0]), shown(both[steps])
         query, merged = wide(query), wide(merged)
         d_query, d_key, d_value = map(
             wide, engine.backward(grad, first, (merged, lse), kept, layout)
@@ -114,6 +115,10 @@ class _Merged(torch.autograd.Function):
             d_values.append(layout.summed(share[..., None] * grad))
         found = (d.to(dtype) for d in (d_query, *d_keys, *d_values))
         return next(found), None, None, *found
+
+
+def _same(states: Tensor) -> Tensor:
+    return states
 
 
 def dense_ttt_attention(
