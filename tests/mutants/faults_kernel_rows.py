@@ -41,7 +41,7 @@ KERNEL_ROWS: tuple[Fault, ...] = (
         f"{_TRITON_ROUND}::test_words",
     ),
     Fault(
-        "the_second_word_is_the_first",
+        "the_second_word_repeats_the_first",
         "ancestor words",
         f"{_REFERENCE}/words.py",
         "(bits.view(batch, size, count, WORD) << shift)",
