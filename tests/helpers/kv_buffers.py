@@ -9,7 +9,7 @@ from torch import Tensor
 def different_buffers(batch: int, slots: int) -> list[Tensor]:
     """Keys and values of three layers: heads, dims, dtypes and strides of their own."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 16, torch.float32), (2, 24, torch.float16), (1, 160, torch.bfloat16),
+    shapes = ((2, 16, torch.float32), (2, 24, torch.float16), (1, 400, torch.bfloat16),
               (3, 6, torch.float16), (4, 8, torch.float32))  # fmt: skip
     found = [
         torch.randn(batch, heads, slots, dim, generator=generator).to(dtype)

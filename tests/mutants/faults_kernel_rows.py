@@ -123,11 +123,11 @@ KERNEL_ROWS: tuple[Fault, ...] = (
         f"{_TRITON_ROUND}::test_commit",
     ),
     Fault(
-        "commit_reads_another_layer_s_strides",
+        "commit_takes_a_slot_s_stride_for_a_head_s",
         "commit",
         f"{_FUSED}/commit.py",
         "head * tl.load(entry + 2)",
-        "head * tl.load(Table + 2)",
+        "head * tl.load(entry + 3)",
         f"{_TRITON_ROUND}::test_commit",
     ),
     Fault(
