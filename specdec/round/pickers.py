@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+import specdec_kernels
 from specdec.round import rejection
 from specdec.round.noise import NoiseTape
 from specdec.round.prefix import PrefixIds
@@ -38,7 +39,8 @@ class Picks:
 
     Attributes:
         ids: [B, T] int64; -1 at nodes that a lazy walk did not visit.
-        everywhere: [B, T, V] float32 processed scores, where all nodes were picked at once.
+        everywhere: [B, T, V] processed scores, where all nodes were picked at once: float32, or any
+            float dtype where they are the logits themselves.
         walked: Scores [V] by (row, node) where a lazy walk went, in its order.
     """
 
@@ -47,8 +49,10 @@ class Picks:
     walked: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def scores(self, row: int, node: int) -> Tensor:
-        """[V] processed scores at a node, as `output_scores` reports them."""
-        return self.walked[row, node] if self.everywhere is None else self.everywhere[row, node]
+        """[V] float32 processed scores at a node, as `output_scores` reports them."""
+        if self.everywhere is None:
+            return self.walked[row, node]
+        return self.everywhere[row, node].float()
 
 
 class WalkContext(Protocol):
@@ -149,6 +153,9 @@ class ArgmaxPicker:
         self, trees: TreeBatch, logits: Tensor, state: WalkContext, stops: StopCheck
     ) -> Picks:
         """The best tokens of all nodes."""
+        if logits.device.type == "cuda":  # [B, T, V] in float32 would cost more than the picks
+            ids = specdec_kernels.row_argmax(logits)
+            return Picks(ids.to(trees.tokens.device), logits)
         scores = logits.float()
         return Picks(scores.argmax(-1).to(trees.tokens.device), scores)
 

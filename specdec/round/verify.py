@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+import specdec_kernels
 from specdec.round.tree import TreeBatch
 
 
@@ -177,28 +178,8 @@ def walk_on_host(trees: TreeBatch, picks: Tensor) -> Verdict:
 
 
 def walk_on_device(trees: TreeBatch, picks: Tensor) -> Verdict:
-    """The walk in one shot, without a loop over nodes or a copy to the host.
-
-    A node is on an accepted path when it and all its ancestors carry their parent's pick; the
-    deepest such node ends the path. Of equal siblings only the first can match.
-    """
-    parents, nodes = trees.parents.long(), torch.arange(trees.size, device=picks.device)
-    wanted = picks.gather(1, parents.clamp(min=0))
-    matches = ((trees.tokens == wanted) & trees.live()) | (nodes == 0)
-    twins = (parents[:, :, None] == parents[:, None]) & matches[:, :, None] & matches[:, None]
-    matches = matches & ~twins.tril(-1).any(-1)
-    ancestors = trees.ancestor_mask()
-    accepted = (matches[:, None, :] | ~ancestors).all(-1)
-    depths = trees.depths()
-    last = torch.where(accepted & (depths <= trees.max_depth), depths, -1).argmax(1)
-    length = depths.gather(1, last[:, None])[:, 0]
-    on_path = ancestors.gather(1, last[:, None, None].expand(-1, 1, trees.size))[:, 0]
-    # Parents come before children, so the path is its nodes in order; slot d - 1 takes depth d.
-    slot = torch.where(on_path & (depths > 0), depths - 1, trees.max_depth)
-    path = torch.full((len(picks), trees.max_depth + 1), -1, device=picks.device)
-    path = path.scatter(1, slot, torch.where(on_path & (depths > 0), nodes, -1))
-    path = path[:, : trees.max_depth]
-    steps = torch.arange(trees.max_depth + 1, device=picks.device)
-    along = torch.cat([torch.zeros_like(picks[:, :1]), path], 1).clamp(min=0)
-    tokens = torch.where(steps <= length[:, None], picks.gather(1, along), -1)
-    return Verdict(path.to(torch.int32), length, tokens)
+    """The walk in one launch, without a copy to the host."""
+    path, length, tokens = specdec_kernels.walk(
+        trees.tokens, trees.parents, trees.sizes, picks, trees.max_depth
+    )
+    return Verdict(path, length, tokens)

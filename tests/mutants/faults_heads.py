@@ -185,7 +185,7 @@ HEADS = (
         "the_diagonal_has_no_gradient",
         "TTT attention",
         _TTT,
-        "d_query.addcmul_(d_score, layout.every(key))",
+        "d_query.addcmul_(d_score, layout.every(wide(key)))",
         "d_query.addcmul_(d_score, torch.zeros_like(query))",
         _MERGED,
     ),

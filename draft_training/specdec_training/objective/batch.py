@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.heads.draft_head import DraftHead
-from specdec.heads.eagle3.ttt_attention import Spans
+from specdec.heads.eagle3.causal_block import Spans
 from specdec_training.contracts import FeatureSource, TokenBatch
 from specdec_training.objective.losses import LossJob, LossKind, soft_target_loss
 from specdec_training.objective.teacher import Slots, Teacher, make_teacher

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from specdec_kernels import soft_cross_entropy
 from specdec_training.objective.teacher import Teacher, chunks, likeliest
 
 LossKind = Literal["ce", "kl", "tv", "lk"]
@@ -55,9 +56,45 @@ def soft_target_loss(
     # Where a step does not reach, the index is anything valid: the weight there is 0.
     picked = [state.flatten(0, 1)[(position - 1 - step).clamp(min=0)]
               for step, state in enumerate(states)]  # fmt: skip
+    stacked = torch.stack(picked, 1)
+    if stacked.device.type == "cuda" and job.kind in ("ce", "kl"):
+        return loss_by_kernel(stacked, weight, job)
     found: tuple[Tensor, Tensor]
-    found = _SoftTargetLoss.apply(torch.stack(picked, 1), weight, job)  # type: ignore[no-untyped-call]
+    found = _SoftTargetLoss.apply(stacked, weight, job)  # type: ignore[no-untyped-call]
     return found
+
+
+def loss_by_kernel(states: Tensor, weight: Tensor, job: LossJob) -> tuple[Tensor, Tensor]:
+    """`soft_target_loss` by the fused kernel, for the two kinds that have the gradient q - p.
+
+    Args:
+        states: [M, K, H], what every step says at the teacher's positions.
+        weight: [D, H] output matrix of the head.
+        job: Of kind "ce" or "kl".
+    """
+    mask = job.teacher.weight.T
+    parts = chunks(len(states), states.shape[1] * len(weight), states.device)
+    factor = mask * job.scale
+    loss, values = soft_cross_entropy(
+        states, weight, _Distributions(job.teacher), factor,
+        chunk=max((stop - start for start, stop in parts), default=1),
+    )  # fmt: skip
+    losses, agree, accepted, entropy = values
+    if job.kind == "kl":
+        losses, loss = losses - entropy, loss - (entropy * factor).sum()
+    return loss, (torch.stack([losses, agree, accepted]) * mask).sum(1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Distributions:
+    """A teacher as the kernel asks for it."""
+
+    teacher: Teacher
+    are_logits: bool = False
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """[n, D] probabilities."""
+        return self.teacher.rows(start, stop)
 
 
 class _SoftTargetLoss(torch.autograd.Function):

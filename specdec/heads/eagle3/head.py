@@ -24,13 +24,13 @@ from transformers.activations import ACT2FN
 
 from specdec.caches.tree_cache import TreeCache
 from specdec.errors import ConfigError
+from specdec.heads.eagle3.causal_block import Spans
 from specdec.heads.eagle3.config import Eagle3Config
 from specdec.heads.eagle3.draft_masks import ancestors_of_level, last_slots_see, level_sees
 from specdec.heads.eagle3.draft_vocabulary import DraftVocabulary
 from specdec.heads.eagle3.layer import Eagle3Layer, RotaryTable
 from specdec.heads.eagle3.norm import RmsNorm, rms_norm
 from specdec.heads.eagle3.stepped import SteppedLayer
-from specdec.heads.eagle3.ttt_attention import Spans
 from specdec.heads.eagle3.unrolled import UnrolledLayer
 
 _NOT_ATTACHED = "the head has no embeddings or lm_head yet; call attach with the target's weights"

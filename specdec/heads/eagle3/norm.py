@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import specdec_kernels
+
 _WIDE = torch.float32, torch.float64
 
 
@@ -24,6 +26,8 @@ def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., n] to [..., n]; of vectors with weights of their own, where `weight` is [m, n]."""
     if states.device.type == "cpu" and states.dtype in _WIDE:  # where torch's is many operations
         return states * _inverse(dots(states, states), states.shape[-1], eps) * weight
+    if states.device.type == "cuda" and not torch.is_grad_enabled():
+        return specdec_kernels.rms_norm(states, weight, eps)
     if weight.ndim > 1:
         return functional.rms_norm(states, states.shape[-1:], None, eps) * weight
     return functional.rms_norm(states, states.shape[-1:], weight, eps)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from specdec.heads.eagle3.causal_block import Spans
 from specdec.heads.eagle3.layer import Eagle3Layer, Turn
-from specdec.heads.eagle3.ttt_attention import Spans, ttt_attention
+from specdec.heads.eagle3.ttt_attention import ttt_attention
 
 
 class UnrolledLayer:
