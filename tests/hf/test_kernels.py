@@ -200,7 +200,7 @@ def test_another_thread_finds_the_models_own_attention() -> None:
         for call, logits in zip(calls, wanted, strict=True):
             assert torch.equal(model(**call).logits, logits)
 
-    def never(*_: Any) -> None:
+    def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("our attention runs in a thread that did not borrow it")
 
     with attention.attention_by(model, never):
@@ -214,7 +214,7 @@ def test_another_thread_finds_the_models_own_attention() -> None:
 def test_the_name_is_given_back_after_an_exception() -> None:
     model = specdec.augment(tiny_llama(), "prompt_lookup")
 
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a layer fails")
 
     with attention.attention_by(model, broken):
@@ -240,7 +240,7 @@ def test_trees_never_reach_flash_attention(flash: FlashLike) -> None:  # noqa: F
 
 
 def test_eager_models_keep_eager_prefill() -> None:
-    model = tiny_llama()
+    model = tiny_llama(torch.float32)  # eager attention has no float64 softmax
     model.set_attn_implementation("eager")
     specdec.augment(model, "prompt_lookup")
     run_both(model, **left_padded(), max_new_tokens=NEW)
@@ -256,7 +256,7 @@ def test_autocast() -> None:
     model = specdec.augment(tiny_llama(torch.float32), "prompt_lookup")
     with torch.autocast("cpu", torch.bfloat16), fallbacks() as texts:
         got = model.generate(prompt(), max_new_tokens=NEW)
-        logits = model(input_ids=got[:, :-1]).logits
+        logits = model(input_ids=got[:, :-1]).logits.detach()
     assert not texts
     assert WITH in reason(model)
     regret = logits.max(-1).values - logits.gather(2, got[:, 1:, None])[..., 0]
@@ -296,9 +296,13 @@ def test_a_mask_of_its_own_is_refused() -> None:
     model = tiny_llama()
     attend = model.model.layers[1].self_attn
     forward = attend.forward
-    attend.forward = lambda *a, attention_mask=None, **k: forward(
-        *a, attention_mask=torch.zeros(1, 1, 5, 16, dtype=torch.float64), **k
-    )
+
+    def remasked(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if attention_mask is not None and attention_mask.shape[-1] == 1:
+            attention_mask = attention_mask.expand(-1, -1, 5, 16)
+        return forward(*args, attention_mask=attention_mask, **kwargs)
+
+    attend.forward = remasked
     specdec.augment(model, "prompt_lookup", kernels="reference")
     found = capability(model)
     assert found.backend is None

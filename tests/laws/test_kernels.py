@@ -6,6 +6,7 @@ With `TRITON_INTERPRET=1` set, the same laws are checked of the Triton kernels i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import product
 from typing import Any
 
@@ -35,7 +36,12 @@ pytestmark = [
 ]
 
 BACKEND: Backend = "triton" if interpreting() else "reference"
-OWN_ATTENTION = ("gptj", "falcon_rope")  # classes that never ask transformers for attention
+_OWN_CODE = {"gptj": "gptj.modeling_gptj", "falcon_rope": "falcon.modeling_falcon"}
+OWN_ATTENTION = tuple(  # classes that do not ask transformers for attention, in this release of it
+    family
+    for family, file in _OWN_CODE.items()
+    if not hasattr(import_module(f"transformers.models.{file}"), "ALL_ATTENTION_FUNCTIONS")
+)
 KEYS_MADE_ANEW = ("deepseek_v3",)  # MLA: keys are made from what is cached
 BY_KERNEL = tuple(name for name in TREE_FAMILIES if name not in OWN_ATTENTION)
 CPU = torch.device("cpu")
