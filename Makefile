@@ -10,8 +10,8 @@ PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -q 
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-demo bench-smoke test compat check laws mutants attack fuzz models docs \
-	demo-target demo-head clean
+.PHONY: help demo train-demo bench-smoke test test-kernels compat compat-triton check laws mutants \
+	attack fuzz models docs demo-target demo-head clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,16 @@ bench-smoke: .venv/.base ## a small benchmark of the bundled model, with its rep
 
 test: .venv/.dev ## the test suite without the slow grids
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests -m "not slow"
+	@$(MAKE) test-kernels
+
+# Triton's interpreter replaces its compiler for a whole process, so each has one. What the compiler
+# made is kept by a hash of the sources, of Triton and of the target.
+KERNEL_ENV := $(TEST_ENV) OPENBLAS_NUM_THREADS=1 TRITON_CACHE_DIR=build/triton
+KERNEL_TESTS := -m pytest -n 2 -p no:cacheprovider --confcutdir=tests/kernels
+
+test-kernels: .venv/.dev ## the kernels in Triton's interpreter, then compiled for GPUs that are not here
+	$(KERNEL_ENV) TRITON_INTERPRET=1 $(BIN)/python $(KERNEL_TESTS) tests/kernels/interpreted
+	$(KERNEL_ENV) $(BIN)/python $(KERNEL_TESTS) tests/kernels/compiled
 
 laws: .venv/.dev ## the law suite with its full grids, and every other slow test (hours)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/laws tests/hf/test_long.py
@@ -54,13 +64,25 @@ models: .venv/.dev ## every causal LM class of transformers, built tiny: writes 
 # Oldest, what vLLM pins, the last one with the cache's old names, and the newest.
 RELEASES := 5.16.0 5.19.0 5.23.0 5.24.0
 
-compat: $(RELEASES:%=compat-%) ## seam tests and fast laws on each tested transformers, in venvs of their own
+compat: $(RELEASES:%=compat-%) compat-triton ## seam tests and fast laws on each tested transformers, in venvs of their own
 
 compat-%: .compat/%/.done
 	$(TEST_ENV) .compat/$*/bin/python -m pytest -n 2 -m "not slow" -p no:cacheprovider tests/laws \
 		tests/hf/test_seam.py tests/hf/test_hf_names.py tests/hf/test_caches.py \
 		tests/hf/test_static_cache.py tests/hf/test_chain_calls.py tests/hf/test_chain_caches.py \
 		tests/hf/test_outputs.py tests/hf/test_fallthrough.py tests/unit/test_eagle3.py
+
+# What torch 2.13 for CUDA brings on Linux, in a folder that goes before .venv.
+OTHER_TRITON := 3.7.1
+
+compat-triton: .venv/.dev .compat/triton-$(OTHER_TRITON)
+	PYTHONPATH=.compat/triton-$(OTHER_TRITON) $(KERNEL_ENV) TRITON_INTERPRET=1 $(BIN)/python \
+		$(KERNEL_TESTS) tests/kernels/interpreted
+	PYTHONPATH=.compat/triton-$(OTHER_TRITON) $(KERNEL_ENV) $(BIN)/python \
+		$(KERNEL_TESTS) tests/kernels/compiled
+
+.compat/triton-%: | .venv/.base
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $@ triton==$*
 
 fuzz: .venv/.dev ## random calls of generate against plain (slow; ARGS="--calls 3000 --jobs 2")
 	$(TEST_ENV) $(BIN)/python tests/fuzz/run.py $(ARGS)
@@ -115,7 +137,9 @@ clean: ## remove build products and caches (keeps .venv)
 	$(PIP) -e .
 	@touch $@
 
+# torch for CUDA brings the one Triton that it works with; torch for CPUs brings none.
 .venv/.dev: .venv/.base
+	$(BIN)/python -c "import triton" 2> /dev/null || $(PIP) "triton==3.9.0; sys_platform == 'linux'"
 	$(PIP) -e ".[dev]"
 	@touch $@
 

@@ -5,7 +5,15 @@ first call that runs on it.
 """
 
 from specdec_kernels.dispatch import Backend, KernelError, chosen_backend
-from specdec_kernels.tree import Tree, tree_words
+from specdec_kernels.tree import Tree, tree_ancestors, tree_words
 from specdec_kernels.tree_attention import tree_attention
 
-__all__ = ["Backend", "KernelError", "Tree", "chosen_backend", "tree_attention", "tree_words"]
+__all__ = [
+    "Backend",
+    "KernelError",
+    "Tree",
+    "chosen_backend",
+    "tree_ancestors",
+    "tree_attention",
+    "tree_words",
+]

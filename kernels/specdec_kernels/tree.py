@@ -59,6 +59,27 @@ def tree_words(parents: Tensor) -> tuple[Tensor, Tensor]:
     return words, (sees.sum(-1) - 1).int()
 
 
+def tree_ancestors(words: Tensor, depth: Tensor, width: int) -> Tensor:
+    """The path to every node: what attention in the order of positions looks keys up by.
+
+    Args:
+        words: [B, T, ceil(T / 64)] int64 ancestor words.
+        depth: [B, T] int32 depths; those of live nodes are below `width`.
+        width: The largest depth that a tree may have, and one.
+
+    Returns:
+        [B, T, width] int32: at [b, i, d] the ancestor of node i at depth d, up to its own depth and
+        0 beyond.
+    """
+    batch, size = depth.shape
+    sees = unpacked(words, size)
+    node = torch.arange(size, device=depth.device, dtype=torch.int32).expand(batch, size, size)
+    at = depth.long().clamp(0, width - 1)[:, None, :].expand(batch, size, size)
+    path = torch.zeros(batch, size, width, dtype=torch.int32, device=depth.device)
+    # One ancestor a depth: the largest of them and zeros is itself.
+    return path.scatter_reduce(2, at, torch.where(sees, node, 0).int(), "amax")
+
+
 def unpacked(words: Tensor, size: int) -> Tensor:
     """[.., T, size] bool: the bits of `words` [.., T, W]."""
     shift = torch.arange(WORD, device=words.device)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from specdec_kernels.dispatch import Backend, KernelError, chosen_backend
 from specdec_kernels.reference import attention as reference_attention
+from specdec_kernels.reference import ordered as reference_ordered
 from specdec_kernels.tree import WORD, Tree
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Types that a cache may have beside that of the queries."""
 
 
 def tree_attention(
@@ -24,6 +31,8 @@ def tree_attention(
     block_table: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    ordered: bool = False,
+    ancestors: Tensor | None = None,
     return_lse: bool = False,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -49,6 +58,9 @@ def tree_attention(
         block_table: [B, pages] int32 page of every `page` slots of a row, or None.
         k_scale: [Hkv] float32 factor of float8 keys, or None.
         v_scale: [Hkv] float32 factor of float8 values, or None.
+        ordered: Sum in the order of positions: at some cost, the bits of a node are those of one
+            token behind the same text, whatever the batch, the rest of the tree and the capacity.
+        ancestors: [B or 1, T, most depth + 1] int32 of `tree_ancestors`, with `ordered`.
         return_lse: Also return the log-sum-exp of the scores, sinks included.
         backend: Implementation to run; None for that of the device.
 
@@ -57,16 +69,36 @@ def tree_attention(
         float32, natural logarithm, -inf at padded nodes.
 
     Raises:
-        KernelError: A shape or dtype is out of the contract.
+        KernelError: A shape, stride or type is out of the contract, or the device has no
+            arithmetic for it.
     """
     _check(q, k, v, tree, block_table, sinks)
+    options: dict[str, Any] = {
+        "scale": scale, "window": window, "chunk": chunk, "softcap": softcap, "sinks": sinks,
+        "kv_start": kv_start, "block_table": block_table, "k_scale": k_scale, "v_scale": v_scale,
+    }  # fmt: skip
+    if ordered and ancestors is None:
+        raise KernelError("ordered attention needs ancestors: tree_ancestors(words, depth, width)")
     if chosen_backend(q.device, backend) == "triton":
-        raise KernelError("there is no Triton kernel yet")
-    out, lse = reference_attention.tree_attention(
-        q, k, v, tree, scale=scale, window=window, chunk=chunk, softcap=softcap, sinks=sinks,
-        kv_start=kv_start, block_table=block_table, k_scale=k_scale, v_scale=v_scale,
-    )  # fmt: skip
+        out, lse = _fused(q, k, v, tree, ancestors if ordered else None, options)
+    elif ordered and ancestors is not None:
+        out, lse = reference_ordered.tree_attention(q, k, v, tree, ancestors, **options)
+    else:
+        out, lse = reference_attention.tree_attention(q, k, v, tree, **options)
     return (out, lse) if return_lse else out
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, tree: Tree, ancestors: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The Triton kernel; in order of positions where the ancestors are given."""
+    if ancestors is None:
+        from specdec_kernels.fused.attention import tree_attention as fused
+
+        return fused(q, k, v, tree.words, tree.depth, tree.size, tree.prefix, **options)
+    from specdec_kernels.fused.ordered import ordered_tree_attention
+
+    return ordered_tree_attention(q, k, v, ancestors, tree.depth, tree.size, tree.prefix, **options)
 
 
 def _check(
@@ -81,6 +113,13 @@ def _check(
         raise KernelError(
             f"k must be [B, Hkv, S, {dim}] with Hkv dividing {heads}, and v like it but for its "
             f"last dimension, got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if any(x.stride(3) != 1 for x in (q, k, v)):
+        raise KernelError("the last dimension of q, k and v must be contiguous")
+    if k.dtype != v.dtype or (k.dtype != q.dtype and k.dtype not in FLOAT8):
+        raise KernelError(
+            f"k and v must be of q's type {q.dtype} or both of one float8 type, got {k.dtype} and "
+            f"{v.dtype}"
         )
     if block_table is None and k.shape[0] != batch:
         raise KernelError(f"k must have {batch} rows as q has, got {k.shape[0]}")

@@ -1,7 +1,8 @@
 """A copy of the sources in which faults are planted and tests are run, one run at a time.
 
 Runs are forked from this process, which has loaded torch and transformers but nothing of the
-library: most of a small run is otherwise their import.
+library: most of a small run is otherwise their import. Only tests in Triton's interpreter begin in
+a process of their own, because it has to be on before anything is imported.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ import pytest
 
 from mutants.fault import Fault, FaultError
 
-SOURCES = ("specdec", "draft_training", "tests", "benchmarks", "pyproject.toml")
-_PACKAGES = ("draft_training", "benchmarks")  # folders that hold a package each
+SOURCES = ("specdec", "kernels", "draft_training", "tests", "benchmarks", "pyproject.toml")
+_PACKAGES = ("kernels", "draft_training", "benchmarks")  # folders that hold a package each
 _OURS = (
     "specdec",
+    "specdec_kernels",
     "specdec_training",
     "specdec_bench",
     "helpers",
@@ -41,6 +43,7 @@ _PRELOADED = (
 )
 _ARGUMENTS = ("-q", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-seed=0",
               "--tb=line", "--disable-warnings")  # fmt: skip
+_INTERPRETED = "tests/kernels/interpreted"
 
 
 def preload() -> None:
@@ -62,7 +65,7 @@ class Outcome:
         output: What it printed.
         passed: Tests that passed.
         failed: Tests that failed in their own body; errors around them do not count.
-        package: File of the library that was tested; None when it was never imported.
+        packages: Files of the packages that were tested, as far as they were imported.
     """
 
     exit: int | None
@@ -70,7 +73,7 @@ class Outcome:
     output: str
     passed: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-    package: str | None = None
+    packages: list[str] = field(default_factory=list)
 
 
 class Workshop:
@@ -123,9 +126,9 @@ class Workshop:
         found: dict[str, Any] = {}
         if finished and self._report.exists():
             found = json.loads(self._report.read_text(encoding="utf-8"))
-        package = found.get("package")
-        if package is not None and not Path(package).is_relative_to(self.copy):
-            raise FaultError(f"the tests imported {package} instead of the copy's package")
+        for package in found.get("packages", ()):
+            if not Path(package).is_relative_to(self.copy):
+                raise FaultError(f"the tests imported {package} instead of the copy's package")
         code = os.waitstatus_to_exitcode(status) if finished else None
         output = self._log.read_text(encoding="utf-8", errors="replace")
         return Outcome(code, seconds, output, **found)
@@ -169,6 +172,8 @@ def _run_tests(copy: Path, log: Path, report: Path, arguments: Sequence[str]) ->
         own = [str(path) for path in roots]
         sys.path[:] = [*own, *(p for p in sys.path if Path(p).resolve() not in ours)]
         os.environ["PYTHONPATH"] = os.pathsep.join(own)
+        if any(argument.startswith(_INTERPRETED) for argument in arguments):
+            _begin_anew(copy, report, arguments)
         code = int(pytest.main(list(arguments), plugins=[_Report(report)]))
     except BaseException:  # noqa: BLE001 - a fork must not return into its parent's code
         traceback.print_exc()
@@ -176,6 +181,17 @@ def _run_tests(copy: Path, log: Path, report: Path, arguments: Sequence[str]) ->
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code & 0xFF)
+
+
+def _begin_anew(copy: Path, report: Path, arguments: Sequence[str]) -> NoReturn:
+    """This process becomes one in which Triton's interpreter is on from its first line."""
+    os.environ["PYTHONPATH"] += os.pathsep + str(copy / "tests")
+    os.environ |= {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
+    os.execv(  # noqa: S606 - Python on ourselves
+        sys.executable,
+        [sys.executable, "-m", "mutants.workshop", str(report), *arguments,
+         "--confcutdir=tests/kernels"],
+    )  # fmt: skip
 
 
 class _Report:
@@ -190,6 +206,10 @@ class _Report:
             self._found[report.outcome].append(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:
-        module = sys.modules.get("specdec")
-        found = {**self._found, "package": None if module is None else module.__file__}
+        files = [getattr(sys.modules.get(name), "__file__", None) for name in _OURS]
+        found = {**self._found, "packages": [file for file in files if file is not None]}
         self._path.write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main(sys.argv[2:], plugins=[_Report(Path(sys.argv[1]))]))
