@@ -76,8 +76,10 @@ class TreeAttention:
             **more: `scaling`, `softcap` and `s_aux` (sinks) count, where a layer gives them.
 
         Raises:
-            UnsupportedModelError: The mask is none of the placeholders.
+            UnsupportedModelError: The mask is none of the placeholders, or a bias comes with it.
         """
+        if more.get("position_bias") is not None:
+            raise UnsupportedModelError(f"{type(module).__name__} adds a bias to its scores")
         self.calls += 1
         self.in_place = self.in_place and self._is_buffer(key)
         window, chunk = self._span(module, attention_mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -307,6 +308,16 @@ def test_a_mask_of_its_own_is_refused() -> None:
     found = capability(model)
     assert found.backend is None
     assert "with a mask of its own, of shape (1, 1, 5, 16)" in found.reason
+
+
+def test_a_bias_is_refused() -> None:
+    """However small it is: it could grow with the distance."""
+    model = tiny_llama()
+    forward = model.model.layers[1].self_attn.forward
+    bias = torch.zeros((), dtype=torch.float64)
+    model.model.layers[1].self_attn.forward = partial(forward, position_bias=bias)
+    specdec.augment(model, "prompt_lookup", kernels="reference")
+    assert "LlamaAttention adds a bias to its scores" in capability(model).reason
 
 
 def test_a_model_that_changes_is_tested_again() -> None:

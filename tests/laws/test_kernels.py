@@ -56,7 +56,8 @@ def grid() -> Iterator[object]:
     for turn, family in enumerate(BY_KERNEL):
         for method, mode, rows in product(METHODS, (GREEDY, SAMPLED), ROWS):
             own_turn = (GREEDY, SAMPLED)[turn % 2] is mode and ROWS[turn // 2 % 2] == rows
-            fast = method == METHODS[0] and (own_turn or family in REPRESENTATIVE[:2])
+            whole = family in REPRESENTATIVE[:2] and not interpreting()
+            fast = method == METHODS[0] and (own_turn or whole)
             name = f"{family}-{method}-{mode.name}-{rows}"
             marks = [] if fast else [pytest.mark.slow]
             yield pytest.param(family, method, mode, rows, id=name, marks=marks)
