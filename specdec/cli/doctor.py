@@ -34,6 +34,7 @@ def run_doctor(options: DoctorOptions) -> int:
     if options.model is not None:
         check_model(options.model)
     device = pick_device(options.device)
+    backend = wanted_backend(options.kernels, device)
     say(f"specdec {specdec.__version__}")
     say("\n".join(facts(_versions(), indent=2)))
     say("devices")
@@ -41,7 +42,7 @@ def run_doctor(options: DoctorOptions) -> int:
     say(f"dtypes on {device} (time of a matrix product relative to float32)")
     say("\n".join(facts(_dtypes(device), indent=2)))
     say(f"attention of token trees on {device}, with kernels {options.kernels}")
-    say(f"  {_attention(wanted_backend(options.kernels, device))}")
+    say(f"  {_attention(backend)}")
     say("methods")
     say("\n".join(facts([(name, _describe(name)) for name in methods.names()], indent=2)))
     if options.model is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -313,11 +312,12 @@ def test_a_mask_of_its_own_is_refused() -> None:
 def test_a_bias_is_refused() -> None:
     """However small it is: it could grow with the distance."""
     model = tiny_llama()
-    forward = model.model.layers[1].self_attn.forward
-    bias = torch.zeros((), dtype=torch.float64)
-    model.model.layers[1].self_attn.forward = partial(forward, position_bias=bias)
-    specdec.augment(model, "prompt_lookup", kernels="reference")
-    assert "LlamaAttention adds a bias to its scores" in capability(model).reason
+    tree = tree_attention.Tree(*(torch.ones(1, 1, 1).long(), *[torch.ones(1).int()] * 3))
+    step = tree_attention.TreeAttention(tree, MaskKinds.of(model.config), None, "reference")  # type: ignore[arg-type]
+    states = [torch.zeros(1, heads, 1, 8) for heads in (4, 2, 2)]
+    attend = model.model.layers[0].self_attn
+    with pytest.raises(UnsupportedModelError, match="LlamaAttention adds a bias to its scores"):
+        step.attend(attend, *states, torch.zeros(1, 1, 1, 1), position_bias=torch.zeros(1))
 
 
 def test_a_model_that_changes_is_tested_again() -> None:
