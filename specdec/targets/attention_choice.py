@@ -56,7 +56,7 @@ def with_attention(model: Any, found: Capability, kernels: Kernels) -> Capabilit
         found.attention[backend] = probe_attention(model, backend)
     test = found.attention[backend]
     if test.refused is not None:
-        why = f"with tree attention ({backend}) {test.refused}"
+        why = f"by tree attention ({backend}) {test.refused}"
         return replace(found, reason=f"{found.reason} with dense masks; {why}")
     where = "" if test.in_place else ", on copies of its keys"
     reason = f"{found.reason} with tree attention ({backend}){where}"

@@ -150,7 +150,7 @@ class HFTarget:
             positions = cache.lengths[:, None] + depth
             output = self._step(trees.tokens, positions, self._placeholders[dtype])
         attention.check_calls()
-        self.reads_in_place = attention.in_place
+        self.reads_in_place = self.reads_in_place and attention.in_place
         return output
 
     def _step(

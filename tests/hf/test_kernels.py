@@ -40,7 +40,7 @@ from specdec_kernels.dispatch import VARIABLE, interpreting
 hurried = test_threads.hurried  # a fixture
 NEW = 16
 CPU = torch.device("cpu")
-WITH = "with tree attention (reference)"
+WITH = "verified a token tree with tree attention (reference)"
 
 
 def _steeper(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
@@ -362,7 +362,7 @@ def test_attention_of_the_users_own_is_tested_against_ours() -> None:
     assert capability(model).backend == "reference"
     model.config._attn_implementation = STEEPER
     run_both(model, input_ids=prompt(), max_new_tokens=NEW)
-    assert "with dense masks; with tree attention (reference) a token tree changes" in reason(model)
+    assert "with dense masks; by tree attention (reference) a token tree changes" in reason(model)
 
 
 def test_a_forward_that_skips_a_layer_is_an_error() -> None:

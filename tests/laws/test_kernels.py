@@ -67,7 +67,7 @@ def grid() -> Iterator[object]:
 def test_text(family: str, method: str, mode: Mode, rows: int, ledger: Ledger) -> None:
     case = Case(family, mode, rows, torch.float32, BACKEND)
     stats = case.check(ledger, method, case.truth())
-    assert f"with tree attention ({BACKEND})" in stats.mode_reason
+    assert f"verified a token tree with tree attention ({BACKEND})" in stats.mode_reason
     ledger.settle()
 
 

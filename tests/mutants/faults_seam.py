@@ -29,7 +29,7 @@ SEAM: tuple[Fault, ...] = (
         _SEAM,
         "return self._spans[shape[3] - 1]",
         "return self._spans[-shape[3]]",
-        f"{_LAW} -k 'test_text and gemma3'",
+        f"{_LAW} -k 'test_text and gemma3-oracle-greedy-1'",
     ),
     Fault(
         "the_prefix_of_tree_attention_is_one_short",
