@@ -4,7 +4,7 @@ from mutants.fault import Fault
 
 _SEAM, _COMPAT = "specdec/targets/tree_attention.py", "specdec/hf/compat.py"
 _LAW = "tests/laws/test_kernels.py"
-_CALLS = "tests/hf/test_kernels.py"
+_CALLS = "tests/hf/test_fused_attention.py"
 
 SEAM: tuple[Fault, ...] = (
     Fault(
