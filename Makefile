@@ -47,9 +47,12 @@ KERNEL_TESTS := -m pytest -n 2 -p no:cacheprovider --confcutdir=tests/kernels
 test-kernels: .venv/.dev ## the kernels in Triton's interpreter, then compiled for GPUs that are not here
 	$(KERNEL_ENV) TRITON_INTERPRET=1 $(BIN)/python $(KERNEL_TESTS) tests/kernels/interpreted
 	$(KERNEL_ENV) $(BIN)/python $(KERNEL_TESTS) tests/kernels/compiled
+	$(KERNEL_ENV) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/laws/test_kernels.py \
+		-m "not slow" -k test_text
 
 laws: .venv/.dev ## the law suite with its full grids, and every other slow test (hours)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/laws tests/hf/test_long.py
+	$(KERNEL_ENV) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/laws/test_kernels.py -m slow
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/hf tests/unit tests/training tests/heads tests/mutants -m slow
 
 mutants: .venv/.dev ## plants known faults; a test must catch each (ARGS="--only NAME", "--list")

@@ -34,6 +34,7 @@ from specdec.targets.watched_test import WatchedTest
 ModelT = TypeVar("ModelT")
 _ATTRIBUTE = "_specdec"
 _FARTHEST = 2  # times the largest tuned batch size
+_SETTINGS = ("on_round", "trace", "kernels")  # of `SpecConfig`, whatever the method
 
 
 @dataclass
@@ -96,17 +97,18 @@ def augment(
             about a second on this device.
         config: Everything at once, instead of `method` and `options`.
         tuned: File that `specdec bench tune` wrote for this target, instead of `method` and
-            `options`: method and sizes by batch size. It may be joined by `on_round` and `trace`,
-            and by the `draft` and `tokenizer` of its methods.
-        **options: `budget`, `on_round` and `trace` of `SpecConfig`; all others go to the method.
+            `options`: method and sizes by batch size. It may be joined by `on_round`, `trace` and
+            `kernels`, and by the `draft` and `tokenizer` of its methods.
+        **options: `budget`, `on_round`, `trace` and `kernels` of `SpecConfig`; all others go to the
+            method.
 
     Returns:
         The same model.
 
     Raises:
         UnsupportedModelError: It is no decoder-only language model, or holds NaN or infinities.
-        ConfigError: Unknown method or option, or a value out of range; or a tuned file that is
-            broken or of another target.
+        ConfigError: Unknown method or option, or a value out of range; kernels that cannot run
+            here; or a tuned file that is broken or of another target.
     """
     _check_model(model)
     warn_when_untested()
@@ -125,7 +127,7 @@ def augment(
         example, given = DEFAULT_METHODS["tree"], next(iter(settings.options))
         raise ConfigError(f"option {given!r} needs a method, for example {example!r}")
     test = WatchedTest()
-    found = test.verdict(compat.unwrap(model))
+    found = test.verdict(compat.unwrap(model), settings.kernels)
     if settings.method is None:
         settings = _with_default_method(model, settings, found)
     memory: dict[str, Any] = {}
@@ -195,7 +197,7 @@ def capability(model: Any) -> Capability:
     handle: Augmentation | None = vars(model).get(_ATTRIBUTE)
     if handle is None:
         raise ConfigError("the model is not augmented: call specdec.augment(model) first")
-    return handle.test.verdict(compat.unwrap(model))
+    return handle.test.verdict(compat.unwrap(model), handle.settings.kernels)
 
 
 def generate(self: Any, *args: Any, specdec: SpecConfig | bool | None = None, **kwargs: Any) -> Any:
@@ -216,7 +218,7 @@ def generate(self: Any, *args: Any, specdec: SpecConfig | bool | None = None, **
     by_rows = bool(handle.by_batch) and not named
     defaults = handle.defaults(_rows(self, kwargs)) if by_rows else handle.settings
     settings = _call_settings(specdec, defaults)
-    found = handle.test.verdict(compat.unwrap(self))
+    found = handle.test.verdict(compat.unwrap(self), settings.kernels)
     reason = why_call_is_plain(self, kwargs, found)
     if reason is not None:
         warn_plain(reason)
@@ -261,7 +263,7 @@ def _check_model(model: Any) -> None:
 
 
 def _settings(method: str | None, options: Mapping[str, Any]) -> SpecConfig:
-    own = {name: options[name] for name in ("budget", "on_round", "trace") if name in options}
+    own = {name: options[name] for name in ("budget", *_SETTINGS) if name in options}
     rest = {name: value for name, value in options.items() if name not in own}
     return SpecConfig(method=method, options=rest, **own)
 
@@ -270,7 +272,7 @@ def _tuned_settings(
     model: Any, tuned: str | Path, options: Mapping[str, Any]
 ) -> dict[int, SpecConfig]:
     """Settings by batch size from a tuned file, joined by what a file cannot hold."""
-    own = {name: options[name] for name in ("on_round", "trace") if name in options}
+    own = {name: options[name] for name in _SETTINGS if name in options}
     objects = {name: options[name] for name in ("draft", "tokenizer") if name in options}
     left = sorted(set(options) - set(own) - set(objects))
     if left:
@@ -294,11 +296,12 @@ def _rows(model: Any, kwargs: Mapping[str, Any]) -> int:
 
 def _with_default_method(model: Any, settings: SpecConfig, found: Capability) -> SpecConfig:
     if found.mode == "plain":  # it may be so for as long as the model is in training mode alone
-        found = probe(compat.unwrap(model))
+        found = probe(compat.unwrap(model))  # by dense masks, if by trees
     method = DEFAULT_METHODS[found.mode]
     if not methods.priors(method):
         return replace(settings, method=method)
-    choice = choose_sizes(measure_cost(compat.unwrap(model)), method)
+    curve = measure_cost(compat.unwrap(model), backend=found.backend)
+    choice = choose_sizes(curve, method)
     return replace(settings, method=choice.method, options=choice.options)
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from specdec.errors import ConfigError
 from specdec.round.tree import MAX_NODES
 from specdec.stats import RoundRecord
+
+Kernels = Literal["auto", "triton", "reference", "off"]
+"""What computes the attention of token trees."""
 
 DEFAULT_METHODS: Mapping[str, str] = {
     "tree": "lookahead",
@@ -33,6 +36,10 @@ class SpecConfig:
         on_round: Called with a `RoundRecord` after every round.
         trace: File to which one JSON line per round is appended; where it cannot be written, a
             warning says so and the call goes on.
+        kernels: What computes the attention of token trees: fused kernels in "triton", their plain
+            "reference" in torch, or a dense mask in the model's own attention ("off"). "auto" is
+            Triton on a CUDA device and off elsewhere. A model that cannot be verified so keeps
+            dense masks, and the mode's reason says why.
     """
 
     method: str | None = None
@@ -40,6 +47,7 @@ class SpecConfig:
     budget: int | None = None
     on_round: Callable[[RoundRecord], None] | None = None
     trace: str | Path | None = None
+    kernels: Kernels = "auto"
 
     def __post_init__(self) -> None:
         """Checks the ranges; raises `ConfigError`."""
@@ -54,6 +62,10 @@ class SpecConfig:
             raise ConfigError(f"options must be a mapping, got {self.options!r}")
         if self.method is not None and not (isinstance(self.method, str) and self.method):
             raise ConfigError(f"method must be a name, got {self.method!r}")
+        if self.kernels not in get_args(Kernels):
+            raise ConfigError(
+                f'kernels must be "auto", "triton", "reference" or "off", got {self.kernels!r:.60}'
+            )
         if self.trace is not None:
             if not isinstance(self.trace, str | Path) or not str(self.trace):
                 raise ConfigError(f"trace must be the path of a file, got {self.trace!r:.100}")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast, get_args
 
 from specdec.artifacts.places import DRAFT_MODEL, Kind
+from specdec.config import Kernels
 from specdec.errors import ConfigError
 from specdec.loading import method_options
 from specdec.registry import methods
@@ -43,6 +44,7 @@ class ArmSpec:
         options: Of the method, converted; for a server its "url".
         budget: Nodes a round may verify; None for the method's own size.
         store: A suffix store is filled from the texts of other prompts.
+        kernels: What computes the attention of token trees.
     """
 
     name: str
@@ -50,6 +52,7 @@ class ArmSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: int | None = None
     store: bool = False
+    kernels: Kernels = "auto"
 
     @property
     def is_ours(self) -> bool:
@@ -115,8 +118,9 @@ def parse_arm(spec: str) -> ArmSpec:
     if store and "store" not in methods.options(method):
         raise ConfigError(f"arm {spec!r}: {method} has no store")
     budget, pairs = _take_budget(spec, pairs)
+    kernels, pairs = _take_kernels(spec, pairs)
     options = _own_options(spec, method, pairs)
-    return ArmSpec(name, method, options, budget, store)
+    return ArmSpec(name, method, options, budget, store, kernels)
 
 
 def _hf_options(spec: str, method: str, pairs: Sequence[str]) -> dict[str, Any]:
@@ -139,6 +143,17 @@ def _take_budget(spec: str, pairs: tuple[str, ...]) -> tuple[int | None, tuple[s
             f"arm {spec!r}: budget must be a whole number up to {_MOST_BUDGET}, got {given[-1]!r}"
         )
     return int(given[-1]), tuple(pair for pair in pairs if not pair.startswith("budget="))
+
+
+def _take_kernels(spec: str, pairs: tuple[str, ...]) -> tuple[Kernels, tuple[str, ...]]:
+    given = [pair.partition("=")[2] for pair in pairs if pair.startswith("kernels=")]
+    if given and given[-1] not in get_args(Kernels):
+        raise ConfigError(
+            f"arm {spec!r}: kernels must be one of {', '.join(get_args(Kernels))}, "
+            f"got {given[-1]!r}"
+        )
+    rest = tuple(pair for pair in pairs if not pair.startswith("kernels="))
+    return cast(Kernels, given[-1] if given else "auto"), rest
 
 
 def _is_digits(text: str) -> bool:

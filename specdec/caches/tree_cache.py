@@ -96,7 +96,7 @@ class TreeCache(Cache):
         capacity: Slots to allocate at first; grows by half when exceeded.
         view: "live" shows slots up to the longest row (dense masks); "capacity" always shows the
             whole buffer, with lengths read on the device, so that shapes never change (kernels,
-            graph capture).
+            graph capture). A forward may ask for the other one.
 
     Attributes:
         lengths: [B] int64 committed slots, on the device.
@@ -125,12 +125,17 @@ class TreeCache(Cache):
         layer: TreeLayer = self.layers[index]
         return layer
 
-    def reserve(self, width: int) -> None:
-        """Prepares a forward over `width` nodes: makes room, and settles where they are written."""
+    def reserve(self, width: int, view: View | None = None) -> None:
+        """Prepares a forward over `width` nodes: makes room, and settles where they are written.
+
+        Args:
+            width: Slots that the forward writes in every row.
+            view: What this forward looks at; None for the cache's own view.
+        """
         longest = max(self.host_lengths)
         if self.capacity < longest + width:
             self.capacity = max(longest + width, self.capacity * 3 // 2)
-        live = self.view == "live"
+        live = (view or self.view) == "live"
         self.start = longest if live and min(self.host_lengths) == longest else None
         self.stop = longest + width if live else self.capacity
         self._slots.clear()

@@ -19,7 +19,9 @@ from specdec.cost.sizes import choose_sizes
 from specdec.hf.names import CACHE, tested_range
 from specdec.loading import check_model, context_length, load_model, pick_device
 from specdec.registry import methods
+from specdec.targets.attention_choice import wanted_backend, with_attention
 from specdec.targets.watched_test import self_test
+from specdec_kernels import Backend
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 _EXTRAS = (("triton", "kernels on a GPU"), ("accelerate", "several devices, training"))
@@ -32,12 +34,15 @@ def run_doctor(options: DoctorOptions) -> int:
     if options.model is not None:
         check_model(options.model)
     device = pick_device(options.device)
+    backend = wanted_backend(options.kernels, device)
     say(f"specdec {specdec.__version__}")
     say("\n".join(facts(_versions(), indent=2)))
     say("devices")
     say("\n".join(facts(_devices(), indent=2)))
     say(f"dtypes on {device} (time of a matrix product relative to float32)")
     say("\n".join(facts(_dtypes(device), indent=2)))
+    say(f"attention of token trees on {device}, with kernels {options.kernels}")
+    say(f"  {_attention(backend)}")
     say("methods")
     say("\n".join(facts([(name, _describe(name)) for name in methods.names()], indent=2)))
     if options.model is not None:
@@ -96,6 +101,13 @@ def _dtypes(device: torch.device) -> list[tuple[str, str]]:
     return lines
 
 
+def _attention(backend: Backend | None) -> str:
+    """What would compute it, for a model that passes its self-test so."""
+    if backend is None:
+        return "dense masks in the model's own attention"
+    return f"fused tree attention, by {'Triton' if backend == 'triton' else 'its torch reference'}"
+
+
 def _product_seconds(device: torch.device, dtype: torch.dtype) -> float:
     a = torch.ones(_TIMED_SIZE, _TIMED_SIZE, device=device).to(dtype)
     times = []
@@ -118,7 +130,7 @@ def _describe(method: str) -> str:
 
 def _diagnose(options: DoctorOptions) -> None:
     model = load_model(options.model, options.dtype, options.device)
-    found = self_test(model)
+    found = with_attention(model, self_test(model), options.kernels)
     say(f"model {options.model}")
     context = context_length(model)
     lines = [
@@ -131,11 +143,11 @@ def _diagnose(options: DoctorOptions) -> None:
     ]
     say("\n".join(facts(lines, indent=2)))
     if found.mode != "plain":
-        _show_cost(model)
+        _show_cost(model, found.backend)
 
 
-def _show_cost(model: Any) -> None:
-    curve = measure_cost(model)
+def _show_cost(model: Any, backend: Backend | None) -> None:
+    curve = measure_cost(model, backend=backend)
     rows = [["tokens", "ms", "relative"]]
     for tokens, seconds in curve.seconds.items():
         rows.append([f"{tokens:>6}", f"{1000 * seconds:.2f}", f"{curve.ratio(tokens):.2f}x"])

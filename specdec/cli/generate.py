@@ -55,7 +55,9 @@ def run_generate(options: GenerateOptions) -> int:
     if own_head and not any(pair.partition("=")[0].strip() == "draft" for pair in pairs):
         pairs = (f"draft={TOY}", *pairs)  # the toy has a head of its own
     chosen = method_options(options.method, pairs, tokenizer)
-    config = SpecConfig(method=options.method, options=chosen, budget=options.budget)
+    config = SpecConfig(
+        method=options.method, options=chosen, budget=options.budget, kernels=options.kernels
+    )
     if options.chat and not tokenizer.chat_template:
         raise ConfigError(
             f"--chat needs a tokenizer with a chat template, and that of {_name(options)!r} has "

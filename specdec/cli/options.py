@@ -79,6 +79,9 @@ class GenerateOptions:
     """Drafted nodes that a round may verify."""
     option: Annotated[tuple[str, ...], *each("NAME=VALUE", "none")] = ()
     """Option of the method, for example window=7."""
+    kernels: Literal["auto", "triton", "reference", "off"] = "auto"
+    """What computes the attention of token trees: fused kernels (Triton, or their reference in
+    torch), or dense masks; auto is Triton on a CUDA device and off elsewhere."""
     stats: Flag = False
     """Afterwards, say on standard error what the speculation did."""
     compare: Flag = False
@@ -96,6 +99,8 @@ class DoctorOptions:
     """Arithmetic to test the model in."""
     device: str = "auto"
     """Torch device to test the model on."""
+    kernels: Literal["auto", "triton", "reference", "off"] = "auto"
+    """What should compute the attention of token trees, see `specdec generate --help`."""
 
 
 @dataclass(frozen=True)

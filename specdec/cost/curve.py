@@ -20,6 +20,7 @@ from specdec.round.tree import TokenTree, TreeBatch
 from specdec.targets.prompts import Prompt
 from specdec.targets.self_test import evaluating
 from specdec.targets.tree_target import HFTarget
+from specdec_kernels import Backend
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 """Tokens a row at which t(q) is measured: those that trees are padded to."""
@@ -64,11 +65,18 @@ class CurveMeter:
         model: The target; verified by trees (`specdec.targets.self_test(model).mode == "tree"`).
         batch: Rows.
         prefix: Tokens of each row before the forward, as far as the model has room for them.
+        backend: What runs tree attention, as the self-test found; None for dense masks.
     """
 
-    def __init__(self, model: Any, batch: int = 1, prefix: int = _PREFIX) -> None:
+    def __init__(
+        self,
+        model: Any,
+        batch: int = 1,
+        prefix: int = _PREFIX,
+        backend: Backend | None = None,
+    ) -> None:
         self._model, self._batch = model, batch
-        self._target, self.prefix, room = _prefilled_parts(model, batch, prefix)
+        self._target, self.prefix, room = _prefilled_parts(model, batch, prefix, backend)
         self._times: dict[int, list[float]] = {q: [] for q in SIZES if q <= room}
         self._read = False
         self._clock = time.perf_counter
@@ -124,7 +132,9 @@ def _typical(seconds: Sequence[float]) -> float:
     return statistics.median(seconds) or max(statistics.fmean(seconds), _TICK)
 
 
-def _prefilled_parts(model: Any, batch: int, prefix: int) -> tuple[HFTarget, int, int]:
+def _prefilled_parts(
+    model: Any, batch: int, prefix: int, backend: Backend | None
+) -> tuple[HFTarget, int, int]:
     """A target over a prompt that is still to be run, its length, and the positions after it."""
     config, device = model.config.get_text_config(), input_device(model)
     longest = prefix + max(SIZES)
@@ -132,11 +142,14 @@ def _prefilled_parts(model: Any, batch: int, prefix: int) -> tuple[HFTarget, int
     prefix = min(prefix, max(positions - max(SIZES), positions // 2))
     ids = torch.arange(prefix, device=device)[None].expand(batch, -1) % config.vocab_size
     cache = TreeCache(batch, device, capacity=longest)
-    return HFTarget(model, Prompt(ids, None, [prefix] * batch), cache), prefix, positions - prefix
+    prompt = Prompt(ids, None, [prefix] * batch)
+    return HFTarget(model, prompt, cache, backend=backend), prefix, positions - prefix
 
 
-def measure_cost(model: Any, seconds: float = 1.0, batch: int = 1) -> CostCurve:
+def measure_cost(
+    model: Any, seconds: float = 1.0, batch: int = 1, backend: Backend | None = None
+) -> CostCurve:
     """t(q) behind a short prefix, measured all at once for about `seconds`; see `CurveMeter`."""
-    meter = CurveMeter(model, batch)
+    meter = CurveMeter(model, batch, backend=backend)
     meter.measure(seconds)
     return meter.curve()

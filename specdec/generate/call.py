@@ -26,7 +26,9 @@ from specdec.round.tree import bucket_size
 from specdec.targets.chain_target import ChainTarget
 from specdec.targets.prompt_target import PromptTarget
 from specdec.targets.prompts import PaddedPrompt
+from specdec.targets.self_test import Capability
 from specdec.targets.tree_target import HFTarget
+from specdec_kernels import Backend
 
 _FIRST_ROOM = 4096  # new tokens that the KV cache is allocated for at once; it grows beyond
 PADDING_CHUNK = 64
@@ -145,8 +147,13 @@ def batch_state(call: PreparedCall, memory: dict[str, Any]) -> BatchState:
     )
 
 
-def tree_target(call: PreparedCall, taps: tuple[int, ...], budget: int) -> HFTarget:
-    """The model with an empty or adopted cache, room for `budget` drafts, and the prompt."""
+def tree_target(
+    call: PreparedCall, taps: tuple[int, ...], budget: int, backend: Backend | None
+) -> HFTarget:
+    """The model with an empty or adopted cache, room for `budget` drafts, and the prompt.
+
+    Behind a prompt with inputs of its own trees keep dense masks.
+    """
     prompt, model, device = call.prompt, call.model, compat.input_device(call.model)
     cache = TreeCache(prompt.batch, device, _capacity(call, budget))
     if call.runs_as_padded:
@@ -161,6 +168,7 @@ def tree_target(call: PreparedCall, taps: tuple[int, ...], budget: int) -> HFTar
         taps=taps,
         hidden_states=call.wanted.hidden_states,
         prefill_chunk=prompt.config.prefill_chunk_size,
+        backend=backend,
     )
 
 
@@ -173,12 +181,12 @@ def _capacity(call: PreparedCall, budget: int) -> int:
 
 
 def target_of(
-    call: PreparedCall, state: BatchState, mode: str, taps: tuple[int, ...], budget: int
+    call: PreparedCall, state: BatchState, found: Capability, taps: tuple[int, ...], budget: int
 ) -> HFTarget | ChainTarget:
-    """The model, in the mode that its self-test chose."""
-    if mode == "chain":  # prepares its own inputs and keeps its own cache
+    """The model, in the mode that its self-test chose, with the attention that it passed with."""
+    if found.mode == "chain":  # prepares its own inputs and keeps its own cache
         return ChainTarget(call.model, call.prompt, state, taps)
-    return tree_target(call, taps, budget)
+    return tree_target(call, taps, budget, found.backend)
 
 
 def picker_for(call: PreparedCall, prefix: PrefixIds) -> Picker:

@@ -30,6 +30,7 @@ from specdec.loop import Call, Observer, speculative_generate
 from specdec.registry import methods
 from specdec.round.prefix import PrefixIds
 from specdec.stats import GenerationStats
+from specdec.targets.prompt_target import PromptTarget
 from specdec.targets.prompts import PaddedPrompt
 from specdec.targets.self_test import Capability
 
@@ -92,7 +93,9 @@ class SpeculativeDecode:
         settings, taps = self.settings, drafter.needs.taps
         budget = drafter.max_nodes if settings.budget is None else settings.budget
         state = batch_state(call, self.memory)
-        target = target_of(call, state, self.found.mode, taps, budget)
+        target = target_of(call, state, self.found, taps, budget)
+        if self.found.backend is not None and isinstance(target, PromptTarget):
+            self.stats.mode_reason += "; behind such a prompt, with dense masks"
         prefix = PrefixIds(call.prompt.input_ids, call.ends.max_new_tokens)
         picker = picker_for(call, prefix)
         recorder = Recorder(call.wanted, state, picker, call.lay_out)

@@ -8,14 +8,12 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import modeling_utils
 from transformers.generation import GenerationMixin, logits_process, stopping_criteria
 from transformers.generation import utils as generation_utils
 from transformers.utils import output_capturing
@@ -258,17 +256,6 @@ def masks_its_window(model: Any) -> bool:
     return any(hasattr(sys.modules.get(name), maker) for name in modules for maker in makers)
 
 
-def attention_name(config: Any) -> str | None:
-    """Name of the attention that a configuration chose, for example "sdpa"."""
-    return getattr(config, "_attn_implementation", None)
-
-
-def attention_function(model: Any) -> object:
-    """What runs attention under the name that the configuration chose; anybody may register it."""
-    name = attention_name(model.config.get_text_config())
-    return modeling_utils.ALL_ATTENTION_FUNCTIONS.get(name)
-
-
 def syncs_gpus(model: Any) -> bool:
     """Whether `generate` would keep several ranks in step by itself (ZeRO-3, FSDP)."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -308,6 +295,9 @@ def accepts_position_ids(model: Any) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
+_CHUNKED = "chunked_attention"
+
+
 @dataclass(frozen=True, slots=True)
 class MaskKinds:
     """Which attention masks a model's layers want.
@@ -336,7 +326,7 @@ class MaskKinds:
         if window is not None:
             return cls(("sliding_attention",), False, window, chunk)
         if chunk is not None:
-            return cls(("chunked_attention",), False, window, chunk)
+            return cls((_CHUNKED,), False, window, chunk)
         return cls(("full_attention",), False, None, None)
 
     def is_windowed(self, kind: str) -> bool:
@@ -348,8 +338,13 @@ class MaskKinds:
         span = self._span(kind)
         return span is not None and length > span
 
+    def window_and_chunk(self, kind: str) -> tuple[int, int]:
+        """Tokens of the sliding window and of the attention chunk of a layer type; 0 for none."""
+        span = self._span(kind) or 0
+        return (0, span) if kind == _CHUNKED else (span, 0)
+
     def _span(self, kind: str) -> int | None:
-        if kind == "chunked_attention":
+        if kind == _CHUNKED:
             return self.chunk
         return self.window if "sliding" in kind else None
 
@@ -358,26 +353,7 @@ class MaskKinds:
         span = self._span(kind)
         if span is None:
             raise ValueError(f"layers of type {kind!r} have no window")
-        if kind == "chunked_attention":
+        if kind == _CHUNKED:
             whole = torch.div(query, span, rounding_mode="floor")
             return whole == torch.div(key, span, rounding_mode="floor")
         return (query - key) < span
-
-
-@contextmanager
-def dense_attention(model: Any) -> Iterator[None]:
-    """Runs tree forwards on a backend that takes a dense mask.
-
-    Flash attention ignores a 4-D mask and treats tree positions as packed sequences: silently
-    wrong. Prefill keeps the user's backend, and so does the part of the model that sees images.
-    """
-    config = model.config.get_text_config()
-    chosen = config._attn_implementation
-    if chosen is None or not ("flash" in chosen or "flex" in chosen):
-        yield
-        return
-    config._attn_implementation = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = chosen

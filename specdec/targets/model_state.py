@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from specdec.hf.compat import attention_function
+from specdec.hf.attention import attention_function, own_settings
 
 _SIMPLE = frozenset({bool, int, float, str, torch.dtype})
 _METHODS = frozenset({FunctionType, MethodType, BuiltinFunctionType, partial})
@@ -89,7 +89,7 @@ def _surroundings(model: Any) -> list[object]:
     facts: list[object] = [attention_function(model)]
     facts += _hooks(torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     for each in [config] if text is config else [config, text]:
-        for name, value in vars(each).items():
+        for name, value in own_settings(each).items():
             if type(value) in _SIMPLE:
                 facts += (name, value)
             elif type(value) in (list, dict, tuple):

@@ -30,6 +30,7 @@ from specdec.round.tree import TokenTree, TreeBatch
 from specdec.targets.chain_target import ChainTarget
 from specdec.targets.prompts import PaddedPrompt, Prompt
 from specdec.targets.tree_target import HFTarget
+from specdec_kernels import Backend
 
 Mode = Literal["tree", "chain", "plain"]
 
@@ -37,6 +38,19 @@ _PROMPTS = (7, 5)  # tokens of the two rows: their lengths differ on purpose
 _PARENTS = [-1, 0, 1, 0, 3]  # a root with two branches of two nodes
 _BRANCHES = ([0, 1, 2], [0, 3, 4])
 _MOST_NOISE = 1e-2  # of the logits' size; more is not rounding, and no bound could rest on it
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTest:
+    """What the self-test of fused tree attention found.
+
+    Attributes:
+        refused: Why trees keep dense masks, or None when tree attention gives their logits.
+        in_place: Whether it reads the cache's own buffers; some layers (MLA) make their keys anew.
+    """
+
+    refused: str | None
+    in_place: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +70,9 @@ class Capability:
             verified, or None; filled in by the first call with such a prompt.
         laid: Per layer, heads and sizes of the keys and values that a tree's forward wrote; empty
             where trees are not verified.
+        attention: By what may run tree attention, what its own test found; filled in when a call
+            first wants it.
+        backend: What runs tree attention in a call, or None for dense masks.
     """
 
     mode: Mode
@@ -68,6 +85,8 @@ class Capability:
         default_factory=dict, compare=False, repr=False
     )
     laid: tuple[Laid | None, ...] = field(default=(), compare=False, repr=False)
+    attention: dict[Backend, AttentionTest] = field(default_factory=dict, compare=False, repr=False)
+    backend: Backend | None = None
 
 
 @contextmanager
@@ -100,15 +119,27 @@ def probe(model: Any) -> Capability:
     return Capability("plain", f"{trees.reason}; as for single paths, {single.reason}")
 
 
+@torch.no_grad()
+def probe_attention(model: Any, backend: Backend) -> AttentionTest:
+    """Runs the self-test for trees once more, with tree attention in the place of dense masks."""
+    targets: list[HFTarget] = []
+    measure = partial(_measure, targets=targets, backend=backend)
+    found = _attempt(model, "tree", "a token tree", measure)
+    if found.mode != "tree":
+        return AttentionTest(found.reason)
+    return AttentionTest(None, targets[0].reads_in_place)
+
+
 def _try_trees(model: Any) -> Capability:
     if keeps_state(model):
         why = "its layers fold tokens into a state, from which no branch can be cut"
         return Capability("plain", why)
     if not accepts_position_ids(model):
         return Capability("plain", "its forward takes no position_ids, which a token tree needs")
-    laid: list[Laid | None] = []
-    found = _attempt(model, "tree", "a token tree", partial(_measure, laid=laid))
-    return replace(found, laid=tuple(laid))
+    targets: list[HFTarget] = []
+    found = _attempt(model, "tree", "a token tree", partial(_measure, targets=targets))
+    layers = targets[0].cache.layers if targets else ()
+    return replace(found, laid=tuple(map(laid_out, layers)))
 
 
 def _try_chains(model: Any, rows: int) -> Capability:
@@ -139,8 +170,16 @@ def _attempt(
     return Capability(mode, f"its self-test verified {what}", error, noise)
 
 
-def _measure(model: Any, laid: list[Laid | None]) -> tuple[float, float]:
-    """(tree error, rounding noise), relative to the largest logit; fills `laid`, see Capability."""
+def _measure(
+    model: Any, targets: list[HFTarget], backend: Backend | None = None
+) -> tuple[float, float]:
+    """(tree error, rounding noise), relative to the largest logit.
+
+    Args:
+        model: Under test.
+        targets: Takes the target that was used.
+        backend: What runs tree attention; None for dense masks.
+    """
     device, vocab = input_device(model), model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocab, (n,), generator=generator).tolist() for n in _PROMPTS]
@@ -149,9 +188,9 @@ def _measure(model: Any, laid: list[Laid | None]) -> tuple[float, float]:
     for row, tokens in enumerate(rows):
         ids[row, : len(tokens)] = torch.tensor(tokens, device=device)
     cache = TreeCache(2, device, capacity=16)
-    target = HFTarget(model, Prompt(ids, None, list(_PROMPTS)), cache)
+    target = HFTarget(model, Prompt(ids, None, list(_PROMPTS)), cache, backend=backend)
+    targets.append(target)
     target.prefill()
-    laid.extend(map(laid_out, cache.layers))
     others = [[d[0], d[1] + 1, d[2] + 1, d[3], d[4]] for d in drafts]  # another first branch
     others = [[token % vocab for token in row] for row in others]
     beside = TreeBatch.from_rows([TokenTree(row, _PARENTS) for row in others], device)

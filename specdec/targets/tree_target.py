@@ -1,8 +1,9 @@
 """HFTarget: a Hugging Face model behind a `TreeCache`, and the only caller of the model.
 
-One forward verifies a whole batch of token trees: explicit positions (row length + depth) and a
-4-D additive mask, or one mask by layer type, with sliding and chunked windows taken by position.
-No modelling code is copied or patched.
+One forward verifies a whole batch of token trees: explicit positions (row length + depth), and who
+sees whom either as a 4-D additive mask, one by layer type, with sliding and chunked windows taken
+by position, or as the tree itself, which fused attention reads. No modelling code is copied or
+patched.
 """
 
 from __future__ import annotations
@@ -16,15 +17,13 @@ from torch import Tensor
 
 from specdec.caches.tree_cache import TreeCache
 from specdec.contracts import Shape, ShowPrompt, TargetOutput
-from specdec.hf.compat import (
-    MaskKinds,
-    dense_attention,
-    max_positions,
-    supports_logits_to_keep,
-)
+from specdec.hf.attention import attention_by, dense_attention
+from specdec.hf.compat import MaskKinds, max_positions, supports_logits_to_keep
 from specdec.hf.names import CACHE
 from specdec.round.tree import TreeBatch
 from specdec.targets.prompts import Prompt, Taps, show_rows
+from specdec.targets.tree_attention import TreeAttention, placeholders
+from specdec_kernels import Backend, Tree, tree_words
 
 
 class HFTarget:
@@ -37,6 +36,10 @@ class HFTarget:
         taps: Layers whose output hidden states the drafter reads.
         hidden_states: Return all layers' hidden states.
         prefill_chunk: Tokens a prefill forward, or None for all at once.
+        backend: What runs tree attention; None for dense masks.
+
+    Attributes:
+        reads_in_place: Whether tree attention was given the cache's own buffers, not copies.
     """
 
     allowed_shape: Shape = "any"
@@ -50,9 +53,12 @@ class HFTarget:
         taps: tuple[int, ...] = (),
         hidden_states: bool = False,
         prefill_chunk: int | None = None,
+        backend: Backend | None = None,
     ) -> None:
         self.model, self.prompt, self.cache = model, prompt, cache
-        self.prefill_forwards = 0
+        self.prefill_forwards, self.reads_in_place = 0, True
+        self._backend = backend
+        self._placeholders: dict[torch.dtype, Tensor | dict[str, Tensor]] = {}
         self._prefill_chunk = prefill_chunk
         self.taps = Taps(taps, model.config, hidden_states)
         self._kinds = MaskKinds.of(model.config)
@@ -107,7 +113,7 @@ class HFTarget:
 
     def _prefill_chunk_forward(self, start: int, stop: int, columns: list[int]) -> TargetOutput:
         width = stop - start
-        self.cache.reserve(width)
+        self.cache.reserve(width, "live")
         device = self.cache.lengths.device
         positions = self.cache.lengths[:, None] + torch.arange(width, device=device)
         masks = None  # rows of one length: Hugging Face builds the causal mask itself
@@ -122,11 +128,30 @@ class HFTarget:
 
     def forward_tree(self, trees: TreeBatch) -> TargetOutput:
         """One forward over all nodes of all rows; their cache slots stay provisional."""
+        if self._backend is not None:
+            return self._attend(trees, self._backend)
         self.cache.reserve(trees.size)
         if trees.size == 1 and self.cache.start is not None:
             return self._step(trees.tokens, self.cache.lengths[:, None], None)
         positions = self.cache.lengths[:, None] + trees.depths()
         return self._step(trees.tokens, positions, self._masks(trees, positions))
+
+    def _attend(self, trees: TreeBatch, backend: Backend) -> TargetOutput:
+        """As `forward_tree`, by fused attention: no mask, and no length that the host knows."""
+        cache = self.cache
+        cache.reserve(trees.size, "capacity")
+        words, depth = tree_words(trees.parents)
+        tree = Tree(words, depth, trees.sizes, cache.lengths)
+        attention = TreeAttention(tree, self._kinds, cache, backend)
+        dtype = self._mask_dtype(words.device)
+        if dtype not in self._placeholders:
+            self._placeholders[dtype] = placeholders(self._kinds, dtype, words.device)
+        with attention_by(self.model, attention.attend):
+            positions = cache.lengths[:, None] + depth
+            output = self._step(trees.tokens, positions, self._placeholders[dtype])
+        attention.check_calls()
+        self.reads_in_place = self.reads_in_place and attention.in_place
+        return output
 
     def _step(
         self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor] | None

@@ -11,6 +11,8 @@ from collections import Counter
 from threading import RLock
 from typing import Any
 
+from specdec.config import Kernels
+from specdec.targets.attention_choice import with_attention
 from specdec.targets.model_state import ModelState
 from specdec.targets.randomness import why_random
 from specdec.targets.self_test import Capability, probe
@@ -43,18 +45,29 @@ class WatchedTest:
         """What is loaded may be another release's; it is tested anew."""
         return WatchedTest, ()
 
-    def verdict(self, model: Any) -> Capability:
-        """The model's capability as it stands now; tests it where that is not known."""
+    def verdict(self, model: Any, kernels: Kernels = "off") -> Capability:
+        """The model's capability as it stands now; tests it where that is not known.
+
+        Args:
+            model: Under test.
+            kernels: What a call wants to compute its attention; tested, too, and in the reason.
+
+        Raises:
+            ConfigError: `kernels` cannot run where the model is.
+        """
         with self._lock:
-            state = ModelState.of(model)
-            passing = {index for index, n in self._harmless.items() if n >= _HARMLESS}
-            for index, (known, found) in enumerate(self._verdicts):
-                if known.same_as(state, passing):
-                    self._verdicts.insert(0, self._verdicts.pop(index))
-                    return found
-            found = self_test(model)
-            self._learn(state, ModelState.of(model), found)
-            return self.assume(model, found)
+            return with_attention(model, self._verdict(model), kernels)
+
+    def _verdict(self, model: Any) -> Capability:
+        state = ModelState.of(model)
+        passing = {index for index, n in self._harmless.items() if n >= _HARMLESS}
+        for index, (known, found) in enumerate(self._verdicts):
+            if known.same_as(state, passing):
+                self._verdicts.insert(0, self._verdicts.pop(index))
+                return found
+        found = self_test(model)
+        self._learn(state, ModelState.of(model), found)
+        return self.assume(model, found)
 
     def assume(self, model: Any, found: Capability) -> Capability:
         """Takes `found` as what is known of the model as it stands."""

@@ -202,6 +202,7 @@ def test_repeats_of_one_prompt_never_see_an_earlier_answer(
         ("prompt_lookup:max_ngram=x", "whole number"),
         ("eagle3:depth=0", "depth"),
         ("eagle3:budget=-1", "budget must be a whole number"),
+        ("eagle3:kernels=cuda", "kernels must be one of auto, triton, reference, off, got 'cuda'"),
         ("hf:fast", "hf takes no options"),
         ("hf_assisted:num_tokens=0", "num_tokens=N"),
         ("server:localhost", "takes an address"),
@@ -210,6 +211,17 @@ def test_repeats_of_one_prompt_never_see_an_earlier_answer(
 def test_bad_arms_are_refused(spec: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_arm(spec)
+
+
+def test_an_arm_names_its_kernels(measured: tuple[Results, list[Unit]]) -> None:
+    bench, unit = Workbench(Loaded(RunOptions(), "float32").model, None, Setting()), measured[1][0]
+    reasons = []
+    for kernels in ("off", "reference"):
+        arm = GenerateArm(parse_arm(f"prompt_lookup:max_ngram=3,kernels={kernels}"), bench)
+        arm.run(unit)
+        assert arm.stats is not None
+        reasons.append("with tree attention" in arm.stats.mode_reason)
+    assert reasons == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,9 @@ FROZEN_OPTIONS = {
         "model": None, "prompt": None, "file": None, "chat": False, "max_new_tokens": None,
         "sample": False, "temperature": None, "top_p": None, "top_k": None, "seed": None,
         "dtype": "auto", "device": "auto", "method": None, "budget": None, "option": (),
-        "stats": False, "compare": False,
+        "kernels": "auto", "stats": False, "compare": False,
     },
-    "doctor": {"model": None, "dtype": "auto", "device": "auto"},
+    "doctor": {"model": None, "dtype": "auto", "device": "auto", "kernels": "auto"},
     "data prepare": {
         "input": (), "split": "train", "subset": None, "limit": None, "as_chat": False,
         "ignore_field": (), "min_lines": 4, "max_lines": 24, "seed": 0, "max_bad_fraction": 0.01,
@@ -342,6 +342,20 @@ def test_doctor(run: Run) -> None:
         assert wanted in shown.out
 
 
+def test_kernels_are_named(model_folder: Path, run: Run) -> None:
+    cpu = ("--device", "cpu", "--dtype", "float32")
+    assert "  dense masks in the model's own attention\n" in run("doctor", *cpu).out
+    shown = run("doctor", "--model", model_folder, *cpu, "--kernels", "reference")
+    assert "  fused tree attention, by its torch reference\n" in shown.out
+    assert "verified a token tree with tree attention (reference)" in " ".join(shown.out.split())
+    call = ("generate", "--model", model_folder, *cpu, "--prompt", "abc", "--max-new-tokens", "8")
+    texts = [run(*call, "--method", "prompt_lookup", "--stats", "--kernels", kernels)
+             for kernels in ("off", "reference")]  # fmt: skip
+    assert texts[0].out == texts[1].out
+    assert "with tree attention (reference)" in " ".join(texts[1].err.split())
+    assert "with tree attention" not in texts[0].err
+
+
 def test_doctor_tests_a_model(model_folder: Path, run: Run) -> None:
     shown = run("doctor", "--model", model_folder, "--dtype", "float32")
     assert shown.code == 0
@@ -457,6 +471,9 @@ BAD_INPUT = [
     (("generate", "--prompt", "x", "--model", "NO_TOKENIZER"), "cannot load the tokenizer of"),
     (("doctor", "--model", "T5"), "is an encoder-decoder model"),
     (("doctor", "--device", "nonsense"), "--device nonsense cannot be used"),
+    ((*PROMPT, "--kernels", "cuda"), "invalid choice 'cuda'"),
+    ((*PROMPT, "--device", "cpu", "--kernels", "triton"), "kernels='triton' cannot run on cpu"),
+    (("doctor", "--device", "cpu", "--kernels", "triton"), "kernels='triton' cannot run on cpu"),
 ]
 
 

@@ -17,6 +17,7 @@ from helpers.families import FAMILIES, VOCAB, draft_of, model_of
 from helpers.heads import head_for
 from helpers.names import CACHE, cache_of
 from specdec import GenerationStats, SpecConfig
+from specdec.config import Kernels
 
 NEW_TOKENS = 40
 PROMPT_LENGTHS = (11, 7, 4, 9)  # rows of a ragged batch
@@ -92,6 +93,7 @@ class Case:
     mode: Mode
     rows: int = 1
     dtype: torch.dtype = torch.float64
+    kernels: Kernels = "auto"
 
     @property
     def model(self) -> Any:
@@ -115,7 +117,8 @@ class Case:
         self, method: str, truth: Truth = (), budget: int | None = None, **how: Any
     ) -> tuple[Tensor, Tensor, GenerationStats]:
         """The same call with a method; checks that it did not fall back to plain."""
-        config = SpecConfig(method, options_of(method, truth, self), budget=budget)
+        options = options_of(method, truth, self)
+        config = SpecConfig(method, options, budget=budget, kernels=self.kernels)
         sequences, state = self.generate(specdec=config, **how)
         stats = specdec.last_stats(self.model)
         assert stats.mode == FAMILIES[self.family].mode, stats.mode_reason
@@ -134,7 +137,8 @@ class Case:
         else:
             outcome = "margin" if below_noise(self, got, wanted) else "differs"
         dtype = str(self.dtype).removeprefix("torch.")
-        name = f"{self.family}-{dtype}-{self.mode.name}-{self.rows}-{method}-budget={budget}"
+        where = "" if self.kernels == "auto" else f"-{self.kernels}"
+        name = f"{self.family}-{dtype}-{self.mode.name}-{self.rows}-{method}-budget={budget}{where}"
         ledger.enter(name, outcome)
         return stats
 
@@ -154,9 +158,13 @@ def prompts(count: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask.long()}
 
 
-@lru_cache(maxsize=4096)
 def reference(case: Case) -> tuple[Tensor, Tensor]:
     """What the class's own `generate` gives: sequences and the generator's state."""
+    return _reference(replace(case, kernels="off"))
+
+
+@lru_cache(maxsize=4096)
+def _reference(case: Case) -> tuple[Tensor, Tensor]:
     return case.generate(specdec=False)
 
 

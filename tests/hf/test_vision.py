@@ -20,7 +20,7 @@ from specdec.api import capability
 from specdec.contracts import Needs
 from specdec.drafters.row import DraftRow
 from specdec.generate import fallback
-from specdec.hf.compat import dense_attention
+from specdec.hf.attention import BORROWED, dense_attention
 from specdec.targets.prompts import PaddedPrompt
 
 NEW = 24
@@ -399,7 +399,7 @@ def test_the_detour_round_flash_attention_spares_the_vision_part() -> None:
     config.text_config._attn_implementation = "flash_attention_2"
     try:
         with dense_attention(vision_model("llava")):
-            assert config.text_config._attn_implementation == "sdpa"
+            assert config.text_config._attn_implementation == BORROWED
             assert (
                 config._attn_implementation, config.vision_config._attn_implementation
             ) == before  # fmt: skip

@@ -19,11 +19,11 @@ from mutants.faults_kernels import KERNELS
 from mutants.faults_live import LIVE
 from mutants.faults_rejection import REJECTION
 from mutants.faults_round import ROUND
+from mutants.faults_seam import SEAM
 from mutants.faults_speed import SPEED
 from mutants.faults_target import TARGET
 
 FAULTS: tuple[Fault, ...] = (
     *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH,
-    *CLI, *DATA, *FILES, *FOREIGN, *FUZZ, *KERNELS, *LIVE, *SPEED,
-    *KERNEL_ROWS,
+    *CLI, *DATA, *FILES, *FOREIGN, *FUZZ, *KERNELS, *KERNEL_ROWS, *LIVE, *SPEED, *SEAM,
 )  # fmt: skip

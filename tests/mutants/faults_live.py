@@ -88,8 +88,8 @@ LIVE: tuple[Fault, ...] = (
         "a_verdict_is_kept_for_ever",
         "the self-test goes stale",
         _TEST,
-        "                if known.same_as(state, passing):",
-        "                if known:",
+        "            if known.same_as(state, passing):",
+        "            if known:",
         f"{_LIVE} -k 'tested_before and activation'",
     ),
     Fault(

@@ -162,7 +162,7 @@ TARGET: tuple[Fault, ...] = (
     Fault(
         "trees_reach_flash_attention",
         "tree mask",
-        _COMPAT,
+        "specdec/hf/attention.py",
         'if chosen is None or not ("flash" in chosen or "flex" in chosen):',
         'if chosen is None or "flash" in chosen:',
         "tests/hf/test_wrappers.py::test_trees_never_reach_flash_attention",

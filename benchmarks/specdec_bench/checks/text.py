@@ -16,7 +16,7 @@ import torch
 
 from specdec.audit.exactness import reference_model
 from specdec.errors import ConfigError, SpecdecError
-from specdec.hf.compat import attention_name
+from specdec.hf.attention import attention_name
 from specdec_bench.checks.teacher_forced import Requests, judge
 from specdec_bench.contracts import Unit
 from specdec_bench.results.records import Setting

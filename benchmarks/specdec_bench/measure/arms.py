@@ -93,7 +93,9 @@ class GenerateArm:
         """What to call and its own arguments."""
         model, spec = self.bench.model, self.spec
         if self.is_ours:
-            config = SpecConfig(spec.method, self._options(unit), spec.budget, on_round)
+            config = SpecConfig(
+                spec.method, self._options(unit), spec.budget, on_round, kernels=spec.kernels
+            )
             return model.generate, {"specdec": config}
         plain, extra = type(model).generate.__get__(model), dict(spec.options)
         if spec.method == LOOKUP:

@@ -299,7 +299,8 @@ class _Run:
         setting = bench.setting
         done = self.curves if writer.before is None else {*self.curves, *writer.before.curves}
         key = (setting.dtype, setting.batch, setting.prompt_tokens or 0)
-        if key in done or capability(bench.model).mode != "tree":
+        found = capability(bench.model)
+        if key in done or found.mode != "tree":
             return None
         self.curves.add(key)
         lengths = [
@@ -308,7 +309,7 @@ class _Run:
             for length in unit.record.prompt_tokens
         ]
         prefix = sum(lengths) // len(lengths)
-        return CurveMeter(bench.model, setting.batch, prefix)
+        return CurveMeter(bench.model, setting.batch, prefix, found.backend)
 
     def _sampling(
         self,

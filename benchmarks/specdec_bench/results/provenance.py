@@ -18,7 +18,8 @@ from transformers.utils.hub import cached_file
 
 import specdec
 from specdec.artifacts.source_revision import source_revision
-from specdec.hf.compat import attention_name, input_device
+from specdec.hf.attention import attention_name
+from specdec.hf.compat import input_device
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 _SAMPLED = 64  # values at each end of a weight that go into the target's hash
