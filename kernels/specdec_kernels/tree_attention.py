@@ -92,13 +92,17 @@ def _fused(
     q: Tensor, k: Tensor, v: Tensor, tree: Tree, ancestors: Tensor | None, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernel; in order of positions where the ancestors are given."""
+    found: tuple[Tensor, Tensor]
+    lengths = (tree.depth, tree.size, tree.prefix)
     if ancestors is None:
         from specdec_kernels.fused.attention import tree_attention as fused
 
-        return fused(q, k, v, tree.words, tree.depth, tree.size, tree.prefix, **options)
-    from specdec_kernels.fused.ordered import ordered_tree_attention
+        found = fused(q, k, v, tree.words, *lengths, **options)
+    else:
+        from specdec_kernels.fused.ordered import ordered_tree_attention
 
-    return ordered_tree_attention(q, k, v, ancestors, tree.depth, tree.size, tree.prefix, **options)
+        found = ordered_tree_attention(q, k, v, ancestors, *lengths, **options)
+    return found
 
 
 def _check(

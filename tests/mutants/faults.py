@@ -14,6 +14,7 @@ from mutants.faults_files import FILES
 from mutants.faults_foreign import FOREIGN
 from mutants.faults_fuzz import FUZZ
 from mutants.faults_heads import HEADS
+from mutants.faults_kernels import KERNELS
 from mutants.faults_live import LIVE
 from mutants.faults_rejection import REJECTION
 from mutants.faults_round import ROUND
@@ -23,5 +24,5 @@ from mutants.faults_target import TARGET
 
 FAULTS: tuple[Fault, ...] = (
     *ROUND, *TARGET, *CALL, *DRAFTERS, *CHAIN, *REJECTION, *HEADS, *BENCH,
-    *CLI, *DATA, *FILES, *FOREIGN, *FUZZ, *LIVE, *SPEED, *SEAM,
+    *CLI, *DATA, *FILES, *FOREIGN, *FUZZ, *KERNELS, *LIVE, *SPEED, *SEAM,
 )  # fmt: skip

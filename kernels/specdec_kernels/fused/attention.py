@@ -139,8 +139,7 @@ def _plan(q: Tensor, cache: torch.dtype, form: Form, capacity: int) -> tuple[Til
     require_types(arch, q.dtype, cache)
     batch, _, nodes, _ = q.shape
     rows, bounds = nodes * form.group, [far for far in (form.window, form.chunk) if far]
-    use = Use(rows, max(form.dim, form.value_dim), q.dtype == torch.float32, bool(bounds))
-    tile = tile_for(arch, use)
+    tile = tile_for(arch, Use(rows, max(form.dim, form.value_dim), q.dtype == torch.float32))
     programs = triton.cdiv(rows, tile.rows) * batch * form.heads
     reach = min([capacity, *(far + nodes for far in bounds)])
     return tile, splits_for(reach, programs, tile, processors)

@@ -45,7 +45,7 @@ def _first_seen(depth, prefix, start, WINDOW: tl.constexpr, CHUNK: tl.constexpr)
     Padding, window and chunk all end what a node sees at its far end; an ancestor is never ahead of
     it.
     """
-    first = start - prefix
+    first = start - prefix + depth * 0  # one for each of them
     if WINDOW > 0:
         first = tl.maximum(first, depth - WINDOW + 1)
     if CHUNK > 0:
@@ -155,8 +155,8 @@ def attend_split(
         most, total, mixed = _absorb(
             q, K, V, slot, slot < high, seen, most, total, mixed, scale, Table, k_b, k_s, v_b, v_s,
             t_p, DK, DV, PAD_K, PAD_V, PAGE, SOFTCAP, UP)  # fmt: skip
-    # 4. The tree: a tile is a part of the 64 nodes of a word.
-    for begin in range(0, tail, KEYS):
+    # 4. The tree: a tile is a part of a word's 64 nodes. Too few of them to be worth staging.
+    for begin in tl.range(0, tail, KEYS, num_stages=2):
         other = begin + tl.arange(0, KEYS)
         word = tl.load(Words + b * w_b + node * w_t + begin // 64 * w_w, mask=live, other=0)
         seen = (((word[:, None] >> (other % 64)[None, :]) & 1) != 0) & (other < size)[None, :]

@@ -76,7 +76,7 @@ def attend_prefix(
             v_s, t_p, DK, DV, PAD_K, PAD_V, PAGE, SOFTCAP, UP)  # fmt: skip
     # 3. The state, for the rows that go on from it.
     at = (pair.to(tl.int64) * tl.num_programs(2) + split) * nodes * GROUP + row
-    mine = (row < nodes * GROUP) & (low < high)
+    mine = row < tl.where(low < high, nodes * GROUP, 0)
     tl.store(PartMost + at, most, mask=mine)
     tl.store(PartTotal + at, total, mask=mine)
     real = mine[:, None] & (dim_v < DV)[None, :]
@@ -114,7 +114,7 @@ def attend_rest(
     scale = scale * tl.load(KScale + head) if K_SCALED else scale
     # 1. The node's queries, its position and the first that it sees.
     row, dim, dim_v = tl.arange(0, ROWS), tl.arange(0, PAD_K), tl.arange(0, PAD_V)
-    mine, query = (row < GROUP) & live, head * GROUP + row
+    mine, query = row < tl.where(live, GROUP, 0), head * GROUP + row
     q_at = Q + b * q_b + query * q_h + node.to(tl.int64) * q_t
     q = tl.load(q_at[:, None] + dim[None, :], mask=mine[:, None] & (dim < DK)[None, :], other=0.0)
     depth = tl.load(Depth + b * d_b + node * d_t, mask=live, other=0)
@@ -132,7 +132,7 @@ def attend_rest(
     for split in range(begin // SPAN, (end + SPAN - 1) // SPAN):
         low, high = _whole_tiles(split, oldest, whole, KEYS, SPAN)
         at = ((pair.to(tl.int64) * splits + split) * nodes + node) * GROUP + row
-        stored = mine & (low < high)
+        stored = row < tl.where(low < high, GROUP, 0)
         m = tl.load(PartMost + at, mask=stored, other=MASKED)
         t = tl.load(PartTotal + at, mask=stored, other=0.0)
         real = stored[:, None] & (dim_v < DV)[None, :]

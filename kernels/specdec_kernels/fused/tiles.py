@@ -46,13 +46,11 @@ class Use:
         rows: Query rows of a row of the batch and key head, T times Hq / Hkv.
         dim: The larger head dimension of keys and values.
         exact: Whether the queries are float32, whose products run outside the tensor cores.
-        bounded: Whether there is a window or a chunk.
     """
 
     rows: int
     dim: int
     exact: bool = False
-    bounded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,52 +60,38 @@ class Entry:
     Attributes:
         rows: Most rows; None for any number.
         dim: Largest head dimension.
-        tile: The tile.
-        bounded: Whether it serves windows and chunks too; one that does serves every call.
+        tile: The tile, whatever the window, the pages and the rest of the call.
     """
 
     rows: int | None
     dim: int
     tile: Tile
-    bounded: bool = True
 
 
 # Per architecture, first match wins: half precision, by head dimension and rows.
 _AMPERE = (
     Entry(16, 128, Tile(16, 64, 4, 2, 3)),
     Entry(32, 128, Tile(32, 64, 4, 2, 2)),
-    Entry(None, 128, Tile(64, 32, 4, 3, 2)),
-    Entry(16, 256, Tile(16, 32, 4, 2, 3)),
+    Entry(None, 128, Tile(64, 32, 4, 2, 2)),
+    Entry(16, 256, Tile(16, 32, 4, 2, 2)),
     Entry(None, 256, Tile(32, 32, 4, 2, 2)),
     Entry(None, LARGEST_DIM, Tile(16, 16, 4, 2, 2)),
 )
-_HOPPER = (
-    Entry(16, 128, Tile(16, 64, 4, 3, 3), bounded=False),
-    Entry(16, 128, Tile(16, 64, 4, 2, 3)),
+_LATER = (
+    Entry(16, 128, Tile(16, 64, 4, 3, 3)),
     Entry(32, 128, Tile(32, 64, 4, 3, 2)),
-    Entry(64, 128, Tile(64, 64, 4, 3, 2), bounded=False),
-    Entry(64, 128, Tile(64, 64, 4, 2, 2)),
+    Entry(64, 128, Tile(64, 64, 4, 3, 2)),
     Entry(None, 128, Tile(128, 64, 8, 3, 1)),
-    Entry(16, 256, Tile(16, 32, 4, 2, 3)),
+    Entry(16, 256, Tile(16, 32, 4, 2, 2)),
     Entry(None, 256, Tile(64, 32, 8, 2, 1)),
     Entry(None, LARGEST_DIM, Tile(16, 16, 4, 2, 2)),
 )
-_BLACKWELL = (
-    Entry(16, 128, Tile(16, 64, 4, 3, 3), bounded=False),
-    Entry(16, 128, Tile(16, 64, 4, 2, 3)),
-    Entry(32, 128, Tile(32, 64, 4, 3, 2)),
-    Entry(64, 128, Tile(64, 64, 4, 2, 2)),
-    Entry(None, 128, Tile(128, 64, 8, 3, 1)),
-    Entry(16, 256, Tile(16, 32, 4, 2, 3)),
-    Entry(None, 256, Tile(64, 32, 8, 2, 1)),
-    Entry(None, LARGEST_DIM, Tile(16, 16, 4, 2, 2)),
-)
-TABLE = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
+TABLE = {80: _AMPERE, 90: _LATER, 100: _LATER}
 """Entries by compute capability times ten. Every tile of 80 also fits the smaller shared memory of
 8.6, 8.9 and 12.0."""
 
 EXACT = (
-    Entry(None, 128, Tile(16, 32, 4, 2, 2)),
+    Entry(None, 128, Tile(16, 16, 4, 2, 4)),
     Entry(None, LARGEST_DIM, Tile(16, 16, 4, 2, 1)),
 )
 """float32 on any architecture: plain products, since tensor cores would round the operands."""
@@ -131,8 +115,7 @@ def tile_for(arch: int, use: Use) -> Tile:
     """
     family = TABLE[90 if 90 <= arch < 100 else 100 if 100 <= arch < 120 else 80]
     for entry in EXACT if use.exact else family:
-        fits = entry.rows is None or use.rows <= entry.rows
-        if fits and use.dim <= entry.dim and (entry.bounded or not use.bounded):
+        if (entry.rows is None or use.rows <= entry.rows) and use.dim <= entry.dim:
             return entry.tile
     raise _too_large(use.dim)
 

@@ -11,8 +11,9 @@ import torch
 from specdec_kernels import KernelError
 from specdec_kernels.fused.aot import Compiled
 from specdec_kernels.fused.attention import Form
-from specdec_kernels.fused.attention_ahead import compiled_combine, compiled_split
-from specdec_kernels.fused.tiles import EXACT, TABLE, Entry, Tile, require_types
+from specdec_kernels.fused.attention_ahead import compiled_combine, compiled_ordered, compiled_split
+from specdec_kernels.fused.ordered_programs import attend_prefix, attend_rest
+from specdec_kernels.fused.tiles import EXACT, ORDERED, TABLE, Entry, Tile, require_types
 
 BFLOAT = torch.bfloat16
 ARCHITECTURES = (80, 90, 100)
@@ -21,16 +22,13 @@ SHARED_MOST = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block 
 
 
 def forms(entry: Entry) -> dict[str, Form]:
-    """What a line serves: calls with nothing but keys, and with as much as goes together."""
+    """What a line serves: all that goes together and, at the commonest size, nothing but keys."""
     dim = entry.dim
-    plain = {"keys": Form(8, 4, dim, dim), "pages": Form(8, 4, dim, dim, 16, padded=True)}
-    bounded = {
-        "window": Form(8, 4, dim, dim, window=4096, padded=True),
-        "everything": Form(
-            8, 4, dim, dim, 16, 4096, 8192, 30.0, padded=True, k_scaled=True, v_scaled=True
-        ),
-    }
-    return plain | bounded if entry.bounded else plain
+    everything = Form(
+        8, 4, dim, dim, 16, 4096, 8192, 30.0, padded=True, k_scaled=True, v_scaled=True
+    )
+    keys = {"keys": Form(8, 4, dim, dim)} if dim == 128 else {}
+    return {"everything": everything, **keys}
 
 
 LINES = [
@@ -84,7 +82,7 @@ def test_float8_caches(arch: int, cache: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dim", [64, 128, 512])
+@pytest.mark.parametrize("dim", [128, 512])
 def test_what_puts_splits_together(arch: int, dim: int) -> None:
     made = compiled_combine(Form(8, 4, dim, dim, sinks=True, v_scaled=True), arch, BFLOAT)
     assert made.spills == 0, made
@@ -98,10 +96,25 @@ def test_half_the_warps_would_spill(arch: int) -> None:
     assert made.spills > 0, made
 
 
-def test_a_stage_more_would_halve_the_blocks() -> None:
-    """With a window, depths are staged as well: three stages and a second block no longer fit."""
-    tile = Tile(64, 64, 4, 3, 2)
-    form = Form(8, 4, 128, 128, window=4096)
-    made = compiled_split(form, tile, 90, BFLOAT)
+@pytest.mark.parametrize("arch", [90, 100])
+def test_a_stage_more_would_halve_the_blocks(arch: int) -> None:
+    """Four tiles in flight: no spills, but a second block no longer fits."""
+    tile = Tile(64, 64, 4, 4, 2)
+    made = compiled_split(Form(8, 4, 128, 128, window=4096), tile, arch, BFLOAT)
     assert made.spills == 0
     assert made.blocks < tile.blocks, made
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("entry", ORDERED)
+def test_in_order_both_programs_run_the_same_instructions(arch: int, entry: Entry) -> None:
+    """A tile of keys lies in the prefix or reaches into the tree: its bits must not tell which."""
+    form = Form(8, 4, entry.dim, entry.dim, window=4096, sinks=True)
+    found = [
+        compiled_ordered(program, form, entry.tile, arch, BFLOAT)
+        for program in (attend_prefix, attend_rest)
+    ]
+    for made in found:
+        require(made, entry.tile, arch)
+        assert made.tensor_cores, made
+    assert found[0].tensor_cores == found[1].tensor_cores

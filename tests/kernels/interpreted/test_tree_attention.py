@@ -149,31 +149,31 @@ def test_strides_of_every_kind() -> None:
     assert torch.equal(expected[1], found[1])
 
 
-def test_offsets_beyond_32_bits() -> None:
-    """Rows 2.4 GB apart, in memory that is mapped and hardly touched: a third one is past 2^31.
+FAR = {
+    "rows": (Case(8, (40, 35, 40)), (1_200_000_000, 1000, 16, 1)),
+    "slots": (Case(4, (40,), (2, 1)), (0, 0, 60_000_000, 1)),
+}
 
-    The stride itself has 32 bits, as a kernel that multiplies too late is handed it.
+
+@pytest.mark.parametrize("name", FAR)
+def test_offsets_beyond_32_bits(name: str) -> None:
+    """Rows or slots so far apart that the last lie past 2^31 elements, by strides of 32 bits.
+
+    The memory is mapped and hardly touched. As much of it lies before the first element, so that an
+    offset that wraps around reads zeros there.
     """
-    call = made(Case(8, (40, 35, 40)), HALF)
-    q, k, v, tree = call.arguments
-    stride = 1_200_000_000
-    far = []
-    for x in (k, v):
-        memory = torch.empty(2 * stride + x[0].numel(), dtype=HALF)
-        far.append(memory.as_strided(x.shape, (stride, *x.stride()[1:])).copy_(x))
-    moved = replace(call, arguments=(q, far[0], far[1], tree))
-    assert torch.equal(run(moved, 2)[0], run(call, 2)[0])
-
-
-def test_slots_far_apart() -> None:
-    """Keys of a row 100 MB apart: the slot's own offset is past 2^31 elements."""
-    call = made(Case(4, (40,), (2, 1)), HALF)
-    q, k, v, tree = call.arguments
-    stride = 60_000_000
-    memory = torch.empty((k.shape[2] + 1) * stride, dtype=HALF)
-    far = memory.as_strided(k.shape, (0, 0, stride, 1)).copy_(k)
-    moved = replace(call, arguments=(q, far, v, tree))
-    assert torch.equal(run(moved, 2)[0], run(call, 2)[0])
+    case, strides = FAR[name]
+    call = made(case, HALF)
+    q, k, _, tree = call.arguments
+    near, room = torch.where(k.isnan(), 0, k).to(torch.float8_e5m2), 1 << 31
+    reach = sum((size - 1) * stride for size, stride in zip(k.shape, strides, strict=True))
+    assert reach > room
+    memory = torch.empty(room + reach + 1, dtype=torch.float8_e5m2)
+    far = memory.as_strided(k.shape, strides, room).copy_(near)
+    expected = run(replace(call, arguments=(q, near, near, tree)), 2)
+    found = run(replace(call, arguments=(q, far, far, tree)), 2)
+    assert expected[0].any()
+    assert torch.equal(found[0], expected[0])
 
 
 def test_the_entry_runs_the_kernel_where_it_is_asked_to() -> None:
