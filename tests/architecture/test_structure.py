@@ -29,7 +29,6 @@ FLOORS = (
     {"api"},
     {"cli"},
 )
-KERNELS = ROOT / "kernels" / "specdec_kernels"
 TRAINING = ROOT / "draft_training" / "specdec_training"
 TRAINING_FLOORS = ("contracts", "data", "features", "objective", "run", "commands")
 BENCH = ROOT / "benchmarks" / "specdec_bench"
