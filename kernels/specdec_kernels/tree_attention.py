@@ -17,25 +17,12 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def tree_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tree: Tree,
-    *,
-    scale: float,
-    window: int = 0,
-    chunk: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    kv_start: Tensor | None = None,
-    block_table: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    ordered: bool = False,
-    ancestors: Tensor | None = None,
-    return_lse: bool = False,
-    backend: Backend | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, tree: Tree, *, scale: float, window: int = 0, chunk: int = 0,
+    softcap: float = 0.0, sinks: Tensor | None = None, kv_start: Tensor | None = None,
+    block_table: Tensor | None = None, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None, ordered: bool = False, ancestors: Tensor | None = None,
+    return_lse: bool = False, backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of every node of a token tree to the committed prefix and to its own ancestors.
 
     Node i of row b sees slot s when `kv_start[b] <= s < prefix[b]`, and slot `prefix[b] + j` when
