@@ -37,7 +37,6 @@ bench-smoke: .venv/.base ## a small benchmark of the bundled model, with its rep
 
 test: .venv/.dev ## the test suite without the slow grids
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests -m "not slow"
-	@$(MAKE) test-kernels
 
 # Triton's interpreter replaces its compiler for a whole process, so each has one. What the compiler
 # made is kept by a hash of the sources, of Triton and of the target.
