@@ -192,6 +192,7 @@ class PaddedPrompt:
         kept = ([int(slot) - first for slot in row if slot >= first] for row in self.slots)
         return [[row[i] for i in index] for row, index in zip(ids, kept, strict=True)]
 
+    @cached_property
     def counts(self) -> list[int]:
         """New tokens of each row."""
         return [int((kept >= self.past).sum()) for kept in self.slots]
@@ -199,7 +200,7 @@ class PaddedPrompt:
     def pack(self, values: Tensor) -> Tensor:
         """[B, n, ...] new tokens' values without padding, from `values` [B, w, ...] of the last w
         columns; zeros for new tokens in front of those."""
-        packed = values.new_zeros(self.batch, max(self.counts()), *values.shape[2:])
+        packed = values.new_zeros(self.batch, max(self.counts), *values.shape[2:])
         first = self.total - values.shape[1]
         for row, kept in enumerate(self.slots):
             new = kept[kept >= self.past]
@@ -212,8 +213,8 @@ class PaddedPrompt:
     def packed(self, device: torch.device) -> Prompt:
         """The rows without padding and without what the cache holds."""
         if self.embeds is not None:
-            return Prompt(None, self.pack(self.embeds.to(device)), self.counts())
-        return Prompt(self.pack(self.input_ids.to(device)), None, self.counts())
+            return Prompt(None, self.pack(self.embeds.to(device)), self.counts)
+        return Prompt(self.pack(self.input_ids.to(device)), None, self.counts)
 
     def laid_out(self, packed: Tensor) -> Tensor:
         """[B, w, H] padded as plain returns it, from `packed` [B, n, H]: of the last chunk."""
@@ -233,7 +234,7 @@ class PaddedPrompt:
         """
         if show is None or self.embeds is not None:
             return
-        counts, ids = self.counts(), self.input_ids.to(device)
+        counts, ids = self.counts, self.input_ids.to(device)
         before = [len(kept) - count for kept, count in zip(self.slots, counts, strict=True)]
         shown = self.pack(torch.cat(list(features), 1)) if features else None
         show_rows(show, self.pack(ids), shown, counts, before)

@@ -370,6 +370,10 @@ def test_models_of_a_server(tmp_path: Any) -> None:
     assert fake.asked[-1]["model"] == "toy"
     assert fake.headers[-1]["Authorization"] == "Bearer secret"
     assert "secret" not in server.name
+    for odd in (b"two keys", "schlüssel".encode(), "schlüssel".encode("latin-1")):
+        key.write_bytes(odd)
+        with pytest.raises(ConfigError, match=r"one key of ASCII|not UTF-8 text"):
+            arm(f"http://127.0.0.1:9,model=toy,key_file={key}")
     with serving(Fake("vllm", models=[])) as url, pytest.raises(ConfigError, match="lists no mod"):
         arm(url)
 

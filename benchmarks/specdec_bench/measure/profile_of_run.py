@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from specdec.artifacts.places import DRAFT_HEAD, DRAFT_MODEL
+from specdec.artifacts.places import DRAFT_HEAD, DRAFT_MODEL, Kind
 from specdec.errors import SpecdecError
 from specdec.registry import methods
 from specdec_bench.arm_names import SERVER, ArmSpec, parse_arm
@@ -37,12 +37,12 @@ def write_run_profile(path: Path, results: Results) -> str:
             counts = Counts(found.histogram, found.drafted, found.chain)
             by_category.setdefault(unit.category, []).append(counts)
     conditions, facts = results.header.settings[index], results.header.provenance
-    draft = {DRAFT_HEAD: "head", DRAFT_MODEL: "draft", None: ""}[arm.draft_kind]
+    given: dict[Kind | None, str] = {DRAFT_HEAD: "head", DRAFT_MODEL: "draft"}
     measured = Measured(
         method=arm.method,
         num_speculative_tokens=_length(arm),
         target=str(facts.get("target")),
-        draft=results.header.config.get(draft),
+        draft=results.header.config.get(given.get(arm.draft_kind, "")),
         conditions={
             "dataset": ", ".join(facts.get("tasks", [])),
             "dtype": conditions.dtype,

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from specdec.artifacts.input_files import MOST_TEMPLATE, read_input_text
 from specdec.errors import ConfigError, SpecdecError
 from specdec_bench.contracts import Unit
 from specdec_bench.results.records import PassRecord, Setting
@@ -179,11 +180,8 @@ def _timeout(options: dict[str, str]) -> float:
 def _key(options: dict[str, str]) -> str | None:
     if "key_file" not in options:
         return None
-    path = Path(options["key_file"]).expanduser()
-    try:
-        words = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise ConfigError(f"cannot read the key in {path}: {problem}") from problem
-    if len(words) != 1:
-        raise ConfigError(f"{path} must hold one key and nothing else")
+    path = Path(options["key_file"])
+    words = read_input_text(path, "key_file", MOST_TEMPLATE).split()
+    if len(words) != 1 or not words[0].isascii():
+        raise ConfigError(f"{path} must hold one key of ASCII characters and nothing else")
     return words[0]

@@ -74,6 +74,11 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
+def counted(value: int, noun: str) -> str:
+    """So many things, in the plural where they are not one."""
+    return f"{count(value)} {noun}{'' if value == 1 else 's'}"
+
+
 def facts(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Names and values of a nested mapping, one line each."""
     found: list[tuple[str, str]] = []

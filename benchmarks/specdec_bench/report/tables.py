@@ -20,6 +20,7 @@ from specdec_bench.report.cells import (
 from specdec_bench.report.format import (
     NONE,
     count,
+    counted,
     energy,
     interval,
     plain_times,
@@ -101,8 +102,8 @@ def setting_tables(figures: SettingFigures, summary: Summary) -> Mapping[str, Ta
 def lead(figures: SettingFigures) -> str:
     """What was measured in a setting, in a sentence or two."""
     words = (
-        f"{count(figures.prompts)} prompts, {count(figures.units)} requests, "
-        f"{count(figures.tokens)} tokens an arm."
+        f"{counted(figures.prompts, 'prompt')}, {counted(figures.units, 'request')}, "
+        f"{counted(figures.tokens, 'token')} an arm."
     )
     if figures.looping >= _SHOWN_LOOPING:
         words += f" {share(figures.looping, 1)} of plain's text began to loop and was cut off."
