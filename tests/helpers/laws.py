@@ -48,7 +48,8 @@ _PROCESSORS = {
     "suppress_tokens": [12, 13],
     "begin_suppress_tokens": [14],
     "exponential_decay_length_penalty": (10, 1.05),
-    "forced_eos_token_id": 3,
+    # All of them: older releases make NaN of a length penalty on one that is ruled out.
+    "forced_eos_token_id": [3, 4],
     "eos_token_id": [3, 4],
     "renormalize_logits": True,
 }
