@@ -96,7 +96,7 @@ def why_prepared_is_plain(
 
 def _why_no_trees(call: PreparedCall, found: Capability) -> str | None:
     prompt = call.prompt
-    if prompt.mask is not None and not found.padded:
+    if not found.padded and any(prompt.padding):  # older releases keep a mask of ones
         return "the model's own text changes when a row is padded"
     window = compat.untold_window(call.model.config)
     length = call.longest
@@ -199,6 +199,8 @@ def _why_layout(call: PreparedCall) -> str | None:
         return f"the attention mask is {prompt.total} wide for {prompt.given} tokens"
     if prompt.embeds is not None and prompt.config.prefill_chunk_size is not None:
         return "prefill_chunk_size splits ids and inputs_embeds was given"
+    if prompt.past and prompt.config.prefill_chunk_size and not compat.chunks_skip_cached_tokens():
+        return "with prefill_chunk_size, this transformers runs cached tokens again"
     if prompt.mask is not None and bool((prompt.mask[:, -1] == 0).any()):
         return "the batch is padded on the right"
     return None

@@ -138,6 +138,15 @@ def prompt_length(
     return width if width > past else width + past
 
 
+def chunks_skip_cached_tokens() -> bool:
+    """Whether a prefill in chunks runs only what the user's cache does not hold.
+
+    Older releases run all given ids once more behind it. Seen by a name that the loop over chunks
+    has since then; a release that drops it is taken for an old one, and left to itself.
+    """
+    return "prefill_ids" in GenerationMixin._prefill.__code__.co_varnames
+
+
 def name_arguments(model: Any, args: Sequence[Any]) -> dict[str, Any]:
     """Positional arguments of the model's own `generate`, by name."""
     parameters = inspect.signature(type(model).generate).parameters

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -29,6 +30,7 @@ from helpers.spies import layer_states, same_states
 from specdec import SpecConfig
 from specdec.api import capability
 from specdec.errors import FallbackWarning
+from specdec.hf import compat
 
 pytestmark = [
     pytest.mark.usefixtures("throw_away_methods"),
@@ -131,6 +133,8 @@ def test_turns_with_one_cache(family: str, inputs: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("family", ["qwen3_5", "lfm2", "bloom"])
 @pytest.mark.parametrize("kind", ["sampled", "chunks", "ends"])
 def test_turns_of_other_kinds(family: str, kind: str) -> None:
+    if kind == "chunks" and not compat.chunks_skip_cached_tokens():
+        pytest.skip("plain generate itself runs cached tokens again")
     model, inputs = model_of(family), prompts(4)
     options = {
         "sampled": {"do_sample": True, "top_k": 0},
@@ -138,6 +142,21 @@ def test_turns_of_other_kinds(family: str, kind: str) -> None:
         "ends": {"end": unequal_end(model, inputs)},
     }[kind]
     converse(model, inputs, **options)
+
+
+def test_chunks_that_run_cached_tokens_again_are_left_to_plain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compat, "chunks_skip_cached_tokens", lambda: False)
+    model = model_of("lfm2")
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    run = {"max_new_tokens": NEW, "prefill_chunk_size": 3}
+    said, _ = (plain(model, **prompts(1), **run, **{CACHE: cache}) for cache in caches)
+    more = torch.cat([said, said[:, 5:8]], 1)
+    expected = plain(model, more, **run, **{CACHE: caches[0]})
+    with pytest.warns(FallbackWarning, match="runs cached tokens again"):
+        got = model.generate(more, **run, **{CACHE: caches[1]})
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "bloom"])
@@ -265,6 +284,8 @@ LFM3 = Family(
 
 @pytest.fixture(scope="module")
 def lfm3() -> Any:
+    if not hasattr(transformers, "Lfm3Config"):
+        pytest.skip("this transformers has no Lfm3")
     return specdec.augment(LFM3.build(torch.float64), "none")
 
 
