@@ -28,6 +28,15 @@ def throw_away_methods() -> Iterator[None]:
         methods.unregister(name)
 
 
+@pytest.fixture(autouse=True)
+def registered_by_one_test() -> Iterator[None]:
+    """What a test registers ends with it: others ask the registry which methods there are."""
+    before = set(methods.names())
+    yield
+    for name in set(methods.names()) - before:
+        methods.unregister(name)
+
+
 @pytest.fixture
 def ledger(request: pytest.FixtureRequest) -> laws.Ledger:
     """Law cells of one test; `settle` fails the test when one of them differs."""

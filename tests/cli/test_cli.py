@@ -378,19 +378,16 @@ def test_option_values_take_the_types_of_the_method() -> None:
 
     Typed.Config = Config
     register_drafter("typed", Typed)
-    try:
-        pairs = ("draft=x/y", "size=3", "share=0.25", "greedy=no", "name=7")
-        wanted = {"draft": "x/y", "size": 3, "share": 0.25, "greedy": False, "name": "7"}
-        assert method_options("typed", pairs) == wanted
-        assert method_options("typed", ("draft=x", "size=none"))["size"] is None
-        with pytest.raises(ConfigError, match="needs --option draft="):
-            method_options("typed", pairs[1:])
-        for pair in ("size=x", "share=x", "greedy=x", "other=1", "size"):
-            with pytest.raises(ConfigError) as refused:
-                method_options("typed", ("draft=x", pair))
-            assert "--option" not in str(refused.value)  # an arm of a benchmark has none
-    finally:
-        methods.unregister("typed")
+    pairs = ("draft=x/y", "size=3", "share=0.25", "greedy=no", "name=7")
+    wanted = {"draft": "x/y", "size": 3, "share": 0.25, "greedy": False, "name": "7"}
+    assert method_options("typed", pairs) == wanted
+    assert method_options("typed", ("draft=x", "size=none"))["size"] is None
+    with pytest.raises(ConfigError, match="needs --option draft="):
+        method_options("typed", pairs[1:])
+    for pair in ("size=x", "share=x", "greedy=x", "other=1", "size"):
+        with pytest.raises(ConfigError) as refused:
+            method_options("typed", ("draft=x", pair))
+        assert "--option" not in str(refused.value)  # an arm of a benchmark has none
 
 
 def write_config(folder: Path, config: dict[str, object]) -> Path:

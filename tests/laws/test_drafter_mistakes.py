@@ -131,11 +131,8 @@ def test_what_a_device_drafter_puts_down_is_only_a_draft(
     """I5 without a copy to the host: roots are the loop's, ids are made possible."""
     case = Case(family, GREEDY, rows=3)
     methods.register("mistaken", drafter)
-    try:
-        options = {"truth": case.truth()} if hasattr(drafter, "says") else {}
-        got, _ = case.generate(specdec=SpecConfig("mistaken", options))
-    finally:
-        methods.unregister("mistaken")
+    options = {"truth": case.truth()} if hasattr(drafter, "says") else {}
+    got, _ = case.generate(specdec=SpecConfig("mistaken", options))
     assert torch.equal(got, reference(case)[0])
 
 
@@ -177,9 +174,6 @@ def test_nodes_that_nobody_reads_cannot_change_the_text(
 ) -> None:
     case = Case("llama", mode, rows=3)
     methods.register("mistaken", drafter)
-    try:
-        got, state = case.generate(specdec=SpecConfig("mistaken"))
-    finally:
-        methods.unregister("mistaken")
+    got, state = case.generate(specdec=SpecConfig("mistaken"))
     assert torch.equal(got, reference(case)[0])
     assert torch.equal(state, reference(case)[1])
